@@ -1,0 +1,67 @@
+"""hiddenkey: structured dropout and consistency losses for LoRA fine-tuning (arXiv 2403.00812).
+
+Names are loaded on first use, so that importing the package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+ROOMS = {
+    "recipe": ("parse", "Recipe", "Drop", "RecipeError"),
+    "registry": ("UnknownNameError",),
+    "attend": ("attention",),
+    "dropout": ("StructuredDropout",),
+    "consistency": ("consistency_loss", "register_consistency"),
+    "axes.pattern": ("register_pattern",),
+    "axes.position": ("register_position",),
+    "axes.compensation": ("register_compensation",),
+    "hf.plan": ("plan", "Plan", "PlanError"),
+    "hf.attach": ("attach", "Attachment"),
+    "hf.step": ("consistency_step", "StepLoss"),
+    "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
+    "hf.saving": ("save_recipe", "load_recipe"),
+}
+_room_of = {name: room for room, names in ROOMS.items() for name in names}
+
+__all__ = sorted(_room_of)
+
+if TYPE_CHECKING:
+    from .attend import attention as attention
+    from .axes.compensation import register_compensation as register_compensation
+    from .axes.pattern import register_pattern as register_pattern
+    from .axes.position import register_position as register_position
+    from .consistency import consistency_loss as consistency_loss
+    from .consistency import register_consistency as register_consistency
+    from .dropout import StructuredDropout as StructuredDropout
+    from .hf.attach import Attachment as Attachment
+    from .hf.attach import attach as attach
+    from .hf.plan import Plan as Plan
+    from .hf.plan import PlanError as PlanError
+    from .hf.plan import plan as plan
+    from .hf.saving import load_recipe as load_recipe
+    from .hf.saving import save_recipe as save_recipe
+    from .hf.step import StepLoss as StepLoss
+    from .hf.step import consistency_step as consistency_step
+    from .hf.trainer import ConsistencyMixin as ConsistencyMixin
+    from .hf.trainer import DropTrainer as DropTrainer
+    from .recipe import Drop as Drop
+    from .recipe import Recipe as Recipe
+    from .recipe import RecipeError as RecipeError
+    from .recipe import parse as parse
+    from .registry import UnknownNameError as UnknownNameError
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _room_of:
+        raise AttributeError(f"module 'hiddenkey' has no attribute {name!r}")
+    value = getattr(import_module(f".{_room_of[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_room_of})

@@ -1,0 +1,207 @@
+"""Attention with dropped logits or weights: the reference on plain tensors (arXiv 2403.00812, eq. 1-3).
+
+Everything faster must equal this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .axes.grid import Grid
+from .drop import compensate, draw, guard, select, space_of
+from .recipe import Drop, Recipe
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    drop: str | Recipe,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with structured drops.
+
+    query: (B, H, Q, D); key, value: (B, Hkv, K, D) with Hkv = H unless `enable_gqa`. Returns (B, H, Q, Dv) in
+    the dtype of `value`; the softmax is taken in float32, or float64 for float64 input.
+    drop: a recipe whose `logits` and `weights` drops are used, such as "logits:column@0.1".
+    attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K).
+    keep: bool, broadcastable to (B, Hkv or H, Q, K), True = kept; replaces the draw of the only drop.
+
+    One draw is made per example and key/value head. A row that a draw would empty keeps all it can see, and a
+    row that can see nothing gives zeros. Raises ValueError for a recipe without such drops and for bad shapes.
+    """
+    drops = select(drop, ("logits", "weights"), "attention")
+    _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)
+    visible, bias = split_mask(attn_mask)
+    if is_causal:
+        visible = causal_mask(query.shape[-2], key.shape[-2], query.device)
+    return attend(
+        query,
+        key,
+        value,
+        drops,
+        visible=visible,
+        bias=bias,
+        scale=scale,
+        keeps=None if keep is None else [keep],
+    )[0]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    drops: Sequence[Drop],
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    keeps: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, Q, Dv) and the attention weights (B, H, Q, K).
+
+    visible: bool, bias: float, both broadcastable to (B, H, Q, K). keeps: one mask per drop; None: drawn here.
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if keeps is None:
+        keeps = draw_keeps(drops, query, key, visible)
+    keeps = [spread(keep, heads) for keep in keeps]
+    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    logits = attention_logits(query, key, scale, softcap, bias)
+    weights = drop_weights(logits, visible, drops, keeps)
+    return (weights.to(value.dtype) @ value), weights
+
+
+def draw_keeps(drops: Sequence[Drop], query: Tensor, key: Tensor, visible: Tensor | None) -> list[Tensor]:
+    """One keep mask per drop, over (B, Hkv, Q, K)."""
+    shape = (query.shape[0], key.shape[1], query.shape[-2], key.shape[-2])
+    grid = Grid.attention(shape, query.device, segments(visible, shape))
+    return [draw(drop, grid) for drop in drops]
+
+
+def attention_logits(
+    query: Tensor, key: Tensor, scale: float | None, softcap: float | None, bias: Tensor | None
+) -> Tensor:
+    """Scaled, soft-capped, biased logits (B, H, Q, K) in float32, or float64 for float64 input."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], keeps: Sequence[Tensor]) -> Tensor:
+    """Softmax over the visible logits with the drops at work: the weights that meet the values.
+
+    logits: (B, H, Q, K); visible, keeps: bool, broadcastable to it.
+    """
+    allowed = logits.new_ones((), dtype=torch.bool) if visible is None else visible
+    for drop, keep in zip(drops, keeps, strict=True):
+        if space_of(drop) == "logits":
+            allowed = allowed & guard(keep, allowed)
+    weights = masked_softmax(logits, allowed)
+    for drop, keep in zip(drops, keeps, strict=True):
+        if space_of(drop) == "weights":
+            weights = compensate(drop, weights * guard(keep, allowed))
+    return weights
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed entries; a row without any is zero, and so is its gradient."""
+    alive = allowed.any(-1, keepdim=True)
+    weights = logits.masked_fill(~(allowed | ~alive), -torch.inf).softmax(-1)
+    return weights * alive
+
+
+def spread(keep: Tensor, heads: int) -> Tensor:
+    """Give every query head the mask of its key/value head."""
+    if keep.dim() < 3 or keep.shape[-3] in (1, heads):
+        return keep
+    return keep.repeat_interleave(heads // keep.shape[-3], dim=-3)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Query i sees keys 0..i, as in torch's `is_causal`: (Q, K)."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+
+
+def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(visible, bias) of a boolean or additive mask.
+
+    An additive entry below half the lowest number of its dtype hides the key: libraries write minus infinity
+    or the lowest number itself.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask, None
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    return visible, mask.masked_fill(~visible, 0)
+
+
+def segments(visible: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """Which keys belong to one document, read off the mask: int (B, K), 0 where no query looks.
+
+    Neighbours are of one document when the later one, as a query, sees both. None: one document each.
+    """
+    if visible is None:
+        return None
+    batch, _, queries, keys = shape
+    visible = visible.expand(batch, visible.shape[1] if visible.dim() == 4 else 1, queries, keys)
+    seen = visible.any(1)
+    real = seen.any(1)
+    joined = real[:, 1:] & real[:, :-1]
+    if queries == keys:
+        joined = joined & seen.diagonal(-1, 1, 2)
+    opens = real.clone()
+    opens[:, 1:] &= ~joined
+    return opens.cumsum(-1) * real
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    enable_gqa: bool,
+    keep: Tensor | None,
+    drops: Sequence[Drop],
+) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if any(x.dim() != 4 for x in (query, key, value)):
+        raise ValueError(f"attention takes (B, heads, length, D) tensors, got {shapes}")
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query, key and value do not fit together: {shapes}")
+    if query.shape[1] != key.shape[1] and (not enable_gqa or query.shape[1] % key.shape[1]):
+        raise ValueError(
+            f"{query.shape[1]} query heads over {key.shape[1]} key/value heads ({shapes}): "
+            "pass enable_gqa=True, with the former a multiple of the latter"
+        )
+    if mask is not None and is_causal:
+        raise ValueError("pass either attn_mask or is_causal=True, as in scaled_dot_product_attention")
+    if keep is None:
+        return
+    if keep.dtype != torch.bool:
+        raise ValueError(f"keep must be a bool tensor (True = kept), got {keep.dtype}")
+    if len(drops) > 1:
+        raise ValueError(f"keep replaces one draw, but the recipe has {len(drops)}: {' + '.join(map(str, drops))}")
+    wanted = (query.shape[0], (key.shape[1], query.shape[1]), query.shape[2], key.shape[2])
+    if not _broadcasts(keep.shape, wanted):
+        raise ValueError(f"keep must broadcast to (B, Hkv or H, Q, K) = {wanted}, got shape {tuple(keep.shape)}")
+
+
+def _broadcasts(shape: torch.Size, wanted: tuple[int | tuple[int, ...], ...]) -> bool:
+    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
+    return len(shape) <= 4 and all(
+        n == 1 or n in allowed for n, allowed in zip(reversed(shape), reversed(sizes), strict=False)
+    )

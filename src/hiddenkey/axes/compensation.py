@@ -1,0 +1,61 @@
+"""What makes up for a drop between training and inference (arXiv 2403.00812, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..registry import Registry
+
+Compensate = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """A named compensation and the spaces (see `position.py`) in which it means something."""
+
+    name: str
+    apply: Compensate
+    spaces: tuple[str, ...]
+
+
+COMPENSATIONS: Registry[Compensation] = Registry("compensation")
+
+
+def register_compensation(name: str, *, spaces: tuple[str, ...]) -> Callable[[Compensate], Compensate]:
+    """Decorator: add a compensation under `name`, for the positions of the named spaces.
+
+    The function takes the tensor whose dropped entries are zero already, and the rate p.
+    """
+
+    def add(apply: Compensate) -> Compensate:
+        COMPENSATIONS.add(name, Compensation(name, apply, spaces))
+        return apply
+
+    return add
+
+
+@register_compensation("none", spaces=("logits", "weights", "stream"))
+def none(erased: Tensor, p: float) -> Tensor:
+    """Nothing: the softmax after dropped logits renormalises by itself (DropKey, arXiv 2208.02646)."""
+    return erased
+
+
+@register_compensation("rescale", spaces=("weights", "stream"))
+def rescale(erased: Tensor, p: float) -> Tensor:
+    """Divide by 1 - p, as ordinary dropout does."""
+    return erased / (1 - p)
+
+
+@register_compensation("normalize", spaces=("weights",))
+def normalize(erased: Tensor, p: float) -> Tensor:
+    """Divide each row by its surviving mass, held constant (DropAttention, eq. 1-2)."""
+    return erased / erased.sum(-1, keepdim=True).detach()
+
+
+@register_compensation("normalize-grad", spaces=("weights",))
+def normalize_grad(erased: Tensor, p: float) -> Tensor:
+    """The same with the gradient through the mass: equal to DropKey, forward and backward (eq. 4-10)."""
+    return erased / erased.sum(-1, keepdim=True)

@@ -1,0 +1,105 @@
+"""Where something is dropped (arXiv 2403.00812, Fig. 1). One position is one function that finds its places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from ..registry import Registry
+
+Space = Literal["logits", "weights", "stream"]
+Side = Literal["attention", "input", "output"]
+
+
+class LayerView(Protocol):
+    """What a position sees of one transformer layer: module paths."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def attentions(self) -> Sequence[str]: ...
+    @property
+    def feed_forwards(self) -> Sequence[str]: ...
+
+
+class ModelView(Protocol):
+    """What a position sees of a model: for every stack its layers, and the modules after the last layer."""
+
+    @property
+    def stacks(self) -> Sequence[Any]: ...
+    @property
+    def heads(self) -> Sequence[str]: ...
+
+
+Locate = Callable[[Any], Iterable[tuple[str, Side]]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A named place in the forward pass.
+
+    space: what is dropped there: attention `logits`, attention `weights`, or vectors of a `stream`.
+    compensation: the default one.
+    per_layer: whether it exists once per layer; then `locate` gets a `LayerView`, else a `ModelView`.
+    locate: yields (module path, side): the attention of that module, its input, or its output.
+    """
+
+    name: str
+    space: Space
+    compensation: str
+    per_layer: bool
+    locate: Locate
+
+
+POSITIONS: Registry[Position] = Registry("position")
+
+
+def register_position(
+    name: str, *, space: Space = "stream", compensation: str = "rescale", per_layer: bool = True
+) -> Callable[[Locate], Locate]:
+    """Decorator: add a position under `name`; the function is `Position.locate`."""
+
+    def add(locate: Locate) -> Locate:
+        POSITIONS.add(name, Position(name, space, compensation, per_layer, locate))
+        return locate
+
+    return add
+
+
+# In the order of the forward pass, which is the order of a recipe's normal form.
+
+
+@register_position("input", per_layer=False)
+def input_(model: ModelView) -> Iterable[tuple[str, Side]]:
+    """The embedded sequence as it enters the first layer (cutoff, arXiv 2009.13818)."""
+    for stack in model.stacks:
+        yield stack.layers[0].path, "input"
+
+
+@register_position("logits", space="logits", compensation="none")
+def logits(layer: LayerView) -> Iterable[tuple[str, Side]]:
+    """Attention logits: after the scale, before the softmax (DropKey, arXiv 2208.02646)."""
+    for path in layer.attentions:
+        yield path, "attention"
+
+
+@register_position("weights", space="weights", compensation="normalize")
+def weights(layer: LayerView) -> Iterable[tuple[str, Side]]:
+    """Attention weights: after the softmax, before the values (DropAttention, arXiv 1907.11065)."""
+    for path in layer.attentions:
+        yield path, "attention"
+
+
+@register_position("hidden")
+def hidden(layer: LayerView) -> Iterable[tuple[str, Side]]:
+    """The feed-forward block's output, before the residual add (HiddenCut, arXiv 2106.00149)."""
+    for path in layer.feed_forwards:
+        yield path, "output"
+
+
+@register_position("output", per_layer=False)
+def output(model: ModelView) -> Iterable[tuple[str, Side]]:
+    """The representation that enters the classifier or the language-model head."""
+    for path in model.heads:
+        yield path, "input"

@@ -1,0 +1,125 @@
+"""Consistency losses between two views of one batch (arXiv 2403.00812, section 3.2, eq. 11-12).
+
+A consistency says three things: the formula, which second view it wants, and which side gets gradient.
+Values are in nats, summed over classes, averaged over rows, in float32 (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .registry import Registry
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A named consistency loss.
+
+    divergence: (…, V) and (…, V) logits in float32 or float64 -> (…) values.
+    clean: the second view is the inference pass (no drops); otherwise it is a second draw.
+    both: gradient flows into both views; otherwise the second one is held constant.
+    scalar: compares predictions themselves, not distributions (regression).
+    """
+
+    name: str
+    divergence: Divergence
+    clean: bool = False
+    both: bool = False
+    scalar: bool = False
+
+
+CONSISTENCIES: Registry[Consistency] = Registry("consistency")
+
+
+def register_consistency(
+    name: str, *, clean: bool = False, both: bool = False, scalar: bool = False
+) -> Callable[[Divergence], Divergence]:
+    """Decorator: add a consistency under `name`; the arguments are the fields of `Consistency`."""
+
+    def add(divergence: Divergence) -> Divergence:
+        CONSISTENCIES.add(name, Consistency(name, divergence, clean, both, scalar))
+        return divergence
+
+    return add
+
+
+def one_way(first: Tensor, second: Tensor) -> Tensor:
+    """KL(P1 || P2) from logits."""
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@register_consistency("kl-rdrop", both=True)
+@register_consistency("kl-clean", clean=True)
+@register_consistency("kl")
+def bidirectional(first: Tensor, second: Tensor) -> Tensor:
+    """(KL(P1 || P2) + KL(P2 || P1)) / 2, eq. 11; with gradient on both sides R-Drop's (arXiv 2106.14448)."""
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
+
+
+@register_consistency("js", clean=True)
+def to_inference(first: Tensor, second: Tensor) -> Tensor:
+    """KL(P1 || P̄), eq. 12: what the paper calls JS."""
+    return one_way(first, second)
+
+
+@register_consistency("jsd", clean=True)
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """The textbook Jensen-Shannon divergence between P1 and P̄."""
+    log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1) / 2
+
+
+@register_consistency("mse", scalar=True)
+def squared_difference(first: Tensor, second: Tensor) -> Tensor:
+    """(ŷ1 - ŷ2)², summed over outputs: R-Drop's choice for regression (arXiv 2106.14448)."""
+    return (first - second).square().sum(-1)
+
+
+def consistency_loss(
+    name: str,
+    first: Tensor,
+    second: Tensor,
+    *,
+    valid: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """The consistency `name` between two views.
+
+    first, second: logits (…, V), the view that is trained and the other one; predictions for `mse`.
+    valid: bool (…), rows that count; None: all. Without any valid row the loss is 0.
+    reduction: `mean` over valid rows, `sum` over them, or `none`: (…), 0 where not valid.
+
+    Gradient flows into `first`, and into `second` only where the consistency says both (`kl-rdrop`).
+    Raises ValueError for an unknown name, unequal shapes, a `valid` that does not fit, another reduction.
+    """
+    consistency = CONSISTENCIES[name]
+    if first.shape != second.shape:
+        raise ValueError(
+            f"the two views must have one shape, got {tuple(first.shape)} and {tuple(second.shape)}: "
+            "pass the logits of the same batch twice"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != first.shape[:-1]):
+        raise ValueError(
+            f"valid must be a bool tensor of shape {tuple(first.shape[:-1])}, the logits' without the classes; "
+            f"got {valid.dtype} of shape {tuple(valid.shape)}"
+        )
+    if valid is not None and reduction != "none":
+        first, second, valid = first[valid], second[valid], None
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    values = consistency.divergence(first.to(dtype), (second if consistency.both else second.detach()).to(dtype))
+    if reduction == "none":
+        return values if valid is None else values.masked_fill(~valid, 0)
+    return values.sum() / max(values.numel(), 1) if reduction == "mean" else values.sum()

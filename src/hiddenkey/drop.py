@@ -1,0 +1,76 @@
+"""One drop at work: draw a keep mask, never empty a row, count what was dropped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .axes.compensation import COMPENSATIONS
+from .axes.grid import Grid
+from .axes.pattern import PATTERNS
+from .axes.position import POSITIONS, Space
+from .recipe import Drop, Recipe, RecipeError, parse
+
+
+def draw(drop: Drop, grid: Grid) -> Tensor:
+    """A keep mask (True = kept) that broadcasts to `grid.shape`."""
+    return PATTERNS[drop.pattern].draw(grid, drop.p)
+
+
+def compensate(drop: Drop, erased: Tensor) -> Tensor:
+    """Apply the drop's compensation to a tensor whose dropped entries are zero."""
+    return COMPENSATIONS[drop.compensation].apply(erased, drop.p)
+
+
+def space_of(drop: Drop) -> Space:
+    """What the drop acts on: attention logits, attention weights, or a stream."""
+    return POSITIONS[drop.position].space
+
+
+def guard(keep: Tensor, visible: Tensor) -> Tensor:
+    """Let a row that the draw would empty keep its full visible support.
+
+    keep, visible: bool, broadcastable to (B, H, Q, K). Under a causal mask a column draw empties query i with
+    probability p^(i+1); minus infinity would then give NaN, a large finite number a look into the future.
+    """
+    return keep | ~(keep & visible).any(-1, keepdim=True)
+
+
+def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[Drop, ...]:
+    """The drops of `recipe` in the given spaces, for a function that has no layers to choose from.
+
+    Raises RecipeError where there is none, or one of them names layers.
+    """
+    drops = tuple(drop for drop in parse(recipe).drops if space_of(drop) in spaces)
+    if not drops:
+        allowed = [position.name for position in POSITIONS if position.space in spaces]
+        raise RecipeError(
+            f"{user} got the recipe '{recipe}', which drops nothing at {' or '.join(allowed)}: "
+            f"write for example '{allowed[0]}:column@0.1'"
+        )
+    for drop in drops:
+        if drop.layers is not None:
+            raise RecipeError(f"{user} knows no layers, so '{drop}' can't choose any: leave out [{drop.layers}]")
+    return drops
+
+
+class Tally:
+    """How many cells were drawn and how many of them were dropped, summed where the masks live."""
+
+    def __init__(self) -> None:
+        self.dropped: Tensor | None = None
+        self.drawn = 0
+
+    def add(self, keep: Tensor) -> None:
+        """Count one draw; does not wait for the device."""
+        dropped = keep.numel() - torch.count_nonzero(keep)
+        self.dropped = dropped if self.dropped is None else self.dropped + dropped
+        self.drawn += keep.numel()
+
+    @property
+    def rate(self) -> float:
+        """The realised drop rate; NaN before the first draw."""
+        return float("nan") if self.dropped is None else self.dropped.item() / self.drawn
+
+    def reset(self) -> None:
+        self.dropped, self.drawn = None, 0

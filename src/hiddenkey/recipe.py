@@ -1,0 +1,215 @@
+"""The recipe language: parse a text once to a frozen `Recipe`, print it in normal form.
+
+logits[1/2:]:column@0.1 + hidden[1/2:]:element@0.1 ~ kl*1.0
+position[layers]:pattern:compensation@rate + …     ~ consistency*weight
+preset[layers]:pattern@rate + …                    ~ consistency*weight
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .axes.compensation import COMPENSATIONS
+from .axes.pattern import PATTERNS
+from .axes.position import POSITIONS, Position
+from .consistency import CONSISTENCIES
+from .presets import PRESETS
+from .registry import UnknownNameError, unknown
+
+BASELINE = "baseline"
+EXAMPLE = "write for example 'hiddenkey@0.1' or 'logits:column@0.1 + hidden:element@0.1 ~ kl*1.0'"
+
+TERM = re.compile(
+    r"(?P<name>[^\s\[\]:@]+)(?:\[(?P<layers>[^\[\]]*)\])?(?P<axes>(?::[^\s\[\]:@]*)*)(?:@(?P<rate>\S*))?"
+)
+BOUND = re.compile(r"-?\d{1,9}|\d{1,9}/\d{1,9}")
+# A slice that holds no layer at any of these depths is a slip of the pen, whatever the model.
+DEPTHS = (*range(1, 65), 10**9)
+NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+class RecipeError(ValueError):
+    """A recipe that does not parse: what was given, what is allowed, what to write instead."""
+
+
+@dataclass(frozen=True)
+class LayerSlice:
+    """Which layers of a stack: Python's slice with counts, negative counts, or fractions of the depth."""
+
+    start: int | Fraction | None = None
+    stop: int | Fraction | None = None
+
+    def resolve(self, count: int) -> range:
+        """The layer indices among `count`; a fraction of the depth is rounded down. May be empty."""
+
+        def place(bound: int | Fraction | None) -> int | None:
+            return math.floor(bound * count) if isinstance(bound, Fraction) else bound
+
+        return range(count)[place(self.start) : place(self.stop)]
+
+    def __str__(self) -> str:
+        return ":".join("" if bound is None else str(bound) for bound in (self.start, self.stop))
+
+
+@dataclass(frozen=True)
+class Drop:
+    """One drop: where, what shape, what makes up for it, how often, in which layers.
+
+    layers None: every layer, in a decoder-only model the latter half (arXiv 2403.00812, section 4).
+    """
+
+    position: str
+    pattern: str
+    compensation: str
+    p: float
+    layers: LayerSlice | None = None
+
+    def __str__(self) -> str:
+        default = POSITIONS[self.position].compensation
+        layers = "" if self.layers is None else f"[{self.layers}]"
+        compensation = "" if self.compensation == default else f":{self.compensation}"
+        return f"{self.position}{layers}:{self.pattern}{compensation}@{self.p!r}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Drops in the order of the forward pass, and the consistency that ties two views together."""
+
+    drops: tuple[Drop, ...]
+    consistency: str | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        drops = " + ".join(map(str, self.drops)) or BASELINE
+        return drops if self.consistency is None else f"{drops} ~ {self.consistency}*{self.weight!r}"
+
+
+def parse(recipe: str | Recipe) -> Recipe:
+    """Parse a recipe (see the module's head); a `Recipe` is returned as it is.
+
+    Raises RecipeError for anything that is not a recipe, TypeError for anything but text or a Recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str):
+        raise TypeError(f"a recipe is a text or a Recipe, got {type(recipe).__name__}; {EXAMPLE}")
+    try:
+        return _parse(recipe)
+    except (RecipeError, UnknownNameError) as error:
+        raise RecipeError(f"in the recipe {recipe!r}: {error}") from None
+
+
+def _parse(text: str) -> Recipe:
+    drops_text, *rest = text.split("~")
+    if len(rest) > 1:
+        raise RecipeError(f"'~' stands once, before the consistency; {EXAMPLE}")
+    drops: list[Drop] = []
+    consistency: str | None = None
+    for term in drops_text.split("+"):
+        term_drops, term_consistency = _term(term.strip())
+        drops += term_drops
+        if term_consistency and consistency and term_consistency != consistency:
+            raise RecipeError(
+                f"two presets want different consistencies, {consistency!r} and {term_consistency!r}; "
+                "name the one you want after '~'"
+            )
+        consistency = term_consistency or consistency
+    order = POSITIONS.names()
+    drops.sort(key=lambda drop: order.index(drop.position))
+    weight = 1.0
+    if rest:
+        consistency, weight = _consistency(rest[0].strip())
+    return Recipe(tuple(drops), consistency, weight)
+
+
+def _term(text: str) -> tuple[list[Drop], str | None]:
+    match = TERM.fullmatch(text)
+    if not match:
+        raise RecipeError(f"can't read {text!r} as position[layers]:pattern:compensation@rate; {EXAMPLE}")
+    name, axes = match["name"], match["axes"].split(":")[1:]
+    layers = None if match["layers"] is None else _layers(match["layers"])
+    if name in PRESETS:
+        return _preset(name, axes, match["rate"], layers)
+    if name not in POSITIONS:
+        raise RecipeError(unknown("position or preset", name, [*POSITIONS.names(), *PRESETS]))
+    if not 1 <= len(axes) <= 2:
+        raise RecipeError(
+            f"{text!r} needs a pattern and at most one compensation after it: "
+            f"{name}:PATTERN or {name}:PATTERN:COMPENSATION; patterns: {', '.join(PATTERNS.names())}"
+        )
+    rate = _rate(name, match["rate"])
+    return [_drop(POSITIONS[name], axes[0], axes[1] if len(axes) > 1 else None, rate, layers)], None
+
+
+def _preset(name: str, axes: list[str], rate: str | None, layers: LayerSlice | None) -> tuple[list[Drop], str | None]:
+    preset = PRESETS[name]
+    if not preset.drops:
+        if axes or rate or layers:
+            raise RecipeError(f"{name!r} drops nothing, so it takes no layers, pattern or rate")
+        return [], preset.consistency
+    if len(axes) > (1 if len(preset.drops) == 1 else 0):
+        raise RecipeError(f"{name!r} fixes {preset.drops}; write out the drops to change more than the rate")
+    p = _rate(name, rate)
+    drops = []
+    for position_name, pattern in preset.drops:
+        position = POSITIONS[position_name]
+        inner = layers if position.per_layer else None
+        drops.append(_drop(position, axes[0] if axes else pattern, None, p, inner))
+    return drops, preset.consistency
+
+
+def _drop(position: Position, pattern: str, compensation: str | None, p: float, layers: LayerSlice | None) -> Drop:
+    if layers is not None and not position.per_layer:
+        raise RecipeError(f"{position.name!r} exists once in a model, so it takes no layers [{layers}]")
+    PATTERNS[pattern]
+    compensation = compensation if compensation is not None else position.compensation
+    if position.space not in COMPENSATIONS[compensation].spaces:
+        allowed = [c.name for c in COMPENSATIONS if position.space in c.spaces]
+        raise RecipeError(f"{position.name!r} has no compensation {compensation!r}; allowed: {', '.join(allowed)}")
+    return Drop(position.name, pattern, compensation, p, layers)
+
+
+def _rate(name: str, text: str | None) -> float:
+    if text is None:
+        raise RecipeError(f"{name!r} needs a drop rate: write {name}@0.1")
+    if not NUMBER.fullmatch(text) or not 0 <= float(text) < 1:
+        raise RecipeError(f"the drop rate of {name!r} must be a number in [0, 1), got {text!r}")
+    return float(text)
+
+
+def _layers(text: str) -> LayerSlice:
+    bounds = [bound.strip() for bound in text.split(":")]
+    if len(bounds) != 2 or not all(bound == "" or BOUND.fullmatch(bound) for bound in bounds):
+        raise RecipeError(
+            f"can't read the layers [{text}]: write a slice such as [:], [1/2:], [12:24] or [-4:]; one layer is [3:4]"
+        )
+    start, stop = (_bound(bound, text) for bound in bounds)
+    whole = isinstance(stop, Fraction) and stop == 1
+    layers = LayerSlice(None if start == 0 else start, None if whole else stop)
+    if not any(layers.resolve(depth) for depth in DEPTHS):
+        raise RecipeError(f"the layers [{text}] are empty in every model: the start must lie before the stop")
+    return layers
+
+
+def _bound(text: str, layers: str) -> int | Fraction | None:
+    if text == "":
+        return None
+    if "/" not in text:
+        return int(text)
+    numerator, denominator = map(int, text.split("/"))
+    if denominator == 0 or numerator > denominator:
+        raise RecipeError(f"{text!r} in the layers [{layers}] is not a fraction of the depth between 0 and 1")
+    return Fraction(numerator, denominator)
+
+
+def _consistency(text: str) -> tuple[str, float]:
+    name, star, weight = (part.strip() for part in text.partition("*"))
+    CONSISTENCIES[name]
+    if not star:
+        return name, 1.0
+    if not NUMBER.fullmatch(weight) or not math.isfinite(float(weight)) or float(weight) == 0:
+        raise RecipeError(f"the weight of {name!r} must be a positive number, got {weight!r}")
+    return name, float(weight)

@@ -1,0 +1,84 @@
+"""Names of things: how they are found, and what is said when they are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+NAME = re.compile(r"[a-z][a-z0-9_-]*")
+PLUGIN_GROUP = "hiddenkey.plugins"
+
+
+class UnknownNameError(ValueError):
+    """A name that no built-in and no installed plugin has."""
+
+
+class Registry(Generic[T]):
+    """Objects of one kind by name, in the order of registration.
+
+    A name that is not there makes the registry import the modules under the entry-point group
+    `hiddenkey.plugins`, whose decorators add theirs; only then is the name unknown.
+    """
+
+    _plugins_loaded = False
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._objects: dict[str, T] = {}
+
+    def add(self, name: str, thing: T) -> None:
+        """Register `thing` as `name`; raises ValueError for a malformed or taken name."""
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{self.kind} name {name!r} can't be written in a recipe: "
+                "use lower-case letters, digits, '-' and '_', a letter first"
+            )
+        if name in self._objects:
+            raise ValueError(f"{self.kind} {name!r} is registered already; choose another name")
+        self._objects[name] = thing
+
+    def remove(self, name: str) -> None:
+        """Take a registered name out again (for tests and notebooks)."""
+        del self._objects[name]
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self:
+            raise UnknownNameError(unknown(self.kind, name, self.names()))
+        return self._objects[name]
+
+    def __contains__(self, name: str) -> bool:
+        if name not in self._objects:
+            load_plugins()
+        return name in self._objects
+
+    def __iter__(self) -> Iterator[T]:
+        load_plugins()
+        return iter(self._objects.values())
+
+    def names(self) -> list[str]:
+        load_plugins()
+        return list(self._objects)
+
+
+def unknown(kind: str, name: str, allowed: list[str]) -> str:
+    """The message for a name that does not exist: what was given, what is near, what is allowed."""
+    near = get_close_matches(name.lower(), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(allowed)}"
+
+
+def load_plugins() -> None:
+    """Import every installed plugin module once; a plugin that fails to import is an error."""
+    if Registry._plugins_loaded:
+        return
+    Registry._plugins_loaded = True
+    for plugin in entry_points(group=PLUGIN_GROUP):
+        try:
+            plugin.load()
+        except Exception as error:
+            raise ImportError(f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load") from error
