@@ -20,7 +20,7 @@ ROOMS = {
     "axes.position": ("register_position",),
     "axes.compensation": ("register_compensation",),
     "hf.plan": ("plan", "Plan", "PlanError"),
-    "hf.attach": ("attach", "Attachment"),
+    "hf.attach": ("attach", "find_attachment", "Attachment"),
     "hf.step": ("consistency_step", "StepLoss"),
     "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
     "hf.saving": ("save_recipe", "load_recipe"),
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .dropout import StructuredDropout as StructuredDropout
     from .hf.attach import Attachment as Attachment
     from .hf.attach import attach as attach
+    from .hf.attach import find_attachment as find_attachment
     from .hf.plan import Plan as Plan
     from .hf.plan import PlanError as PlanError
     from .hf.plan import plan as plan

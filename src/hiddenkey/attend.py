@@ -106,21 +106,17 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
 
     logits: (B, H, Q, K); visible, keeps: bool, broadcastable to it.
     """
-    allowed = logits.new_ones((), dtype=torch.bool) if visible is None else visible
+    allowed = torch.ones_like(logits[:1, :1, :1], dtype=torch.bool) if visible is None else visible
+    alive = allowed.any(-1, keepdim=True)
+    # A row that sees nothing is computed as if it saw everything, and zeroed at the end: no NaN on the way.
+    allowed = allowed | ~alive
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "logits":
             allowed = allowed & guard(keep, allowed)
-    weights = masked_softmax(logits, allowed)
+    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "weights":
             weights = compensate(drop, weights * guard(keep, allowed))
-    return weights
-
-
-def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the allowed entries; a row without any is zero, and so is its gradient."""
-    alive = allowed.any(-1, keepdim=True)
-    weights = logits.masked_fill(~(allowed | ~alive), -torch.inf).softmax(-1)
     return weights * alive
 
 

@@ -72,5 +72,10 @@ class Tally:
         """The realised drop rate; NaN before the first draw."""
         return float("nan") if self.dropped is None else self.dropped.item() / self.drawn
 
-    def reset(self) -> None:
-        self.dropped, self.drawn = None, 0
+    def merge(self, other: Tally) -> None:
+        """Add another tally's counts to this one's."""
+        if other.dropped is not None:
+            self.dropped = (
+                other.dropped if self.dropped is None else self.dropped + other.dropped.to(self.dropped.device)
+            )
+            self.drawn += other.drawn

@@ -1,0 +1,103 @@
+"""The command line: one dataclass per command, made into flags by tyro."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import hiddenkey
+from hiddenkey.lab.config import TrainConfig
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Show what a recipe would drop where, without weights and without training."""
+
+    model: tyro.conf.Positional[str]
+    """Hub name or local folder of the model."""
+    recipe: tyro.conf.Positional[str]
+    """For instance hiddenkey@0.1."""
+    task: Literal["auto", "classification", "causal-lm"] = "auto"
+    """Head of the model; auto takes the published one."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+def run_train(config: TrainConfig) -> None:
+    """Train and say where the results are."""
+    from hiddenkey.lab.quiet import quieten
+    from hiddenkey.lab.run import train
+
+    quieten()
+    result = train(config)
+    print("last epoch:", _metrics(result.last))
+    print(f"best epoch by {result.metric}:", _metrics(result.best))
+    print(f"adapter: {result.adapter}\nresult: {config.out}/result.json")
+
+
+def run_plan(command: PlanCommand) -> None:
+    """Print the plan."""
+    from hiddenkey.lab.models import build_skeleton
+
+    heads = {
+        "auto": "",
+        "classification": "AutoModelForSequenceClassification",
+        "causal-lm": "AutoModelForCausalLM",
+    }
+    recipe = hiddenkey.parse(command.recipe)
+    print(hiddenkey.plan(build_skeleton(command.model, heads[command.task], command.trust_remote_code), recipe))
+
+
+RUNNERS: dict[type, Callable[[Any], None]] = {TrainConfig: run_train, PlanCommand: run_plan}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The program `hiddenkey`. Mistakes of the user exit with 2 and one message, Ctrl-C with 130."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"hiddenkey {hiddenkey.__version__}")
+        return
+    try:
+        command = _parse(arguments)
+        RUNNERS[type(command)](command)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        sys.stderr.write(f"hiddenkey: {error}\n")
+        sys.exit(USER_ERROR)
+
+
+def _parse(arguments: list[str]) -> Any:
+    defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
+    if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
+        from hiddenkey.lab.config_file import read_fields
+
+        defaults |= read_fields(arguments.pop(1))
+    train = tyro.conf.subcommand("train", default=TrainConfig(**defaults))
+    commands = Annotated[TrainConfig, train] | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    return tyro.cli(
+        commands,
+        prog="hiddenkey",
+        description="Structured dropout and consistency losses for LoRA fine-tuning.",
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def _is_users(error: Exception) -> bool:
+    ours = type(error).__module__.partition(".")[0] == "hiddenkey"
+    return isinstance(error, OSError) or (ours and isinstance(error, ValueError))
+
+
+def _metrics(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,185 @@
+"""The only code that changes a model: attach a plan, and give everything back."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..axes.pattern import PATTERNS
+from ..drop import Tally
+from ..recipe import Recipe
+from .backend import PREFIX, SITE, wrapped_name
+from .dropouts import give_back, silence
+from .plan import Plan, Site, plan
+from .sites import AttentionSite, Documents, StreamSite
+from .softmax import OwnSoftmax
+from .structure import Layer, uses_interface
+
+MARK = "hiddenkey_attachment"
+ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
+    """Attach `recipe` to a transformers model, with or without PEFT around it.
+
+    Attach after `get_peft_model`. The drops are active while the modules are in training mode; the model's own
+    dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
+
+    Raises ValueError where a recipe is attached already, and what `plan` raises.
+    """
+    earlier = find_attachment(model)
+    if earlier is not None:
+        raise ValueError(
+            f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
+            "(hiddenkey.find_attachment(model)) before attaching another"
+        )
+    return Attachment(model, plan(model, recipe))
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """The handle of the recipe attached to the model or to a model inside it, or None."""
+    return next((vars(module)[MARK] for module in model.modules() if MARK in vars(module)), None)
+
+
+class Attachment:
+    """A recipe at work on a model.
+
+    plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.sites: list[tuple[str, AttentionSite | StreamSite]] = []
+        self._documents: dict[str, Documents] = {}
+        self._handles: list[RemovableHandle] = []
+        self._hooked: dict[str, nn.Module] = {}
+        self._configs: list[tuple[Any, str]] = []
+        live = [site for site in plan.sites if site.drop.p > 0]
+        for site in live:
+            if site.side != "attention":
+                self._attach_stream(site)
+        for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
+            self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
+        silence(model, plan.own_dropouts)
+        self._handles.append(model.register_forward_pre_hook(self._verify))
+        setattr(model, MARK, self)
+        ATTACHED.add(self)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    def rates(self) -> dict[str, float]:
+        """Realised drop rates since attaching, by site ("position module.path"); NaN before its first draw."""
+        return {
+            f"{drop.position} {path}": tally.rate
+            for path, site in self.sites
+            for drop, tally in zip(site.drops, site.tallies, strict=True)
+        }
+
+    def position_rates(self) -> dict[str, float]:
+        """Realised drop rates since attaching, by position, over all cells drawn there."""
+        totals: dict[str, Tally] = {}
+        for _, site in self.sites:
+            for drop, tally in zip(site.drops, site.tallies, strict=True):
+                totals.setdefault(drop.position, Tally()).merge(tally)
+        return {position: tally.rate for position, tally in totals.items()}
+
+    def detach(self) -> None:
+        """Take every hook, site and name off the model and give its own dropouts back; again: nothing happens."""
+        if vars(self.model).get(MARK) is not self:
+            return
+        delattr(self.model, MARK)
+        ATTACHED.discard(self)
+        for handle in self._handles:
+            handle.remove()
+        for path, site in self.sites:
+            if isinstance(site, AttentionSite):
+                vars(self.model.get_submodule(path)).pop(SITE, None)
+        for config, name in self._configs:
+            if not any(config is other for attachment in ATTACHED for other, _ in attachment._configs):
+                config._attn_implementation_internal = name
+        give_back(self.model, self.plan.own_dropouts)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        ATTACHED.add(self)
+
+    def _attach_attention(self, path: str, sites: list[Site]) -> None:
+        module = self.model.get_submodule(path)
+        site = AttentionSite([site.drop for site in sites])
+        self.sites.append((path, site))
+        setattr(module, SITE, site)
+        if uses_interface(module):
+            self._rename_backend(module.config)
+        else:
+            own = OwnSoftmax(site)
+            self._handles.append(module.register_forward_pre_hook(own.before))
+            self._handles.append(module.register_forward_hook(own.after, always_call=True))
+
+    def _rename_backend(self, config: Any) -> None:
+        if not any(config is known for known, _ in self._configs):
+            name = wrapped_name(config._attn_implementation)
+            self._configs.append((config, name))
+            config._attn_implementation_internal = PREFIX + name
+
+    def _attach_stream(self, planned: Site) -> None:
+        module = self.model.get_submodule(planned.path)
+        site = StreamSite(planned.drop, planned.side, self._documents_of(planned))
+        self.sites.append((planned.path, site))
+        self._hooked[planned.path] = module
+        if planned.side == "output":
+            self._handles.append(module.register_forward_hook(site.after))
+        else:
+            self._handles.append(module.register_forward_pre_hook(site.before, with_kwargs=True))
+
+    def _documents_of(self, site: Site) -> Documents | None:
+        """Who tells the site where documents begin and end: its layer's attention, or the last layer's."""
+        if not PATTERNS[site.drop.pattern].needs_segments:
+            return None
+        if site.drop.position == "input":
+            return Documents()
+        layer = self._layer(site)
+        if layer.path not in self._documents:
+            documents = Documents()
+            self._documents[layer.path] = documents
+            attention = self.model.get_submodule(layer.attentions[0])
+            self._handles.append(attention.register_forward_pre_hook(documents.before, with_kwargs=True))
+        return self._documents[layer.path]
+
+    def _layer(self, site: Site) -> Layer:
+        stacks = self.plan.structure.stacks
+        if site.layer is None:
+            return stacks[-1].layers[-1]
+        path, index = site.layer
+        return next(stack for stack in stacks if stack.path == path).layers[index]
+
+    def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Fail loudly where something took us off the model since attach."""
+        if not module.training or torch.compiler.is_compiling():
+            return
+        for config, name in self._configs:
+            if config._attn_implementation != PREFIX + name:
+                raise RuntimeError(
+                    f"the attention implementation was changed to {config._attn_implementation!r} after attach, so "
+                    f"'{self.recipe}' would be ignored; detach, change it, and attach again"
+                )
+        for path, hooked in self._hooked.items():
+            if getattr(self.model.get_submodule(path), "base_layer", None) is hooked:
+                raise RuntimeError(
+                    f"an adapter was put around {path} after attach, so '{self.recipe}' would miss its part; "
+                    "call get_peft_model first and attach to its result"
+                )

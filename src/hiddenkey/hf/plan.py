@@ -1,0 +1,117 @@
+"""Recipe × model → plan: what will be dropped where. Pure: the model is only looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..axes.position import POSITIONS, Side
+from ..recipe import Drop, Recipe, parse
+from .backend import check_backend
+from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
+from .plan_text import describe
+from .structure import Layer, Stack, Structure, find_transformer, read
+
+
+class PlanError(ValueError):
+    """A recipe that does not fit a model: what was asked, what the model has, what to write instead."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where one drop is at work.
+
+    path: the module; side: its attention, its input or its output. layer: (stack path, index) or None.
+    """
+
+    drop: Drop
+    path: str
+    side: Side
+    layer: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `attach` will do to a model. `print(plan)` shows it.
+
+    own_dropouts: the model's own rates, set to 0. adapter_dropouts: `lora_dropout`, left as they are.
+    """
+
+    recipe: Recipe
+    model: str
+    structure: Structure
+    sites: tuple[Site, ...]
+    own_dropouts: tuple[OwnDropout, ...]
+    adapter_dropouts: tuple[OwnDropout, ...]
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
+    """What `recipe` drops where in `model`; changes nothing.
+
+    Raises RecipeError for a recipe that does not parse; PlanError where a drop finds no site, a slice holds no
+    layer, two drops meet, or the attention backend would ignore us; ValueError where there is no transformers
+    model.
+    """
+    recipe = parse(recipe)
+    structure = read(model)
+    name = type(find_transformer(model)[1]).__name__
+    sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, name))
+    _check_overlap(sites)
+    for site in sites:
+        if site.side == "attention":
+            problem = check_backend(site.path, model.get_submodule(site.path))
+            if problem:
+                raise PlanError(f"'{site.drop}' can't work in {name}: {problem}")
+    return Plan(recipe, name, structure, sites, tuple(own_dropouts(model)), tuple(adapter_dropouts(model)))
+
+
+def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:
+    position = POSITIONS[drop.position]
+    if position.per_layer:
+        found = [
+            Site(drop, path, side, (stack.path, index))
+            for stack in structure.stacks
+            for index, layer in _layers(drop, stack)
+            for path, side in position.locate(layer)
+        ]
+    else:
+        found = [Site(drop, path, side, None) for path, side in position.locate(structure)]
+    if not found:
+        raise PlanError(f"'{drop}' finds no site in {model}: {_why_none(drop, structure)}")
+    return found
+
+
+def _layers(drop: Drop, stack: Stack) -> Iterator[tuple[int, Layer]]:
+    depth = len(stack.layers)
+    if drop.layers is not None:
+        chosen = drop.layers.resolve(depth)
+    else:
+        chosen = range(depth // 2, depth) if stack.latter_half else range(depth)
+    return ((index, stack.layers[index]) for index in chosen)
+
+
+def _why_none(drop: Drop, structure: Structure) -> str:
+    if not structure.stacks:
+        return "no layer with an attention module was found; please report the architecture"
+    depths = ", ".join(f"{len(stack.layers)} in {stack.path}" for stack in structure.stacks)
+    if drop.layers is not None and not any(drop.layers.resolve(len(stack.layers)) for stack in structure.stacks):
+        return f"the slice [{drop.layers}] holds none of its layers ({depths}); choose another, or leave it out"
+    usable = []
+    for position in POSITIONS:
+        views = [layer for stack in structure.stacks for layer in stack.layers] if position.per_layer else [structure]
+        if any(True for view in views for _ in position.locate(view)):
+            usable.append(position.name)
+    return f"its {drop.position!r} was not found; positions found there: {', '.join(usable)}"
+
+
+def _check_overlap(sites: tuple[Site, ...]) -> None:
+    taken: dict[tuple[str, str], Drop] = {}
+    for site in sites:
+        other = taken.setdefault((site.drop.position, site.path), site.drop)
+        if other is not site.drop:
+            raise PlanError(f"'{other}' and '{site.drop}' meet at {site.path}: give them layers that do not overlap")

@@ -1,0 +1,117 @@
+"""The small objects that sit on a module and drop. They are plain data, so a model with them copies and pickles."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attend import segments, split_mask
+from ..axes.grid import Grid
+from ..axes.pattern import PATTERNS
+from ..axes.position import Side
+from ..drop import Tally, draw
+from ..dropout import drop_stream
+from ..recipe import Drop
+
+MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
+
+
+class AttentionSite:
+    """The drops inside one attention module, with a tally each."""
+
+    side: Side = "attention"
+
+    def __init__(self, drops: Sequence[Drop]) -> None:
+        self.drops = tuple(drops)
+        self.tallies = [Tally() for _ in self.drops]
+
+    def draw(self, shape: tuple[int, int, int, int], device: torch.device, visible: Tensor | None) -> list[Tensor]:
+        """One keep mask per drop over (B, Hkv, Q, K), counted."""
+        grid = Grid.attention(shape, device, segments(visible, shape))
+        keeps = [draw(drop, grid) for drop in self.drops]
+        for keep, tally in zip(keeps, self.tallies, strict=True):
+            tally.add(keep)
+        return keeps
+
+
+class Documents:
+    """Where documents begin and end in the sequence a layer is working on, read off its attention mask.
+
+    Sits before an attention module, because that is called again when activation checkpointing recomputes the
+    layer; a note of the batch would by then belong to another one.
+    """
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, int] | None = None
+        self.segments: Tensor | None = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook with keywords."""
+        if module.training:
+            self.shape, self.segments = documents(module, args, kwargs)
+
+    def view(self, x: Tensor) -> Tensor:
+        """Fold a flat (B·T, D) stream back to (B, T, D)."""
+        if x.dim() == 2 and self.shape is not None and x.shape[0] == self.shape[0] * self.shape[1]:
+            return x.view(*self.shape, -1)
+        return x
+
+
+class StreamSite:
+    """One drop at the input or output of a module."""
+
+    def __init__(self, drop: Drop, side: Side, documents: Documents | None) -> None:
+        self.drops, self.side, self.documents = (drop,), side, documents
+        self.tallies = [Tally()]
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: drop from the output, or from the first of several."""
+        if not module.training:
+            return output
+        if isinstance(output, tuple):
+            return (self._drop(output[0]), *output[1:])
+        return self._drop(output)
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook with keywords: drop from the first argument, or from `hidden_states`."""
+        if not module.training:
+            return args, kwargs
+        if self.documents is not None:
+            self.documents.before(module, args, kwargs)
+        if args:
+            return (self._drop(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._drop(kwargs["hidden_states"])}
+
+    def _drop(self, x: Tensor) -> Tensor:
+        drop = self.drops[0]
+        folded = x if self.documents is None else self.documents.view(x)
+        marks = None if self.documents is None else self.documents.segments
+        if PATTERNS[drop.pattern].needs_segments and folded.dim() < 3:
+            raise ValueError(
+                f"'{drop}' needs a sequence of tokens, but this model passes vectors of shape {tuple(x.shape)} "
+                "here; use the pattern element or column"
+            )
+        return drop_stream(folded, drop, segments=marks, tally=self.tallies[0]).view(x.shape)
+
+
+def documents(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[int, int] | None, Tensor | None]:
+    """((B, T), segments) from the arguments of a layer's or an attention module's forward."""
+    parameters = list(inspect.signature(module.forward).parameters)
+    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    states = given.get("hidden_states", args[0] if args else None)
+    mask = next((given[name] for name in MASK_ARGUMENTS if given.get(name) is not None), None)
+    if not isinstance(states, Tensor) or states.dim() != 3:
+        return None, None
+    batch, length = states.shape[:2]
+    visible, _ = split_mask(mask)
+    if visible is not None and visible.dim() == 4:
+        return (batch, length), segments(visible, (batch, 1, length, visible.shape[-1]))
+    return (batch, length), None if visible is None else visible.long()

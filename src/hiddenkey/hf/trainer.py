@@ -1,0 +1,129 @@
+"""Trainers with drops and consistency: a mixin for any transformers trainer, and `DropTrainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..recipe import Recipe, parse
+from .attach import Attachment, attach, find_attachment
+from .saving import load_recipe, save_recipe
+from .step import StepLoss, consistency_step
+
+
+class ConsistencyMixin:
+    """Put before a transformers trainer class: `class MyTrainer(ConsistencyMixin, Trainer)`.
+
+    The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
+    gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
+    from one of another recipe is a ValueError.
+    """
+
+    model: nn.Module
+    args: Any
+    accelerator: Any
+    model_accepts_loss_kwargs: bool
+    compute_loss_func: Any
+    get_tp_size: Any
+
+    @property
+    def attachment(self) -> Attachment:
+        """The handle of the attached recipe; raises ValueError where there is none."""
+        attachment = find_attachment(self.model)
+        if attachment is None:
+            raise ValueError(
+                "no recipe is attached to the trainer's model; call hiddenkey.attach(model, recipe) first"
+            )
+        return attachment
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        num_items = num_items_in_batch if counted else None
+        step = consistency_step(
+            model,
+            inputs,
+            num_items=num_items,
+            task_loss=self._task_loss,
+            scale=self._consistency_scale(num_items),
+        )
+        self._note(step)
+        return (step.total, step.outputs) if return_outputs else step.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what happened since the last log to a log of the training loss."""
+        if "loss" in logs:
+            logs.update(self._means())
+            logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _task_loss(
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
+    ) -> tuple[Tensor, Any]:
+        return super().compute_loss(model, batch, True, num_items)  # type: ignore[misc]
+
+    def _consistency_scale(self, num_items: Tensor | int | None) -> float:
+        """The factor by which transformers scales a loss over tokens of all devices, for our term too."""
+        if num_items is None or not self.args.average_tokens_across_devices:
+            return 1.0
+        if self.args.n_gpu > 1:
+            return float(self.args.n_gpu)
+        return float(self.accelerator.num_processes // self.get_tp_size())
+
+    def _note(self, step: StepLoss) -> None:
+        notes = {"task_loss": step.task, "consistency_loss": step.consistency}
+        window = vars(self).setdefault("_window", {})
+        for name, value in notes.items():
+            if value is not None:
+                window.setdefault(name, []).append(value.detach())
+
+    def _means(self) -> dict[str, float]:
+        window: dict[str, list[Tensor]] = vars(self).pop("_window", {})
+        return {name: float(torch.stack(values).mean()) for name, values in window.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save and folder.is_dir():
+            save_recipe(folder, self.attachment.recipe)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved, ours = load_recipe(resume_from_checkpoint), self.attachment.recipe
+        if saved != ours:
+            raise ValueError(
+                f"the checkpoint {resume_from_checkpoint} was trained with the recipe '{saved}', this run uses "
+                f"'{ours}': resume with the former, or start a new run in another output folder"
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+
+class DropTrainer(ConsistencyMixin, Trainer):
+    """transformers' `Trainer` that attaches a recipe to its model.
+
+    recipe: such as "hiddenkey@0.1"; None where the model has one attached already. Everything else is Trainer's.
+    """
+
+    def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
+        self._recipe = None if recipe is None else parse(recipe)
+        super().__init__(*args, **kwargs)
+        if self._recipe is not None and self.model_init is None:
+            attach(self.model, self._recipe)
+        _ = self.attachment
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, with the recipe attached."""
+        model: nn.Module = super().call_model_init(trial)
+        if self._recipe is not None:
+            attach(model, self._recipe)
+        return model

@@ -1,0 +1,87 @@
+"""The adapter folder: a plain PEFT adapter, its tokenizer, its recipe, and a card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hiddenkey
+from hiddenkey.lab.artifacts import ADAPTER, RunResult
+
+_CARD = """---
+base_model: {model}
+library_name: peft
+tags:
+- lora
+- hiddenkey
+---
+
+# {name}
+
+A LoRA adapter for `{model}`, trained on `{data}` ({task}, {rows} rows) with hiddenkey {version}.
+
+- dropout recipe: `{recipe}`
+- rank {r}, alpha {alpha}, learning rate {learning_rate}, {epochs} epochs, batch size {batch}, seed {seed}
+- the adapter is that of the {keep} epoch
+
+| validation | last epoch | best epoch by {metric} |
+|---|---|---|
+{rows_of_metrics}
+
+The adapter needs PEFT alone; the recipe works in training only and changes nothing here.
+
+```python
+from peft import {auto_class}
+
+model = {auto_class}.from_pretrained("path/of/this/folder"{options})
+```
+"""
+
+
+def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
+    """Write `adapter/` beside `result.json`: first under another name, then moved into place.
+
+    Raises:
+        OSError: the disk.
+    """
+    target = Path(result.folder) / ADAPTER
+    part = target.with_name(f".{ADAPTER}.part")
+    for folder in (part, target):
+        if folder.exists():
+            shutil.rmtree(folder)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    hiddenkey.save_recipe(part, hiddenkey.parse(result.recipe))
+    (part / "README.md").write_text(_card(result), encoding="utf-8")
+    part.replace(target)
+
+
+def _card(result: RunResult) -> str:
+    config = result.config
+    names = [name for name in result.last if name.startswith("validation_")]
+    table = [
+        f"| {name.removeprefix('validation_')} | {result.last[name]:.4g} | {result.best[name]:.4g} |"
+        for name in names
+    ]
+    causal = result.task == "causal-lm"
+    return _CARD.format(
+        name=Path(result.folder).name,
+        model=config["model"],
+        data=config["data"],
+        task=result.task,
+        rows=result.data_rows["train"],
+        version=result.versions["hiddenkey"],
+        recipe=result.recipe,
+        r=config["lora_r"],
+        alpha=config["lora_alpha"],
+        learning_rate=config["learning_rate"],
+        epochs=config["epochs"],
+        batch=config["batch_size"],
+        seed=config["seed"],
+        keep=config["keep"],
+        metric=result.metric,
+        rows_of_metrics="\n".join(table),
+        auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
+        options="".join(f", {name}={value!r}" for name, value in result.load_options.items()),
+    )

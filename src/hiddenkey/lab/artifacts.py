@@ -1,0 +1,161 @@
+"""What a run leaves behind: `result.json`, and the adapter with its recipe and card."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.errors import RunError
+
+RESULT = "result.json"
+ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
+_FREE_BYTES = 64 * 2**20
+
+# A folder may be moved, and overwrite says nothing about the run.
+_NOT_OF_THE_RUN = ("out", "overwrite")
+
+Status = Literal["running", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run, as `result.json` holds it. Losses in nats (squared error for regression), times in seconds."""
+
+    folder: str
+    """Where the run lies."""
+    status: Status
+    config: dict[str, Any]
+    """All fields of TrainConfig."""
+    recipe: str
+    """The recipe in its normal form."""
+    plan: str
+    """What was dropped where, as printed."""
+    task: str
+    versions: dict[str, str]
+    commit: str | None
+    """Git commit of the hiddenkey sources, with "+" for changes on top; None outside a checkout."""
+    data_rows: dict[str, int]
+    trainable_parameters: int
+    load_options: dict[str, Any]
+    """Arguments that PEFT's `from_pretrained` needs beside the adapter folder."""
+    metric: str
+    """The metric that chooses the best epoch."""
+    last: dict[str, float]
+    """Metrics of the last epoch: validation_loss, train_loss (without drops), validation_accuracy, …"""
+    best: dict[str, float]
+    """Those of the best epoch."""
+    epochs: list[dict[str, float]]
+    """Those of every epoch."""
+    history: list[dict[str, float]]
+    """Every log entry of the trainer."""
+    drop_rates: dict[str, float | None]
+    """Realised drop rate per position, mean over the log entries."""
+    drop_rates_by_site: dict[str, float | None]
+    """Realised drop rate per site since the last start of the process."""
+    step_seconds: dict[str, float]
+    """Median, 20th and 80th percentile, and number of optimiser steps."""
+    seconds: float
+    """Wall-clock seconds of this process, from the first check to the adapter."""
+    failure: str = ""
+    """Why the run failed."""
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the PEFT adapter."""
+        return Path(self.folder) / ADAPTER
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_result(result: RunResult) -> None:
+    """Write `result.json`; NaN and infinities become null."""
+    text = json.dumps(_finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(Path(result.folder) / RESULT, text + "\n")
+
+
+def read_result(folder: Path) -> RunResult | None:
+    """The run in `folder`, or None where there is none.
+
+    Raises:
+        RunError: a `result.json` that this version did not write.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return RunResult(**{**found, "folder": str(folder)})
+    except (json.JSONDecodeError, TypeError) as error:
+        names = ", ".join(field.name for field in fields(RunResult))
+        raise RunError(f"{path} is not a result of this version ({error}); it should hold: {names}.") from error
+
+
+def open_folder(config: TrainConfig) -> RunResult | None:
+    """Make the folder of a run ready, and give the earlier state of the same run where there is one.
+
+    Raises:
+        RunError: the folder cannot be written, the disk is full, or another run lies there.
+    """
+    folder = Path(config.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / ".writable", "")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunError(f"out = {config.out!r} cannot be written: {error}. Give another folder.") from error
+    require_space(folder, _FREE_BYTES)
+    if config.overwrite:
+        _clear(folder)
+    earlier = read_result(folder)
+    if earlier is not None:
+        _require_same(earlier.config, config)
+    return earlier
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises RunError where fewer than `needed` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"The disk of {folder} has {free / 2**20:.0f} MiB free, the run needs {needed / 2**20:.0f} MiB. "
+            "Free some space or give another folder with --out."
+        )
+
+
+def _clear(folder: Path) -> None:
+    # Only what a run writes: the folder may hold other files.
+    (folder / RESULT).unlink(missing_ok=True)
+    for name in (ADAPTER, CHECKPOINTS):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+
+
+def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
+    now = config.to_dict()
+    names = [name for name in {**now, **earlier} if name not in _NOT_OF_THE_RUN]
+    differing = [name for name in names if now.get(name) != earlier.get(name)]
+    if differing:
+        lines = "\n".join(f"  {name}: {earlier.get(name)!r} there, {now.get(name)!r} now" for name in differing)
+        raise RunError(
+            f"{config.out} holds a run with another configuration:\n{lines}\n"
+            "Give another folder with --out, or --overwrite to delete that run."
+        )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

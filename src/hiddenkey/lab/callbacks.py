@@ -1,0 +1,155 @@
+"""What a run does beside the training loop: watch the loss, keep time, show progress, mark checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hiddenkey.lab.checkpoints import mark_complete
+from hiddenkey.lab.errors import NonFiniteLossError
+
+_LOSSES = ("loss", "task_loss", "consistency_loss")
+
+
+class LossGuard(TrainerCallback):
+    """Stops at the first logged loss that is NaN or infinite."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Raises NonFiniteLossError naming the step, the loss and the ways out."""
+        for name, value in logs.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"{name} is {value} at step {state.global_step} (learning rate {args.learning_rate}). "
+                    "Try a smaller learning_rate, more warmup, a smaller max_grad_norm, "
+                    "or dtype bfloat16 or float32 in the place of float16."
+                )
+
+
+class StepClock(TrainerCallback, ExportableState):
+    """Seconds of every optimiser step, without loading data; carried over in the checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stops it, once the device is done."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self.seconds.append(round(time.perf_counter() - self._started, 6))
+
+
+class Schedule(TrainerCallback):
+    """Logs at the end of each epoch, saves every so many steps, and marks a checkpoint when it is whole."""
+
+    def __init__(self, save_steps: int) -> None:
+        self.save_steps = save_steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Asks for a checkpoint when it is time."""
+        if self.save_steps and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Asks for a log entry."""
+        control.should_log = True
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Marks the checkpoint just written."""
+        mark_complete(Path(args.output_dir), state.global_step)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """As its parent, on the validation part alone: the training part is evaluated too."""
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Counts an epoch without a better metric."""
+        if args.metric_for_best_model in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the losses of the last log entry, and a line for every evaluated part."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        text = TextColumn("{task.description}")
+        losses = TextColumn("{task.fields[losses]}")
+        self.progress = Progress(
+            text, BarColumn(), MofNCompleteColumn(), losses, TimeRemainingColumn(), console=console
+        )
+        self.row = self.progress.add_task(title, losses="", total=None)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Shows the bar."""
+        self.progress.update(self.row, total=state.max_steps, completed=state.global_step)
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Moves it."""
+        self.progress.update(self.row, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Shows the losses."""
+        if "loss" in logs:
+            shown = {name: value for name, value in logs.items() if name in _LOSSES}
+            self.progress.update(self.row, losses=_numbers(shown))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        **_: Any,
+    ) -> None:
+        """Prints the metrics of the validation part, and the loss of the training part."""
+        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if _is_shown(name)}
+        line = f"epoch {state.epoch:g}  {_numbers(shown)}"
+        self.progress.console.print(line, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leaves the terminal as it was."""
+        self.progress.stop()
+
+
+def _is_shown(name: str) -> bool:
+    if name.startswith("eval_validation_"):
+        return not name.endswith(("_runtime", "_per_second"))
+    return name == "eval_train_loss"
+
+
+def _numbers(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,89 @@
+"""Which columns hold the texts and the labels, and so what the task is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from datasets import Dataset
+
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.errors import DataError
+
+TaskName = Literal["classification", "regression", "causal-lm"]
+
+# Usual names, the first that is there wins.
+PROMPT_COMPLETION = (
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("mr", "ref"),
+    ("triples", "texts"),
+)
+TEXTS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("#1 String", "#2 String"),
+    ("sentence",),
+    ("text",),
+)
+LABELS = ("label", "labels", "score", "target", "Quality")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The task and its columns: one or two texts and a label, or prompt and completion."""
+
+    task: TaskName
+    texts: tuple[str, ...]
+    label: str
+
+
+def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
+    """The columns given in `config`, or those of the usual names.
+
+    Raises:
+        DataError: a column is missing, or none has a usual name.
+    """
+    given = [*config.text_columns, config.label_column, config.prompt_column, config.completion_column]
+    require_columns(rows, [name for name in given if name], "training data")
+    if config.prompt_column:
+        return Columns("causal-lm", (config.prompt_column,), config.completion_column)
+    labelled = bool(config.text_columns or config.label_column)
+    pair = None if labelled else _first(PROMPT_COMPLETION, rows)
+    if config.task == "causal-lm":
+        if pair is None:
+            raise _not_found("prompt and completion", "--prompt-column and --completion-column", rows)
+        return Columns("causal-lm", pair[:1], pair[1])
+    texts = config.text_columns or _first(TEXTS, rows)
+    label = config.label_column or next((name for name in LABELS if name in rows.column_names), "")
+    if texts and label:
+        task = config.task if config.task != "auto" else _task_of(rows, label)
+        return Columns(task, texts, label)
+    if pair and config.task == "auto":
+        return Columns("causal-lm", pair[:1], pair[1])
+    raise _not_found("text and label", "--text-columns and --label-column", rows)
+
+
+def require_columns(rows: Dataset, names: list[str], part: str) -> None:
+    """Raises DataError naming the columns of `names` that `rows` lacks, and those that it has."""
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        has = ", ".join(rows.column_names)
+        raise DataError(f"The {part} has no column {', '.join(map(repr, missing))}; its columns are: {has}.")
+
+
+def _first(candidates: tuple[tuple[str, ...], ...], rows: Dataset) -> tuple[str, ...] | None:
+    return next((names for names in candidates if set(names) <= set(rows.column_names)), None)
+
+
+def _task_of(rows: Dataset, label: str) -> TaskName:
+    feature = rows.features[label]
+    return "regression" if getattr(feature, "dtype", "").startswith("float") else "classification"
+
+
+def _not_found(what: str, flags: str, rows: Dataset) -> DataError:
+    has = ", ".join(rows.column_names)
+    return DataError(f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}.")

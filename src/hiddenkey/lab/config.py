@@ -1,0 +1,212 @@
+"""The configuration of a training run: the one place of its names, defaults and help."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hiddenkey.lab.errors import ConfigError
+
+Task = Literal["auto", "classification", "regression", "causal-lm"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Keep = Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a model with LoRA and a dropout recipe: `hiddenkey train [config.yaml] [--flags]`.
+
+    The YAML file uses the same names with underscores; flags go before it in rank.
+    """
+
+    model: str
+    """Hub name or local folder of the pretrained model."""
+    data: str
+    """Hub data set, `glue/rte`, a .csv .tsv .jsonl .json .parquet file, or a folder of train and dev files."""
+    out: str
+    """Folder of this run; the same command on it continues an unfinished run."""
+    recipe: str = "hiddenkey@0.1"
+    """What is dropped where, and the consistency loss; `baseline` drops nothing."""
+
+    task: Task = "auto"
+    """What is learnt; auto reads it off the columns."""
+    data_config: str = ""
+    """Configuration of a hub data set that has several."""
+    validation: str = ""
+    """Validation file, or the name of the validation split of a hub data set."""
+    validation_fraction: float = 0.1
+    """Share of the training rows put aside where the data has no validation part."""
+    text_columns: tuple[str, ...] = ()
+    """One or two text columns; none given: found by their usual names."""
+    label_column: str = ""
+    """Column of the label or score; none given: found by its usual names."""
+    prompt_column: str = ""
+    """Column of the prompt of causal-lm data; lists are joined with "; "."""
+    completion_column: str = ""
+    """Column of the completion of causal-lm data; a list makes one example per text."""
+    separator: str = "\n"
+    """What stands between prompt and completion."""
+    column_names: tuple[str, ...] = ()
+    """Column names of a .csv or .tsv file without a header line."""
+    train_size: int = 0
+    """Train on this many rows, chosen by data_seed; 0 = all."""
+    eval_size: int = 0
+    """Validate on this many rows, chosen by data_seed; 0 = all."""
+    train_eval_size: int = 500
+    """Training rows on which the training loss is measured without drops after every epoch; 0 = none."""
+    data_seed: int = 0
+    """Chooses the split and the subsets, apart from `seed`, so that runs can share their data."""
+    max_length: int = 256
+    """Longest sequence in tokens; what is longer is cut."""
+
+    lora_r: int = 8
+    """Rank of LoRA."""
+    lora_alpha: int = 16
+    """Scale of LoRA; its branch is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.0
+    """PEFT's own dropout on the input of the LoRA branch."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get LoRA; none given: query and value, found by their usual names."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate of AdamW."""
+    epochs: int = 10
+    """Passes over the training rows."""
+    max_steps: int = 0
+    """Stop after this many optimiser steps; 0 = after the epochs."""
+    batch_size: int = 32
+    """Examples per forward pass and device."""
+    eval_batch_size: int = 64
+    """Examples per forward pass and device in evaluation."""
+    gradient_accumulation: int = 1
+    """Forward passes per optimiser step."""
+    weight_decay: float = 0.1
+    """Weight decay of AdamW."""
+    warmup: float = 0.06
+    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    scheduler: Scheduler = "linear"
+    """Shape of the learning rate after the warm-up."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    label_smoothing: float = 0.0
+    """Share of the probability spread over all classes or tokens."""
+    seed: int = 0
+    """Seed of the new weights, the order of the data and the drops."""
+
+    keep: Keep = "last"
+    """Which epoch's adapter is written: the last one's, or the best one's by `metric`."""
+    metric: str = ""
+    """Validation metric of the best epoch; none given: the task's first (accuracy, pearson, nll)."""
+    patience: int = 0
+    """Stop after this many epochs without a better metric; 0 = never."""
+
+    dtype: Dtype = "float32"
+    """Type of the frozen weights and of autocast; what is trained stays float32."""
+    attn_implementation: str = ""
+    """Attention backend of transformers; none given: the model's default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+    save_steps: int = 0
+    """Also save a checkpoint every so many steps; 0 = at the end of each epoch only."""
+    log_steps: int = 10
+    """Steps between two log entries."""
+    overwrite: bool = False
+    """Delete an earlier run in the folder and start anew."""
+
+    def check(self) -> None:
+        """Check every value on its own.
+
+        Raises:
+            ConfigError: a value of the wrong type or out of its range.
+        """
+        for name, hint in FIELD_TYPES.items():
+            convert(name, hint, getattr(self, name))
+        for name, (holds, allowed) in _RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ConfigError(f"{name} = {value!r} is not allowed: {allowed}.")
+        if bool(self.prompt_column) != bool(self.completion_column):
+            raise ConfigError("prompt_column and completion_column come together: give both or neither.")
+        if self.prompt_column and self.task in ("classification", "regression"):
+            raise ConfigError(f"task {self.task!r} has text_columns and label_column, not prompt_column.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON or YAML."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+FIELD_TYPES: dict[str, Any] = {field.name: get_type_hints(TrainConfig)[field.name] for field in fields(TrainConfig)}
+
+
+def convert(name: str, hint: Any, value: Any) -> Any:
+    """`value` as the type of the field `name`; a list becomes a tuple, "1e-4" and 1 become floats.
+
+    Raises:
+        ConfigError: the value has another type.
+    """
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{name} = {value!r} is not allowed: it is one of {', '.join(get_args(hint))}.")
+        return value
+    if isinstance(hint, types.GenericAlias):
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ConfigError(f"{name} = {value!r} is not allowed: it is a list of names, such as [a, b].")
+    if hint is float:
+        return _as_float(name, value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        kind = {int: "a whole number", str: "a text", bool: "true or false"}[hint]
+        raise ConfigError(f"{name} = {value!r} is not allowed: it is {kind}.")
+    return value
+
+
+def _as_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.")
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.") from None
+
+
+def _filled(value: str) -> bool:
+    return bool(value.strip())
+
+
+def _at_least_one(value: float) -> bool:
+    return value >= 1
+
+
+def _not_negative(value: float) -> bool:
+    return 0 <= value < float("inf")
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < float("inf")
+
+
+def _share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+_RULES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("model", "data", "out", "recipe"), (_filled, "it needs a value")),
+    **dict.fromkeys(
+        ("lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "log_steps"),
+        (_at_least_one, "it is a whole number of 1 or more"),
+    ),
+    **dict.fromkeys(
+        ("train_size", "eval_size", "train_eval_size", "max_steps", "patience", "save_steps", "seed", "data_seed"),
+        (_not_negative, "it is a whole number of 0 or more"),
+    ),
+    **dict.fromkeys(("weight_decay", "warmup"), (_not_negative, "it is 0 or more")),
+    **dict.fromkeys(("learning_rate", "max_grad_norm"), (_positive, "it is more than 0")),
+    **dict.fromkeys(("lora_dropout", "label_smoothing"), (_share, "it is from 0 to below 1")),
+    "max_length": (lambda value: value >= 2, "it is 2 tokens or more"),
+    "validation_fraction": (lambda value: 0 < value < 1, "it is between 0 and 1, both excluded"),
+    "text_columns": (lambda value: len(value) <= 2, "a model reads one or two texts"),
+}

@@ -1,0 +1,50 @@
+"""Reading a configuration from YAML."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hiddenkey.lab.config import FIELD_TYPES, TrainConfig, convert
+from hiddenkey.lab.errors import ConfigError
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields a YAML file sets, in the types of `TrainConfig`.
+
+    Raises:
+        ConfigError: not a mapping of known names to values of their types.
+        OSError: the file cannot be read.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")
+    for name in given:
+        if name not in FIELD_TYPES:
+            raise ConfigError(f"{path}: {_unknown(str(name))}")
+    return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A whole `TrainConfig` from a YAML file.
+
+    Raises:
+        ConfigError: as `read_fields`, or model, data or out is missing.
+        OSError: the file cannot be read.
+    """
+    given = read_fields(path)
+    missing = [name for name in ("model", "data", "out") if name not in given]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; a run needs model, data and out.")
+    return TrainConfig(**given)
+
+
+def _unknown(name: str) -> str:
+    nearest = difflib.get_close_matches(name, FIELD_TYPES, n=1, cutoff=0)
+    return f"unknown name {name!r}; did you mean {nearest[0]!r}? Allowed: {', '.join(FIELD_TYPES)}."

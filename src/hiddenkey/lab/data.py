@@ -1,0 +1,174 @@
+"""From the rows of a source to checked examples: labels, split, subset."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from hiddenkey.lab.columns import Columns, TaskName, find_columns, require_columns
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.errors import DataError
+from hiddenkey.lab.sources import read_source
+
+_SHOWN_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Two parts with the same columns.
+
+    Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt` and
+    `completion`. `label_names` are the classes in the order of their numbers, empty for the other tasks.
+    """
+
+    task: TaskName
+    train: Dataset
+    validation: Dataset
+    label_names: tuple[str, ...] = ()
+
+
+def load_examples(config: TrainConfig) -> Examples:
+    """Read, check, split and cut the data of `config`; the same seed gives the same rows.
+
+    Raises:
+        DataError: missing columns, rows without text or label, a label unknown to training, too few rows.
+        OSError: the data cannot be read.
+    """
+    source = read_source(config)
+    columns = find_columns(config, source.train)
+    train, validation = source.train, source.validation
+    _check_rows(train, columns, "training data")
+    if validation is None:
+        train, validation = _split(train, config)
+    else:
+        require_columns(validation, [*columns.texts, columns.label], "validation data")
+        _check_rows(validation, columns, "validation data")
+    names = _label_names(train, columns.label) if columns.task == "classification" else ()
+    train = _subset(train, config.train_size, config.data_seed, "train_size")
+    validation = _subset(validation, config.eval_size, config.data_seed, "eval_size")
+    return Examples(
+        task=columns.task,
+        train=_normalise(train, columns, names, "training data"),
+        validation=_normalise(validation, columns, names, "validation data"),
+        label_names=names,
+    )
+
+
+def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
+    if len(rows) == 0:
+        raise DataError(f"The {part} has no rows.")
+    for name in columns.texts:
+        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(rows[name]) if v is None])
+    hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
+    what = "completion" if columns.task == "causal-lm" else "label"
+    unlabelled = [i for i, value in enumerate(rows[columns.label]) if _is_missing(value, hidden)]
+    _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
+
+
+def _is_missing(value: Any, hidden: int | None) -> bool:
+    if value is None or value in ("", []) or (hidden is not None and value == hidden):
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _refuse(part: str, fault: str, rows: list[int]) -> None:
+    if not rows:
+        return
+    shown = ", ".join(str(row + 1) for row in rows[:_SHOWN_ROWS])
+    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+    raise DataError(
+        f"The {part} has {fault} in {len(rows)} rows: {shown}{more} (counted from 1, without a header). "
+        "Fill these rows or take them out."
+    )
+
+
+def _split(rows: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    held_out = max(1, round(config.validation_fraction * len(rows)))
+    if held_out >= len(rows):
+        raise DataError(f"{len(rows)} rows cannot be split into training and validation; give more rows.")
+    parts = rows.train_test_split(test_size=held_out, seed=config.data_seed)
+    return parts["train"], parts["test"]
+
+
+def _subset(rows: Dataset, size: int, seed: int, field: str) -> Dataset:
+    if size > len(rows):
+        raise DataError(f"{field} = {size}, but there are {len(rows)} rows; give {len(rows)} or fewer, or 0 for all.")
+    return rows.shuffle(seed=seed).select(range(size)) if size else rows
+
+
+def _label_names(rows: Dataset, column: str) -> tuple[str, ...]:
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    names = {_canonical(value) for value in rows[column]}
+    if len(names) < 2:
+        raise DataError(f"Column {column!r} holds one label only, {names.pop()!r}; classification needs two or more.")
+    if len(names) > 20 and len(names) > len(rows) / 2:
+        raise DataError(
+            f"Column {column!r} holds {len(names)} different labels in {len(rows)} rows: too many for classes. "
+            "Give --task regression or another --label-column."
+        )
+    return tuple(sorted(names, key=_numbers_first))
+
+
+def _canonical(value: Any) -> str:
+    # A column with an odd value may be read as floats or texts in one file and as integers in another.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _numbers_first(name: str) -> tuple[int, float, str]:
+    try:
+        return (0, float(name), name)
+    except ValueError:
+        return (1, 0.0, name)
+
+
+def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: str) -> Dataset:
+    if columns.task == "causal-lm":
+        return _pairs(rows, columns)
+    values: dict[str, list[Any]] = {"first": [str(text) for text in rows[columns.texts[0]]]}
+    if len(columns.texts) == 2:
+        values["second"] = [str(text) for text in rows[columns.texts[1]]]
+    labels = list(rows[columns.label])
+    values["label"] = (
+        _scores(labels, columns) if columns.task == "regression" else _classes(labels, rows, columns, names, part)
+    )
+    return Dataset.from_dict(values)
+
+
+def _pairs(rows: Dataset, columns: Columns) -> Dataset:
+    prompts, completions = [], []
+    for prompt, completion in zip(rows[columns.texts[0]], rows[columns.label], strict=True):
+        text = "; ".join(map(str, prompt)) if isinstance(prompt, list) else str(prompt)
+        for target in completion if isinstance(completion, list) else [completion]:
+            prompts.append(text)
+            completions.append(str(target))
+    return Dataset.from_dict({"prompt": prompts, "completion": completions})
+
+
+def _scores(labels: list[Any], columns: Columns) -> list[float]:
+    try:
+        scores = [float(label) for label in labels]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Column {columns.label!r} holds something that is not a number: {error}.") from error
+    if not all(map(math.isfinite, scores)):
+        raise DataError(f"Column {columns.label!r} holds a score that is not finite.")
+    return scores
+
+
+def _classes(labels: list[Any], rows: Dataset, columns: Columns, names: tuple[str, ...], part: str) -> list[int]:
+    if isinstance(rows.features[columns.label], ClassLabel):
+        return labels
+    number = {name: index for index, name in enumerate(names)}
+    found = [_canonical(label) for label in labels]
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise DataError(
+            f"The {part} has labels that training has not: {', '.join(unknown)}; training has {', '.join(names)}."
+        )
+    return [number[name] for name in found]

@@ -1,0 +1,21 @@
+"""The errors of this room: each names what was given, what is allowed, and the way out."""
+
+
+class LabError(ValueError):
+    """A mistake in what a person gave, told in one message; the command line shows it without a traceback."""
+
+
+class ConfigError(LabError):
+    """An unknown name or a value out of its range in a configuration."""
+
+
+class DataError(LabError):
+    """Data that cannot be trained on as it is: a missing column, rows without a label, nothing left."""
+
+
+class RunError(LabError):
+    """An output folder that cannot be used: unwritable, full, or holding another run."""
+
+
+class NonFiniteLossError(LabError):
+    """The loss became NaN or infinite, so training stopped."""

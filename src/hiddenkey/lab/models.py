@@ -1,0 +1,144 @@
+"""Models and tokenizers: the structure alone, the pretrained weights, and LoRA on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.errors import ConfigError
+from hiddenkey.lab.tasks import Task
+
+# The names of query and value in transformers, then of projections that hold both in one; the first found wins.
+QUERY_AND_VALUE = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("q", "v"),
+    ("c_attn",),
+    ("qkv_proj",),
+    ("query_key_value",),
+    ("Wqkv",),
+    ("in_proj",),
+)
+
+
+def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """The structure of a model without weights, in no time and no memory.
+
+    `model_class` is an Auto class of transformers; empty, the class the model was published as, or a sequence
+    classifier where that has no head.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: the model cannot be built with that head.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    auto = getattr(transformers, model_class or _published_class(config))
+    build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+    with torch.device("meta"):
+        try:
+            return build(config)
+        except ValueError as error:
+            raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {error}") from error
+
+
+def _published_class(config: Any) -> str:
+    published = (config.architectures or [""])[0]
+    headless = not hasattr(transformers, published) or published.endswith("Model")
+    return "AutoModelForSequenceClassification" if headless else published
+
+
+def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
+    """The tokenizer of the model, with a pad token and room for `max_length`.
+
+    Raises:
+        OSError: no such tokenizer.
+        ConfigError: no token can pad, or the model takes fewer tokens than `max_length`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"The tokenizer of {config.model} has no pad, eos or unk token; add a pad token to it.")
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limit = min(value for value in limits if value is not None)
+    if config.max_length > limit:
+        raise ConfigError(
+            f"max_length = {config.max_length}, but {config.model} takes {limit}; give {limit} or less."
+        )
+    return tokenizer
+
+
+def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
+    """The pretrained model with LoRA on its query and value, and whatever is new in it trained whole.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: no module to put LoRA on.
+    """
+    options = task.model_options() | (
+        {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    )
+    model, loading = getattr(transformers, task.model_class).from_pretrained(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **options,
+    )
+    if model.config.pad_token_id is None:  # a classifier on a decoder finds the last token by it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    lora = LoraConfig(
+        task_type=task.peft_type,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=find_targets(model, config.target_modules),
+        modules_to_save=_new_modules(loading["missing_keys"]),
+    )
+    peft_model = get_peft_model(model, lora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
+    """Names of the linear layers that get LoRA.
+
+    Raises:
+        ConfigError: a name that no linear layer has, or none of the usual names.
+    """
+    present = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    }
+    if asked:
+        unknown = sorted(set(asked) - present)
+        if unknown:
+            raise ConfigError(
+                f"target_modules: no linear layer named {', '.join(unknown)}; there are {', '.join(sorted(present))}."
+            )
+        return list(asked)
+    found = next((names for names in QUERY_AND_VALUE if set(names) <= present), None)
+    if found is None:
+        raise ConfigError(
+            "No query and value of a usual name for LoRA; name layers with --target-modules. "
+            f"Linear layers: {', '.join(sorted(present))}."
+        )
+    return list(found)
+
+
+def _new_modules(missing_keys: set[str]) -> list[str] | None:
+    # What the checkpoint lacks is drawn at random: frozen, it would be lost with the run, so it is trained and saved.
+    modules = {key.rpartition(".")[0] for key in missing_keys}
+    heads = {name if not name.startswith(("classifier.", "score.")) else name.split(".")[0] for name in modules}
+    return sorted(heads) or None

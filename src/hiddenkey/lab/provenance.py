@@ -1,0 +1,44 @@
+"""Where a result comes from: versions and commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import hiddenkey
+
+_PACKAGES = ("hiddenkey", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that shape a result."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def commit() -> str | None:
+    """Commit of the hiddenkey checkout that runs, with "+" for changes on top; None where it is installed."""
+    package = Path(hiddenkey.__file__).resolve().parent
+    root = _git(package, "rev-parse", "--show-toplevel")
+    if root is None or Path(root) / "src" / "hiddenkey" != package:
+        return None
+    head = _git(package, "rev-parse", "--verify", "--quiet", "HEAD")
+    if head is None:
+        return None
+    return head + ("+" if _git(package, "status", "--porcelain") else "")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,14 @@
+"""Less noise from the libraries below, for programs that show their own progress."""
+
+import warnings
+
+import datasets
+import transformers
+
+
+def quieten() -> None:
+    """Hide the progress bars and notices of transformers and datasets; errors stay."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b.*")

@@ -1,0 +1,185 @@
+"""One training run, from a configuration to an adapter."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PrinterCallback, set_seed
+
+import hiddenkey
+from hiddenkey.lab import provenance, summary
+from hiddenkey.lab.adapter import save_adapter
+from hiddenkey.lab.artifacts import CHECKPOINTS, RunResult, open_folder, require_space, write_result
+from hiddenkey.lab.callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
+from hiddenkey.lab.checkpoints import last_checkpoint
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.data import Examples, load_examples
+from hiddenkey.lab.errors import LabError
+from hiddenkey.lab.models import build_skeleton, load_model, load_tokenizer
+from hiddenkey.lab.settings import training_arguments
+from hiddenkey.lab.tasks import Task, choose_metric, make_task
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What the checks before a run have found."""
+
+    examples: Examples
+    task: Task
+    metric: str
+    tokenizer: Any
+    train: Dataset
+    validation: Dataset
+
+
+def train(config: TrainConfig, console: Console | None = None) -> RunResult:
+    """Train, or continue, or return the finished run that lies in `config.out`.
+
+    Progress goes to `console`, standard error by default. Everything is checked before the weights are read.
+
+    Raises:
+        ConfigError, DataError, RunError: see `hiddenkey.lab.errors`.
+        RecipeError, PlanError: the recipe is wrong, or finds no site in this model.
+        NonFiniteLossError: the loss became NaN or infinite.
+        OSError: a file, model or data set that cannot be read or written.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=True)
+    config.check()
+    recipe = hiddenkey.parse(config.recipe)
+    earlier = open_folder(config)
+    if earlier is not None and earlier.status == "finished":
+        console.print(f"{config.out} holds this run, finished: nothing to do.", highlight=False)
+        return earlier
+    checked = _check(config, recipe)
+    trainer = _make_trainer(config, recipe, checked, console)
+    result = _first_record(config, recipe, checked, trainer)
+    write_result(result)
+    try:
+        _fit(trainer, config, console)
+    except LabError as error:
+        write_result(replace(result, status="failed", failure=str(error)))
+        raise
+    result = _last_record(result, checked, trainer, started)
+    save_adapter(trainer.model, checked.tokenizer, result)
+    write_result(result)
+    return result
+
+
+def _check(config: TrainConfig, recipe: Any) -> _Checked:
+    examples = load_examples(config)
+    task = make_task(examples, config.separator)
+    metric = choose_metric(task, config.metric)
+    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
+    hiddenkey.plan(skeleton, recipe)
+    tokenizer = load_tokenizer(config, skeleton)
+    parts = [task.tokenise(rows, tokenizer, config.max_length) for rows in (examples.train, examples.validation)]
+    return _Checked(examples, task, metric, tokenizer, *parts)
+
+
+def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: Console) -> Any:
+    task, tokenizer = checked.task, checked.tokenizer
+    arguments = training_arguments(config, task, checked.metric)
+    set_seed(config.seed)
+    trainer = hiddenkey.DropTrainer(
+        recipe=recipe,
+        model=load_model(config, task, tokenizer),
+        args=arguments,
+        train_dataset=checked.train,
+        eval_dataset=_evaluated(config, checked),
+        data_collator=task.collator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=task.measure,
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=[LossGuard(), StepClock(), Schedule(config.save_steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(console, str(recipe)))
+    if config.patience:
+        trainer.add_callback(EarlyStopping(config.patience))
+    require_space(Path(config.out), _bytes_of_run(trainer))
+    return trainer
+
+
+def _evaluated(config: TrainConfig, checked: _Checked) -> dict[str, Dataset]:
+    parts = {"validation": checked.validation}
+    size = min(config.train_eval_size, len(checked.train))
+    if size:
+        parts["train"] = checked.train.shuffle(seed=config.data_seed).select(range(size))
+    return parts
+
+
+def _bytes_of_run(trainer: Any) -> int:
+    # An adapter; three checkpoints (one more than is kept, while it is written) of it and two moments of AdamW.
+    trained = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
+    return (1 + 3 * 3) * trained + 64 * 2**20
+
+
+def _fit(trainer: Any, config: TrainConfig, console: Console) -> None:
+    checkpoint = last_checkpoint(Path(config.out) / CHECKPOINTS)
+    if checkpoint is not None:
+        console.print(f"Continuing from {checkpoint}.", highlight=False)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        _callback(trainer, ProgressBar).stop()
+
+
+def _callback(trainer: Any, kind: type[Any]) -> Any:
+    # Looked up, because the Trainer makes its stateful callbacks anew when it continues.
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
+
+
+def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: Any) -> RunResult:
+    return RunResult(
+        folder=config.out,
+        status="running",
+        config=config.to_dict(),
+        recipe=str(recipe),
+        plan=str(trainer.attachment.plan),
+        task=checked.examples.task,
+        versions=provenance.versions(),
+        commit=provenance.commit(),
+        data_rows={"train": len(checked.train), "validation": len(checked.validation)},
+        trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        load_options=_load_options(checked, trainer.model),
+        metric=checked.metric,
+        last={},
+        best={},
+        epochs=[],
+        history=[],
+        drop_rates={},
+        drop_rates_by_site={},
+        step_seconds={},
+        seconds=0.0,
+    )
+
+
+def _load_options(checked: _Checked, model: Any) -> dict[str, Any]:
+    if checked.examples.task == "causal-lm":
+        return {}
+    return {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
+
+
+def _last_record(running: RunResult, checked: _Checked, trainer: Any, started: float) -> RunResult:
+    history = trainer.state.log_history
+    epochs = summary.epochs_of(history)
+    rates = trainer.attachment.rates()
+    return replace(
+        running,
+        status="finished",
+        last=epochs[-1],
+        best=summary.best_of(epochs, checked.metric, checked.metric in checked.task.lower_is_better),
+        epochs=epochs,
+        history=history,
+        drop_rates=summary.drop_rates(history),
+        drop_rates_by_site={site: rate if math.isfinite(rate) else None for site, rate in rates.items()},
+        step_seconds=summary.step_seconds(_callback(trainer, StepClock).seconds),
+        seconds=round(time.perf_counter() - started, 3),
+    )

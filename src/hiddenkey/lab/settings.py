@@ -1,0 +1,59 @@
+"""From our configuration to the arguments of transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hiddenkey.lab.artifacts import CHECKPOINTS
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.errors import ConfigError
+from hiddenkey.lab.tasks import Task
+
+_CHECKPOINTING: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+
+
+def training_arguments(config: TrainConfig, task: Task, metric: str) -> TrainingArguments:
+    """The Trainer's arguments; what is not named here keeps the Trainer's default.
+
+    Raises:
+        ConfigError: a type that this machine cannot train in.
+    """
+    if config.dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+    return TrainingArguments(
+        output_dir=str(Path(config.out) / CHECKPOINTS),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.scheduler,
+        max_grad_norm=config.max_grad_norm,
+        label_smoothing_factor=config.label_smoothing,
+        seed=config.seed,
+        bf16=config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,  # a kill while the newest is written leaves the one before
+        metric_for_best_model=f"eval_validation_{metric}",
+        greater_is_better=metric not in task.lower_is_better,
+        load_best_model_at_end=config.keep == "best",
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,  # a NaN must be seen
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **(_CHECKPOINTING if config.gradient_checkpointing else {}),
+    )

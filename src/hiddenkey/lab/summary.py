@@ -1,0 +1,50 @@
+"""Numbers of a run, read off the trainer's log."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+
+Log = list[dict[str, float]]
+
+_PARTS = ("validation", "train")
+
+
+def epochs_of(history: Log) -> Log:
+    """One row per evaluated epoch: epoch, step, train_loss, validation_loss, validation_accuracy, …"""
+    rows: dict[float, dict[str, float]] = {}
+    for entry in history:
+        found = {name.removeprefix("eval_"): value for name, value in entry.items() if _is_metric(name)}
+        if found:
+            rows.setdefault(entry["step"], {"epoch": entry["epoch"], "step": entry["step"]}).update(found)
+    return list(rows.values())
+
+
+def best_of(epochs: Log, metric: str, lower_is_better: bool) -> dict[str, float]:
+    """The row with the best validation metric; of equals the first."""
+    choose = min if lower_is_better else max
+    return choose(epochs, key=lambda row: row[f"validation_{metric}"])
+
+
+def drop_rates(history: Log) -> dict[str, float | None]:
+    """Realised rate per position: the mean over the log entries."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    for entry in history:
+        for name, value in entry.items():
+            if name.startswith("drop_rate/") and math.isfinite(value):
+                rates[name.removeprefix("drop_rate/")].append(value)
+    return {position: statistics.fmean(values) for position, values in rates.items()}
+
+
+def step_seconds(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the optimiser steps, and their number."""
+    if len(seconds) < 2:
+        return {"median": math.nan, "p20": math.nan, "p80": math.nan, "steps": len(seconds)}
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return {"median": statistics.median(seconds), "p20": fifths[0], "p80": fifths[-1], "steps": len(seconds)}
+
+
+def _is_metric(name: str) -> bool:
+    ours = name.startswith(tuple(f"eval_{part}_" for part in _PARTS))
+    return ours and not name.endswith(("_runtime", "_per_second", "_preparation_time"))

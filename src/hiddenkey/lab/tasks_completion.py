@@ -1,0 +1,99 @@
+"""Causal language modelling of a completion after a prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import DataCollatorForSeq2Seq, EvalPrediction
+
+from hiddenkey.lab.errors import DataError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The loss is on the completion and the end mark; the prompt is only read."""
+
+    separator: str
+    metrics: tuple[str, ...] = ("nll", "perplexity", "token_accuracy")
+    lower_is_better: tuple[str, ...] = ("nll", "perplexity", "loss")
+    peft_type: str = "CAUSAL_LM"
+    model_class: str = "AutoModelForCausalLM"
+
+    def model_options(self) -> dict[str, Any]:
+        """The head is the pretrained one."""
+        return {}
+
+    def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+        """Token ids of prompt, separator, completion and end mark, cut at the right to `max_length` tokens.
+
+        Raises:
+            DataError: a prompt so long that nothing of its completion is left.
+        """
+
+        def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+            prompts = [prompt + self.separator for prompt in batch["prompt"]]
+            texts = [prompt + completion for prompt, completion in zip(prompts, batch["completion"], strict=True)]
+            tokens = tokenizer(texts, return_offsets_mapping=True)
+            rows = [
+                _row(ids, offsets, len(prompt), tokenizer.eos_token_id, max_length)
+                for ids, offsets, prompt in zip(tokens["input_ids"], tokens["offset_mapping"], prompts, strict=True)
+            ]
+            return {name: [row[name] for row in rows] for name in ("input_ids", "attention_mask", "labels")}
+
+        if not tokenizer.is_fast:
+            raise DataError("The tokenizer tells no offsets; causal-lm needs a fast one (a tokenizer.json).")
+        encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
+        empty = [i + 1 for i, labels in enumerate(encoded["labels"]) if all(label == IGNORED for label in labels)]
+        if empty:
+            raise DataError(
+                f"In {len(empty)} rows (the first is {empty[0]}) the prompt alone fills max_length = {max_length} "
+                "tokens, so nothing is left to learn; raise max_length or shorten the prompts."
+            )
+        return encoded
+
+    def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Pads ids with the pad token and labels with -100."""
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Per place (B, T, 2): negative log-likelihood in nats of the token, and whether it was the likeliest.
+
+        Place t holds the prediction of token t; place 0 has none and stays 0. The vocabulary is not kept.
+        """
+        scores = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
+        target = labels[:, 1:]
+        nll = F.cross_entropy(scores.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+        right = (scores.argmax(-1) == target).float()
+        return F.pad(torch.stack([nll, right], dim=-1), (0, 0, 1, 0))
+
+    def measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Mean nll in nats, perplexity and accuracy, over all completion tokens alike."""
+        valid = prediction.label_ids != IGNORED
+        valid[:, 0] = False
+        nll, right = prediction.predictions[valid].mean(axis=0)
+        return {"nll": float(nll), "perplexity": _exp(float(nll)), "token_accuracy": float(right)}
+
+
+def _row(
+    ids: list[int], offsets: list[tuple[int, int]], boundary: int, end: int | None, max_length: int
+) -> dict[str, list[int]]:
+    labels = [token if stop > boundary else IGNORED for token, (_, stop) in zip(ids, offsets, strict=True)]
+    if end is not None:
+        if ids and ids[-1] == end:  # some tokenizers end every text by themselves
+            labels[-1] = end
+        else:
+            ids, labels = [*ids, end], [*labels, end]
+    ids, labels = ids[:max_length], labels[:max_length]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
