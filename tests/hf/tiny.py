@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-VOCABULARY, LENGTH, BATCH, CLASSES = 64, 12, 3, 3
+VOCABULARY, LENGTH, BATCH, CLASSES, DEPTH = 64, 12, 3, 3, 4
 
 
 def encoder(name: str, **extra: Any) -> Callable[..., Any]:
@@ -18,7 +18,7 @@ def encoder(name: str, **extra: Any) -> Callable[..., Any]:
         config = getattr(hf, f"{name}Config")(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=options.pop("depth", DEPTH),
             num_attention_heads=4,
             intermediate_size=48,
             max_position_embeddings=40,
@@ -37,7 +37,7 @@ def decoder(name: str, **extra: Any) -> Callable[..., Any]:
         config = getattr(hf, f"{name}Config")(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=options.pop("depth", DEPTH),
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
@@ -51,26 +51,36 @@ def decoder(name: str, **extra: Any) -> Callable[..., Any]:
     return build
 
 
-def distilbert(**options: Any) -> Any:
+def distilbert(depth: int = DEPTH, **options: Any) -> Any:
     return hf.DistilBertForSequenceClassification(
         hf.DistilBertConfig(
-            vocab_size=VOCABULARY, dim=32, n_layers=4, n_heads=4, hidden_dim=48, num_labels=CLASSES, **options
+            vocab_size=VOCABULARY, dim=32, n_layers=depth, n_heads=4, hidden_dim=48, num_labels=CLASSES, **options
         )
     )
 
 
-def gpt2(**options: Any) -> Any:
+def gpt2(depth: int = DEPTH, **options: Any) -> Any:
     return hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=64, pad_token_id=0, **options)
+        hf.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=depth,
+            n_head=4,
+            n_positions=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            **options,
+        )
     )
 
 
-def opt(**options: Any) -> Any:
+def opt(depth: int = DEPTH, **options: Any) -> Any:
     return hf.OPTForCausalLM(
         hf.OPTConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=depth,
             num_attention_heads=4,
             ffn_dim=48,
             max_position_embeddings=64,
@@ -81,14 +91,14 @@ def opt(**options: Any) -> Any:
     )
 
 
-def t5(**options: Any) -> Any:
+def t5(depth: int = DEPTH, **options: Any) -> Any:
     return hf.T5ForConditionalGeneration(
         hf.T5Config(
             vocab_size=VOCABULARY,
             d_model=32,
             d_kv=8,
             d_ff=48,
-            num_layers=4,
+            num_layers=depth,
             num_heads=4,
             decoder_start_token_id=0,
             pad_token_id=0,
@@ -97,19 +107,17 @@ def t5(**options: Any) -> Any:
     )
 
 
-def vit(**options: Any) -> Any:
+def vit(depth: int = DEPTH, **options: Any) -> Any:
     return hf.ViTForImageClassification(
         hf.ViTConfig(
             hidden_size=32,
-            num_hidden_layers=4,
+            num_hidden_layers=depth,
             num_attention_heads=4,
             intermediate_size=48,
             image_size=16,
             patch_size=4,
             num_labels=CLASSES,
-            hidden_dropout_prob=0.1,
-            attention_probs_dropout_prob=0.1,
-            **options,
+            **{"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, **options},
         )
     )
 

@@ -1,0 +1,185 @@
+"""No look ahead, no look into padding or another document, no emptied row: with every drop at work."""
+
+import pytest
+import torch
+
+import hiddenkey
+from hiddenkey.hf import backend, softmax
+
+from .tiny import DECODERS, ENCODERS, LENGTH, make
+from .tools import DOCUMENTS, PACKABLE, attached, inputs_for, logits_of, other_tokens, real_of
+
+HARSH = "input:element@0.3 + logits[:]:{0}@0.8 + weights[:]:{0}@0.7 + hidden[:]:{0}@0.3 + output:element@0.3"
+RECIPES = {pattern: HARSH.format(pattern) for pattern in ("element", "column", "span")}
+LAYOUTS = ("none", "right", "left", "packed")
+SEED = 11
+
+
+def layouts_of(family):
+    return [layout for layout in LAYOUTS if layout != "packed" or family in PACKABLE]
+
+
+CASES = [(family, layout) for family in DECODERS for layout in layouts_of(family)]
+
+
+def seeded(model, inputs):
+    torch.manual_seed(SEED)
+    return logits_of(model, inputs)
+
+
+def changed(inputs, where):
+    """The inputs with other tokens where `where` (B, T) is true."""
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": torch.where(where, other_tokens(ids), ids)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_a_changed_future_changes_nothing_before(family, layout, recipe):
+    model, inputs = attached(family, RECIPES[recipe]), inputs_for(family, layout)
+    real, place = real_of(inputs), torch.arange(LENGTH)
+    with torch.no_grad():
+        before = seeded(model, inputs)
+        for t in (1, 3, 6, 10):
+            after = seeded(model, changed(inputs, (place == t) & real))
+            past = real & (place < t)
+            assert torch.allclose(before[past], after[past], rtol=1e-5, atol=1e-5), t
+            here = real & (place == t)
+            assert not torch.allclose(before[here], after[here], atol=1e-4), t
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_no_gradient_from_the_future(family, layout, implementation):
+    if family == "gemma2" and implementation == "sdpa":
+        pytest.skip("has no sdpa")
+    model = attached(family, RECIPES["column"], attn_implementation=implementation)
+    inputs = inputs_for(family, layout)
+    real = real_of(inputs)
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    torch.manual_seed(SEED)
+    logits = model(inputs_embeds=embedded, **inputs).logits
+    for i in (0, 1, 4, 8):
+        (gradient,) = torch.autograd.grad(logits[:, i][real[:, i]].square().sum(), embedded, retain_graph=True)
+        assert (gradient[:, i + 1 :] == 0).all()
+        assert (gradient[~real] == 0).all()
+        if layout == "packed" and i >= DOCUMENTS[0]:
+            assert (gradient[:, : DOCUMENTS[0]] == 0).all()
+        if real[:, i].any():
+            assert (gradient[:, i].abs().sum(-1) > 0).any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", ("right", "left"))
+@pytest.mark.parametrize("family", (*DECODERS, "t5", *(set(ENCODERS) - {"vit"})))
+def test_nothing_leaks_from_padding(family, layout, recipe):
+    text = RECIPES[recipe]
+    if family in ENCODERS:
+        text = text.replace("hidden[:]:span", "hidden[:]:element")
+    model, inputs = attached(family, text), inputs_for(family, layout)
+    real = real_of(inputs)
+    with torch.no_grad():
+        before = seeded(model, inputs)
+        other = {**inputs, "input_ids": torch.where(real, inputs["input_ids"], torch.tensor(9))}
+        if family in ("roberta", "mpnet"):  # positions are counted off the padding token
+            other = {**inputs, "input_ids": inputs["input_ids"]}
+            other["inputs_embeds"] = noisy(model, other.pop("input_ids"), ~real)
+            inputs = {**inputs, "inputs_embeds": noisy(model, inputs["input_ids"], real & False)}
+            del inputs["input_ids"]
+            before = seeded(model, inputs)
+        after = seeded(model, other)
+    if before.dim() == 3:
+        before, after = before[real], after[real]
+    first_is_real = real[:, 0] if before.dim() == 2 and family in ENCODERS else torch.ones(len(before), dtype=bool)
+    torch.testing.assert_close(before[first_is_real], after[first_is_real], rtol=1e-5, atol=1e-5)
+
+
+def noisy(model, ids, where):
+    embedded = model.get_input_embeddings()(ids)
+    return embedded + where[..., None] * 3.0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", PACKABLE)
+def test_packed_documents_do_not_see_each_other(family, recipe):
+    model, inputs = attached(family, RECIPES[recipe]), inputs_for(family, "packed")
+    first = torch.arange(LENGTH) < DOCUMENTS[0]
+    with torch.no_grad():
+        before = seeded(model, inputs)
+        for document in (first, ~first):
+            after = seeded(model, changed(inputs, document.expand(3, -1)))
+            torch.testing.assert_close(before[:, ~document], after[:, ~document], rtol=1e-5, atol=1e-5)
+            assert not torch.allclose(before[:, document], after[:, document], atol=1e-3)
+
+
+def window_of(family, index):
+    """How many keys back a layer sees, itself included."""
+    if family == "mistral" or (family == "gemma2" and index % 2 == 0) or (family == "gemma3" and (index + 1) % 6):
+        return 4
+    return LENGTH
+
+
+def visible_of(family, layout, index, inputs):
+    """bool (B, 1, Q, K), written from what the layouts mean."""
+    q, k = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+    mask = (k <= q) & (k > q - window_of(family, index))
+    if layout == "packed":
+        mask = mask & ((q < DOCUMENTS[0]) == (k < DOCUMENTS[0]))
+    return (mask & real_of(inputs)[:, None, :])[:, None]
+
+
+def captured_weights(monkeypatch):
+    """The weights that meet the values, at every attention, in order."""
+    found = []
+
+    def attend(*args, real=backend.attend, **kwargs):
+        output, weights = real(*args, **kwargs)
+        found.append(weights)
+        return output, weights
+
+    def drop_weights(*args, real=softmax.drop_weights):
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(backend, "attend", attend)
+    monkeypatch.setattr(softmax, "drop_weights", drop_weights)
+    return found
+
+
+@pytest.mark.parametrize("position", ("logits", "weights"))
+@pytest.mark.parametrize("pattern", ("element", "column", "span"))
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_no_row_is_emptied_and_none_sees_what_is_hidden(family, layout, pattern, position, monkeypatch):
+    model, inputs = attached(family, f"{position}[:]:{pattern}@0.9"), inputs_for(family, layout)
+    found = captured_weights(monkeypatch)
+    logits = seeded(model, inputs)
+    assert logits.isfinite().all()
+    assert len(found) == 4
+    for index, weights in enumerate(found):
+        visible = visible_of(family, layout, index, inputs).expand_as(weights)
+        assert (weights[~visible] == 0).all()
+        sums = weights.sum(-1)[visible.any(-1)]
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+        assert (weights[visible] == 0).any(), "nothing was dropped"
+
+
+@pytest.mark.parametrize("implementation", ("sdpa", "eager"))
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_a_cache_in_training_keeps_causality(family, implementation):
+    """A forward with a prefix in the cache and several queries: each sees the prefix and what is before it."""
+    model = make(family, attn_implementation=implementation)
+    ids = inputs_for(family, "none")["input_ids"]
+    hiddenkey.attach(model, "logits[:]:column@0.6")
+
+    def second_part(ids):
+        with torch.no_grad():
+            cache = model.eval()(input_ids=ids[:, :5], use_cache=True).past_key_values
+            torch.manual_seed(SEED)
+            return model.train()(input_ids=ids[:, 5:], past_key_values=cache).logits
+
+    before = second_part(ids)
+    late, early = torch.arange(LENGTH) == 9, torch.arange(LENGTH) == 3
+    after = second_part(torch.where(late, other_tokens(ids), ids))
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.allclose(before[:, 4:], after[:, 4:], atol=1e-3)
+    assert not torch.allclose(before, second_part(torch.where(early, other_tokens(ids), ids)), atol=1e-3)
