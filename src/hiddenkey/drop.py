@@ -27,13 +27,22 @@ def space_of(drop: Drop) -> Space:
     return POSITIONS[drop.position].space
 
 
-def guard(keep: Tensor, visible: Tensor) -> Tensor:
-    """Let a row that the draw would empty keep its full visible support.
+def guard(keep: Tensor, visible: Tensor | None) -> Tensor:
+    """What is left to see: the visible entries that are kept, or all of them in a row that would be emptied.
 
-    keep, visible: bool, broadcastable to (B, H, Q, K). Under a causal mask a column draw empties query i with
-    probability p^(i+1); minus infinity would then give NaN, a large finite number a look into the future.
+    keep, visible: bool, broadcastable to (B, H, Q, K); visible None: everything. Under a causal mask a column draw
+    empties query i with probability p^(i+1); minus infinity would then give NaN, a large finite number a look into
+    the future.
     """
-    return keep | ~(keep & visible).any(-1, keepdim=True)
+    left = keep if visible is None else keep & visible
+    emptied = ~left.any(-1, keepdim=True)
+    return left | (emptied if visible is None else emptied & visible)
+
+
+def spread(keep: Tensor, heads: int) -> Tensor:
+    """Give every query head the mask of its key/value head: (B, Hkv, …) -> (B, H, …)."""
+    own = keep.shape[1]
+    return keep if own in (1, heads) else keep.repeat_interleave(heads // own, dim=1)
 
 
 def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[Drop, ...]:
@@ -55,7 +64,12 @@ def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[
 
 
 class Tally:
-    """How many cells were drawn and how many of them were dropped, summed where the masks live."""
+    """How many cells were drawn and how many of them were dropped, summed where the masks live.
+
+    Of a large mask the first 65,536 cells are counted: a count over all of them costs as much as half the draw.
+    """
+
+    LARGEST = 2**16
 
     def __init__(self) -> None:
         self.dropped: Tensor | None = None
@@ -63,6 +77,7 @@ class Tally:
 
     def add(self, keep: Tensor) -> None:
         """Count one draw; does not wait for the device."""
+        keep = keep.flatten()[: self.LARGEST]
         dropped = keep.numel() - torch.count_nonzero(keep)
         self.dropped = dropped if self.dropped is None else self.dropped + dropped
         self.drawn += keep.numel()

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .axes.compensation import COMPENSATIONS
 from .axes.grid import Grid
 from .drop import Tally, compensate, draw, select
 from .recipe import Drop, Recipe, RecipeError
 
 
+class KeepTimes(torch.autograd.Function):
+    """x · keep · factor in one pass, forward and backward; of the mask one byte per cell is kept."""
+
+    @staticmethod
+    def forward(x: Tensor, keep: Tensor, factor: float) -> Tensor:
+        # Through uint8, because torch casts bool four times slower (CPU, torch 2.13).
+        return x * keep.view(torch.uint8).to(x.dtype).mul_(factor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        _, keep, ctx.factor = inputs
+        ctx.save_for_backward(keep)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return KeepTimes.apply(gradient, keep, ctx.factor), None, None
+
+
 def drop_stream(
-    x: Tensor,
-    drop: Drop,
-    *,
-    segments: Tensor | None = None,
-    keep: Tensor | None = None,
-    tally: Tally | None = None,
+    x: Tensor, drop: Drop, *, segments: Tensor | None = None, keep: Tensor | None = None, tally: Tally | None = None
 ) -> Tensor:
     """Drop from a (B, T, D) sequence or (B, D) vectors: x' = C(x · M), M ~ P(p).
 
@@ -28,7 +45,10 @@ def drop_stream(
             tally.add(keep)
         if x.dim() == 2:
             keep = keep.squeeze(1)
-    return compensate(drop, x * keep)
+    factor = COMPENSATIONS[drop.compensation].factor
+    if factor is None:
+        return compensate(drop, x * keep)
+    return KeepTimes.apply(x, keep, factor(drop.p))
 
 
 class StructuredDropout(nn.Module):

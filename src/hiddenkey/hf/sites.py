@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import segments, split_mask
-from ..axes.grid import Grid
+from ..attend import draw_keeps
 from ..axes.pattern import PATTERNS
 from ..axes.position import Side
-from ..drop import Tally, draw
+from ..drop import Tally
 from ..dropout import drop_stream
+from ..masks import Mask, Shape, documents_in, read_mask
 from ..recipe import Drop
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
@@ -29,10 +29,9 @@ class AttentionSite:
         self.drops = tuple(drops)
         self.tallies = [Tally() for _ in self.drops]
 
-    def draw(self, shape: tuple[int, int, int, int], device: torch.device, visible: Tensor | None) -> list[Tensor]:
+    def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
         """One keep mask per drop over (B, Hkv, Q, K), counted."""
-        grid = Grid.attention(shape, device, segments(visible, shape))
-        keeps = [draw(drop, grid) for drop in self.drops]
+        keeps = draw_keeps(self.drops, shape, device, mask)
         for keep, tally in zip(keeps, self.tallies, strict=True):
             tally.add(keep)
         return keeps
@@ -111,7 +110,7 @@ def documents(
     if not isinstance(states, Tensor) or states.dim() != 3:
         return None, None
     batch, length = states.shape[:2]
-    visible, _ = split_mask(mask)
-    if visible is not None and visible.dim() == 4:
-        return (batch, length), segments(visible, (batch, 1, length, visible.shape[-1]))
-    return (batch, length), None if visible is None else visible.long()
+    full = read_mask(mask)[0].full
+    if full is not None and full.dim() == 4:
+        return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))
+    return (batch, length), None if full is None else full.long()
