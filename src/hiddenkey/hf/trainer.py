@@ -28,6 +28,7 @@ class ConsistencyMixin:
     accelerator: Any
     model_accepts_loss_kwargs: bool
     compute_loss_func: Any
+    label_smoother: Any
     get_tp_size: Any
 
     @property
@@ -55,7 +56,7 @@ class ConsistencyMixin:
             model,
             inputs,
             num_items=num_items,
-            task_loss=self._task_loss,
+            task_loss=None if self._is_models_own_loss() else self._task_loss,
             scale=self._consistency_scale(num_items),
         )
         self._note(step)
@@ -67,6 +68,15 @@ class ConsistencyMixin:
             logs.update(self._means())
             logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _is_models_own_loss(self) -> bool:
+        """Whether the trainer's loss is what the model computes from its labels, no more."""
+        trainer: Any = super()
+        return (
+            getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        )
 
     def _task_loss(
         self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,10 +59,15 @@ class LastLayer:
         self._handle.remove()
 
 
-def second_view(model: nn.Module, batch: Batch, consistency: Consistency) -> Any:
-    """The outputs of the second view, held constant: the inference pass, or another draw."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **options: Any) -> Any:
+    """The outputs of the second view, held constant: the inference pass, or another draw.
+
+    options: further arguments of the model.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
+    if "use_cache" in inspect.signature(transformer.forward).parameters:
+        inputs["use_cache"] = False
     if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = transformer.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if consistency.clean:
