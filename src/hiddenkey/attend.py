@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
-from .drop import compensate, draw, guard, select, space_of, spread
+from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
 from .fused import attend_cells, attend_keys
 from .masks import Mask, Shape, read_mask
 from .recipe import Drop, Recipe
@@ -158,6 +158,11 @@ def _check(
         )
     if mask is not None and is_causal:
         raise ValueError("pass either attn_mask or is_causal=True, as in scaled_dot_product_attention")
+    cells = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool (True = visible) or an additive float mask, got {mask.dtype}")
+    if mask is not None and not broadcasts(mask.shape, cells):
+        raise ValueError(f"attn_mask must broadcast to (B, H, Q, K) = {cells}, got shape {tuple(mask.shape)}")
     if keep is None:
         return
     if keep.dtype != torch.bool:
@@ -165,12 +170,5 @@ def _check(
     if len(drops) > 1:
         raise ValueError(f"keep replaces one draw, but the recipe has {len(drops)}: {' + '.join(map(str, drops))}")
     wanted = (query.shape[0], (key.shape[1], query.shape[1]), query.shape[2], key.shape[2])
-    if not _broadcasts(keep.shape, wanted):
+    if not broadcasts(keep.shape, wanted):
         raise ValueError(f"keep must broadcast to (B, Hkv or H, Q, K) = {wanted}, got shape {tuple(keep.shape)}")
-
-
-def _broadcasts(shape: torch.Size, wanted: tuple[int | tuple[int, ...], ...]) -> bool:
-    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
-    return len(shape) <= 4 and all(
-        n == 1 or n in allowed for n, allowed in zip(reversed(shape), reversed(sizes), strict=False)
-    )

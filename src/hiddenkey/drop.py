@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,13 @@ def spread(keep: Tensor, heads: int) -> Tensor:
     """Give every query head the mask of its key/value head: (B, Hkv, …) -> (B, H, …)."""
     own = keep.shape[1]
     return keep if own in (1, heads) else keep.repeat_interleave(heads // own, dim=1)
+
+
+def broadcasts(shape: torch.Size, wanted: Sequence[int | tuple[int, ...]]) -> bool:
+    """Whether a tensor of this shape broadcasts to the wanted one; a tuple holds the sizes allowed on an axis."""
+    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
+    pairs = zip(reversed(shape), reversed(sizes), strict=False)
+    return len(shape) <= len(sizes) and all(size == 1 or size in allowed for size, allowed in pairs)
 
 
 def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[Drop, ...]:

@@ -5,20 +5,18 @@ A keep mask that is the same for every query is a bias per key, and torch's kern
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import causal
 from .drop import guard, spread
 from .masks import Mask
 
-# Taken off the keys of a row that the draw would empty: a shift of the whole row cancels in the softmax. A larger
-# one costs float32 digits in such rows (at 1e4 four of them); at 1e2 a dropped key keeps 1e-44 of its weight.
-SHIFT = 100.0
 # Flash kernels on CUDA want head sizes in multiples of 8.
 FEATURES = 8
+# Up to so many entries a mask of (B, H, Q, K) costs less than one more feature.
+SMALL = 2**22
 
 
 def attend_keys(
@@ -39,8 +37,11 @@ def attend_keys(
     if mask.full is None and bias is None:
         if not mask.causal:
             return _unmasked(query, key, value, keep, mask, scale)
-        if causal_kernel(query.device.type) and query.shape[-1] == value.shape[-1]:
-            return _causal(query, key, value, keep, mask, scale)
+        if causal.available(query, value):
+            kept, keys = _kept(keep, mask)
+            return causal.attend_causal(query, key, value, kept, keys, scale)
+    elif query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= SMALL:
+        return attend_cells(query, key, value, keep, mask, bias, scale)
     return folded(query, key, value, keep, mask, bias, scale)
 
 
@@ -71,27 +72,6 @@ def _unmasked(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mas
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, scale: float | None) -> Tensor:
-    """The kernel below sdpa, which takes a mask with stride 0 over the queries and its own causal mask together."""
-    kept, keys = _kept(keep, mask)
-    # The rows before the first kept key are the emptied ones; what they can see lies before it too.
-    before_first = kept.cumsum(-1) == 0
-    bias = torch.where(kept, 0.0, -torch.inf).masked_fill_(before_first & keys, -SHIFT)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    output: Tensor = kernel(query, key, value, 0.0, True, attn_mask=_over_queries(bias, query), scale=scale)[0]
-    return output
-
-
-@cache
-def causal_kernel(device: str) -> bool:
-    """Whether that kernel is there with the arguments it is called with."""
-    name = "_scaled_dot_product_flash_attention_for_cpu"
-    if device != "cpu" or not hasattr(torch.ops.aten, name):
-        return False
-    names = [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
-    return names == ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"]
-
-
 def folded(
     query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
 ) -> Tensor:
@@ -103,8 +83,8 @@ def folded(
     scale = size**-0.5 if scale is None else scale
     if mask.keys is not None or (mask.causal and bias is not None):
         mask = Mask(full=mask.dense((*query.shape[:3], key.shape[2]), query.device))
-    shift = torch.where(keep, 0.0, -SHIFT)
-    if shift.shape[1] != key.shape[1]:
+    shift = torch.where(keep, 0.0, -shift_of(query.dtype))
+    if shift.shape[1] not in (1, key.shape[1]):
         key, value = (x.repeat_interleave(shift.shape[1] // x.shape[1], dim=1) for x in (key, value))
     extra = F.pad(shift.transpose(-1, -2).expand(*key.shape[:-1], 1), (0, FEATURES - 1)).to(key.dtype)
     query = torch.cat([query, F.pad(query.new_full((*query.shape[:-1], 1), 1 / scale), (0, FEATURES - 1))], -1)
@@ -118,6 +98,15 @@ def folded(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[..., : value.shape[-1]]
+
+
+def shift_of(dtype: torch.dtype) -> float:
+    """What is taken off the keys of a row that the draw would empty; a shift of the whole row cancels.
+
+    Large enough that the weight of a dropped key beside an equal one underflows to zero, and no larger, because it
+    costs digits in such rows (float32 at 1e4: four of them).
+    """
+    return 1000.0 if dtype == torch.float64 else 120.0
 
 
 def _dense(mask: Mask, bias: Tensor | None, query: Tensor) -> Tensor | None:
@@ -137,8 +126,7 @@ def _kept(keep: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
 
 def _over_queries(bias: Tensor, query: Tensor) -> Tensor:
     """(B, Hkv, 1, K) -> (B, H, Q, K) with stride 0 over the queries."""
-    bias = bias.to(query.dtype).repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
-    return bias.expand(query.shape[0], -1, query.shape[2], -1)
+    return spread(bias.to(query.dtype), query.shape[1]).expand(*query.shape[:3], -1)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -59,8 +59,8 @@ def documents_in(visible: Tensor, shape: Shape) -> Tensor:
     Neighbours are of one document when the later one, as a query, sees both.
     """
     batch, _, queries, keys = shape
-    visible = visible.expand(batch, visible.shape[1] if visible.dim() == 4 else 1, queries, keys)
-    seen = visible.any(1)
+    heads = visible.shape[-3] if visible.dim() > 2 else 1
+    seen = visible.expand(batch, heads, queries, keys).any(1)
     real = seen.any(1)
     joined = real[:, 1:] & real[:, :-1]
     if queries == keys:

@@ -60,6 +60,10 @@ class Registry(Generic[T]):
         load_plugins()
         return iter(self._objects.values())
 
+    def rank(self, name: str) -> int | None:
+        """The place of a name in the order of registration, None where it is not registered so far."""
+        return list(self._objects).index(name) if name in self._objects else None
+
     def names(self) -> list[str]:
         load_plugins()
         return list(self._objects)
@@ -81,4 +85,5 @@ def load_plugins() -> None:
         try:
             plugin.load()
         except Exception as error:
+            Registry._plugins_loaded = False
             raise ImportError(f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load") from error

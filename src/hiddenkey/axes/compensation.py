@@ -56,13 +56,19 @@ def rescale(erased: Tensor, p: float) -> Tensor:
     return erased / (1 - p)
 
 
+def mass(erased: Tensor) -> Tensor:
+    """What survives in each row; 1 where it underflows to nothing, so that the row stays zero."""
+    total = erased.sum(-1, keepdim=True)
+    return total.masked_fill(total == 0, 1)
+
+
 @register_compensation("normalize", spaces=("weights",))
 def normalize(erased: Tensor, p: float) -> Tensor:
     """Divide each row by its surviving mass, held constant (DropAttention, eq. 1-2)."""
-    return erased / erased.sum(-1, keepdim=True).detach()
+    return erased / mass(erased).detach()
 
 
 @register_compensation("normalize-grad", spaces=("weights",))
 def normalize_grad(erased: Tensor, p: float) -> Tensor:
     """The same with the gradient through the mass: equal to DropKey, forward and backward (eq. 4-10)."""
-    return erased / erased.sum(-1, keepdim=True)
+    return erased / mass(erased)

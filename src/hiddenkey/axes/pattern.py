@@ -76,7 +76,7 @@ def span(grid: Grid, p: float) -> Tensor:
     first, length = document_bounds(segments)
     dropped = torch.floor(length * p + 0.5)
     # One number per document: every place reads the one drawn at its document's first place.
-    draws = torch.rand((*grid.lead, grid.places), device=grid.device)
+    draws = torch.rand((*grid.lead, grid.places), dtype=torch.float32, device=grid.device)
     draws = draws.gather(-1, first.expand_as(draws))
     start = torch.minimum(torch.floor(draws * (length - dropped + 1)), length - dropped)
     offset = torch.arange(grid.places, device=grid.device) - first

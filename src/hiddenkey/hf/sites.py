@@ -13,7 +13,7 @@ from ..attend import draw_keeps
 from ..axes.pattern import PATTERNS
 from ..axes.position import Side
 from ..drop import Tally
-from ..dropout import drop_stream
+from ..dropout import draw_stream, drop_stream
 from ..masks import Mask, Shape, documents_in, read_mask
 from ..recipe import Drop
 
@@ -87,16 +87,21 @@ class StreamSite:
             return (self._drop(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._drop(kwargs["hidden_states"])}
 
-    def _drop(self, x: Tensor) -> Tensor:
-        drop = self.drops[0]
-        folded = x if self.documents is None else self.documents.view(x)
-        marks = None if self.documents is None else self.documents.segments
+    def draw(self, x: Tensor) -> Tensor:
+        """A keep mask that broadcasts to x, counted."""
+        drop, known = self.drops[0], self.documents
+        folded = x if known is None else known.view(x)
         if PATTERNS[drop.pattern].needs_segments and folded.dim() < 3:
             raise ValueError(
                 f"'{drop}' needs a sequence of tokens, but this model passes vectors of shape {tuple(x.shape)} "
                 "here; use the pattern element or column"
             )
-        return drop_stream(folded, drop, segments=marks, tally=self.tallies[0]).view(x.shape)
+        keep = draw_stream(folded, drop, None if known is None else known.segments)
+        self.tallies[0].add(keep)
+        return keep if folded is x else keep.view(x.shape[0], -1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return drop_stream(x, self.drops[0], self.draw(x))
 
 
 def documents(

@@ -112,6 +112,7 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     if first is None or not agrees(head, first, outputs["logits"]):
         setattr(step.attachment, DENSE, True)
         return None
+    second: Tensor | None
     if step.consistency.both:
         first, second = first.chunk(2)
     else:
