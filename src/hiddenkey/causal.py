@@ -63,7 +63,8 @@ class CausalKeys(torch.autograd.Function):
         if start:
             rows = emptied[..., :start].transpose(-1, -2) & keys[..., :start]
             early_bias = _bias(spread(rows, heads), query).expand(*query.shape[:2], start, start)
-            early, early_logsumexp = _kernel(*(x[:, :, :start] for x in (query, key, value)), early_bias, scale)
+            first = (query[:, :, :start], key[:, :, :start], value[:, :, :start])
+            early, early_logsumexp = _kernel(*first, early_bias, scale)
             output[:, :, :start] += early
         ctx.scale, ctx.start = scale, start
         ctx.save_for_backward(query, key, value, output, logsumexp, bias, early_logsumexp, early_bias)
