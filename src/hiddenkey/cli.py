@@ -15,6 +15,12 @@ from hiddenkey.lab.config import TrainConfig
 INTERRUPTED = 130
 USER_ERROR = 2
 
+HEADS = {
+    "auto": "",
+    "classification": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
 
 @dataclass(frozen=True)
 class PlanCommand:
@@ -32,6 +38,8 @@ class PlanCommand:
 
 def run_train(config: TrainConfig) -> None:
     """Train and say where the results are."""
+    config.check()
+    hiddenkey.parse(config.recipe)  # mistakes in these are told before the slow imports
     from hiddenkey.lab.quiet import quieten
     from hiddenkey.lab.run import train
 
@@ -44,15 +52,10 @@ def run_train(config: TrainConfig) -> None:
 
 def run_plan(command: PlanCommand) -> None:
     """Print the plan."""
-    from hiddenkey.lab.models import build_skeleton
+    recipe = hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
+    from hiddenkey.lab.skeleton import build_skeleton
 
-    heads = {
-        "auto": "",
-        "classification": "AutoModelForSequenceClassification",
-        "causal-lm": "AutoModelForCausalLM",
-    }
-    recipe = hiddenkey.parse(command.recipe)
-    print(hiddenkey.plan(build_skeleton(command.model, heads[command.task], command.trust_remote_code), recipe))
+    print(hiddenkey.plan(build_skeleton(command.model, HEADS[command.task], command.trust_remote_code), recipe))
 
 
 RUNNERS: dict[type, Callable[[Any], None]] = {TrainConfig: run_train, PlanCommand: run_plan}

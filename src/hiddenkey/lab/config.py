@@ -45,7 +45,7 @@ class TrainConfig:
     prompt_column: str = ""
     """Column of the prompt of causal-lm data; lists are joined with "; "."""
     completion_column: str = ""
-    """Column of the completion of causal-lm data; a list makes one example per text."""
+    """Column of the completion of causal-lm data; a list makes one example per text, an empty one none."""
     separator: str = "\n"
     """What stands between prompt and completion."""
     column_names: tuple[str, ...] = ()

@@ -69,7 +69,7 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
 
 
 def _is_missing(value: Any, hidden: int | None) -> bool:
-    if value is None or value in ("", []) or (hidden is not None and value == hidden):
+    if value is None or value == "" or (hidden is not None and value == hidden):
         return True
     return isinstance(value, float) and math.isnan(value)
 
@@ -148,6 +148,8 @@ def _pairs(rows: Dataset, columns: Columns) -> Dataset:
         for target in completion if isinstance(completion, list) else [completion]:
             prompts.append(text)
             completions.append(str(target))
+    if not completions:
+        raise DataError(f"Every list in column {columns.label!r} is empty; training and validation need completions.")
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
 
 

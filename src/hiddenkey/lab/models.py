@@ -1,4 +1,4 @@
-"""Models and tokenizers: the structure alone, the pretrained weights, and LoRA on them."""
+"""Tokenizers, and pretrained models with LoRA on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from hiddenkey.lab.config import TrainConfig
@@ -28,32 +28,6 @@ QUERY_AND_VALUE = (
     ("Wqkv",),
     ("in_proj",),
 )
-
-
-def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False, **options: Any) -> nn.Module:
-    """The structure of a model without weights, in no time and no memory.
-
-    `model_class` is an Auto class of transformers; empty, the class the model was published as, or a sequence
-    classifier where that has no head.
-
-    Raises:
-        OSError: no such model.
-        ConfigError: the model cannot be built with that head.
-    """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    auto = getattr(transformers, model_class or _published_class(config))
-    build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
-    with torch.device("meta"):
-        try:
-            return build(config)
-        except ValueError as error:
-            raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {error}") from error
-
-
-def _published_class(config: Any) -> str:
-    published = (config.architectures or [""])[0]
-    headless = not hasattr(transformers, published) or published.endswith("Model")
-    return "AutoModelForSequenceClassification" if headless else published
 
 
 def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:

@@ -21,8 +21,9 @@ from hiddenkey.lab.checkpoints import last_checkpoint
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
 from hiddenkey.lab.errors import LabError
-from hiddenkey.lab.models import build_skeleton, load_model, load_tokenizer
+from hiddenkey.lab.models import load_model, load_tokenizer
 from hiddenkey.lab.settings import training_arguments
+from hiddenkey.lab.skeleton import build_skeleton
 from hiddenkey.lab.tasks import Task, choose_metric, make_task
 
 
@@ -58,6 +59,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
         console.print(f"{config.out} holds this run, finished: nothing to do.", highlight=False)
         return earlier
     checked = _check(config, recipe)
+    _tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
     result = _first_record(config, recipe, checked, trainer)
     write_result(result)
@@ -79,8 +81,24 @@ def _check(config: TrainConfig, recipe: Any) -> _Checked:
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
     hiddenkey.plan(skeleton, recipe)
     tokenizer = load_tokenizer(config, skeleton)
-    parts = [task.tokenise(rows, tokenizer, config.max_length) for rows in (examples.train, examples.validation)]
-    return _Checked(examples, task, metric, tokenizer, *parts)
+    train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
+    validation = task.tokenise(examples.validation, tokenizer, config.max_length)
+    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation))
+
+
+def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
+    full = sum(len(ids) == max_length for ids in checked.train["input_ids"])
+    if full:
+        total = len(checked.train)
+        console.print(
+            f"{full} of {total} training rows fill max_length = {max_length} and may be cut.", highlight=False
+        )
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    # Evaluation does not mind the order, and rows of like length need little padding.
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: Console) -> Any:
@@ -100,7 +118,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: 
         callbacks=[LossGuard(), StepClock(), Schedule(config.save_steps)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(console, str(recipe)))
+    trainer.add_callback(ProgressBar(console, config.recipe))
     if config.patience:
         trainer.add_callback(EarlyStopping(config.patience))
     require_space(Path(config.out), _bytes_of_run(trainer))
@@ -111,14 +129,14 @@ def _evaluated(config: TrainConfig, checked: _Checked) -> dict[str, Dataset]:
     parts = {"validation": checked.validation}
     size = min(config.train_eval_size, len(checked.train))
     if size:
-        parts["train"] = checked.train.shuffle(seed=config.data_seed).select(range(size))
+        parts["train"] = _by_length(checked.train.shuffle(seed=config.data_seed).select(range(size)))
     return parts
 
 
 def _bytes_of_run(trainer: Any) -> int:
-    # An adapter; three checkpoints (one more than is kept, while it is written) of it and two moments of AdamW.
+    # An adapter; four checkpoints (one more than is kept, while it is written) of it and two moments of AdamW.
     trained = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
-    return (1 + 3 * 3) * trained + 64 * 2**20
+    return (1 + 4 * 3) * trained + 64 * 2**20
 
 
 def _fit(trainer: Any, config: TrainConfig, console: Console) -> None:

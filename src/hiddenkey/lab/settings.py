@@ -41,11 +41,12 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         max_grad_norm=config.max_grad_norm,
         label_smoothing_factor=config.label_smoothing,
         seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),  # said outright, or bfloat16 is refused there
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=2,  # a kill while the newest is written leaves the one before
+        save_total_limit=3,  # the best, the newest, and the one before: a kill may cut the newest short
         metric_for_best_model=f"eval_validation_{metric}",
         greater_is_better=metric not in task.lower_is_better,
         load_best_model_at_end=config.keep == "best",

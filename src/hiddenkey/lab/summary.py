@@ -38,10 +38,10 @@ def drop_rates(history: Log) -> dict[str, float | None]:
 
 
 def step_seconds(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile of the optimiser steps, and their number."""
-    if len(seconds) < 2:
-        return {"median": math.nan, "p20": math.nan, "p80": math.nan, "steps": len(seconds)}
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    """Median, 20th and 80th percentile of the optimiser steps, and their number; the number alone where it is 0."""
+    if not seconds:
+        return {"steps": 0}
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds
     return {"median": statistics.median(seconds), "p20": fifths[0], "p80": fifths[-1], "steps": len(seconds)}
 
 

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
+
+
+def hiddenkey(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_help_and_version_load_no_torch_and_are_fast():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from hiddenkey.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert stop.code in (0, None)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert time.process_time() < 2, time.process_time()\n"
+    )
+    for arguments in (["--help"], ["--version"], ["train", "--help"], ["plan", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "hiddenkey" in done.stdout
+
+
+def test_plan_prints_sites_without_weights(bert: Path, llama: Path, tmp_path: Path):
+    for model in (bert, llama):
+        (tmp_path / model.name).mkdir()
+        (tmp_path / model.name / "config.json").write_bytes((model / "config.json").read_bytes())
+        done = hiddenkey("plan", str(tmp_path / model.name), "hiddenkey-@0.1")
+        assert done.returncode == 0, done.stderr
+        assert "logits" in done.stdout
+        assert "hidden" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "/no/such/model", "hiddenkey@0.1"], "/no/such/model"),
+        (["plan", "BERT", "hiddenkie@0.1"], "hiddenkey"),
+        (["plan", "BERT", "hidden:column@1.0"], "1.0"),
+        (["train", "--model", "BERT", "--data", "gone.csv", "--out", "OUT"], "gone.csv"),
+        (["train", "--model", "BERT", "--data", "gone.csv", "--out", "OUT", "--epochs", "0"], "epochs"),
+        (["train", "gone.yaml"], "gone.yaml"),
+        (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
+        (["train", "--modle", "BERT"], "--modle"),
+        (["trane"], "trane"),
+        ([], "train"),
+    ],
+)
+def test_mistakes_exit_with_2_and_no_traceback(bert: Path, tmp_path: Path, arguments: list[str], said: str):
+    names = {"BERT": str(bert), "OUT": str(tmp_path / "out")}
+    done = hiddenkey(*(names.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_train_from_yaml_with_flags_on_top(bert: Path, sentences: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {bert}\ndata: {sentences}\nepochs: 3\nmax_length: 16\nrecipe: baseline\nlearning_rate: 1e-3\n"
+    )
+    command = ["train", str(path), "--out", str(out), "--epochs", "1"]
+    done = hiddenkey(*command)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "result.json").read_text())
+    assert (record["config"]["epochs"], record["config"]["learning_rate"]) == (1, 1e-3)
+    assert str(out / "adapter") in done.stdout
+    assert "epoch 1" in done.stderr
+    again = hiddenkey(*command)
+    assert again.returncode == 0
+    assert "nothing to do" in again.stderr
+    other = hiddenkey(*command, "--seed", "1")
+    assert other.returncode == 2
+    assert "seed: 0 there, 1 now" in other.stderr
+
+
+def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    flags = ["--model", str(bert), "--data", str(sentences), "--out", str(out), "--max-length", "16"]
+    command = [*PROGRAM, "train", *flags, "--epochs", "5000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/*/complete")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "same command continues" in error
+    assert "Traceback" not in error

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.config_file import read_config, read_fields
+from hiddenkey.lab.errors import ConfigError
+
+GOOD = TrainConfig(model="m", data="d", out="o")
+
+
+def test_defaults_are_allowed():
+    GOOD.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lora_r", 0, "1 or more"),
+        ("epochs", -1, "1 or more"),
+        ("learning_rate", 0.0, "more than 0"),
+        ("learning_rate", float("nan"), "more than 0"),
+        ("learning_rate", "fast", "a number"),
+        ("weight_decay", -0.1, "0 or more"),
+        ("weight_decay", float("inf"), "0 or more"),
+        ("lora_dropout", 1.0, "below 1"),
+        ("label_smoothing", -0.1, "below 1"),
+        ("validation_fraction", 1.0, "between 0 and 1"),
+        ("max_length", 1, "2 tokens"),
+        ("patience", -1, "0 or more"),
+        ("batch_size", 1.5, "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("overwrite", "yes", "true or false"),
+        ("task", "translation", "causal-lm"),
+        ("dtype", "float8", "bfloat16"),
+        ("scheduler", "linaer", "linear"),
+        ("text_columns", "text", "a list of names"),
+        ("text_columns", ("a", "b", "c"), "one or two"),
+        ("model", "", "needs a value"),
+        ("prompt_column", "prompt", "completion_column"),
+    ],
+)
+def test_bad_value_names_itself_and_what_is_allowed(name, value, said):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(GOOD, **{name: value}).check()
+    assert name in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_prompt_column_and_classification_exclude_each_other():
+    config = dataclasses.replace(GOOD, task="classification", prompt_column="a", completion_column="b")
+    with pytest.raises(ConfigError, match="text_columns"):
+        config.check()
+
+
+def test_yaml_uses_the_same_names_and_types(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: d\nout: o\nlearning_rate: 1e-4\nwarmup: 1\ntext_columns: [a, b]\nkeep: best\n")
+    config = read_config(path)
+    assert config == dataclasses.replace(GOOD, learning_rate=1e-4, warmup=1.0, text_columns=("a", "b"), keep="best")
+    assert isinstance(config.learning_rate, float)
+
+
+def test_unknown_yaml_name_gets_the_nearest_and_all_names(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lerning_rate: 1e-4\n")
+    with pytest.raises(ConfigError) as caught:
+        read_fields(path)
+    message = str(caught.value)
+    assert "'lerning_rate'" in message
+    assert "did you mean 'learning_rate'" in message
+    assert all(field.name in message for field in dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n", "", "epochs: many\n"])
+def test_malformed_yaml_is_an_error(tmp_path: Path, text: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        read_fields(path)
+
+
+def test_missing_required_names_are_told(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\n")
+    with pytest.raises(ConfigError, match="data, out"):
+        read_config(path)
+
+
+def test_the_configuration_needs_no_torch():
+    code = (
+        "import sys; from hiddenkey.lab.config import TrainConfig; from hiddenkey.lab import config_file;"
+        "TrainConfig(model='m', data='d', out='o').check();"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

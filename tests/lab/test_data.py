@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hiddenkey.lab import sources
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.data import Examples, load_examples
+from hiddenkey.lab.errors import DataError
+
+from . import tiny
+
+
+def load(data: Path | str, **fields: Any) -> Examples:
+    return load_examples(TrainConfig(model="m", data=str(data), out="o", **fields))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_csv_is_classification_with_classes_in_order(sentences: Path):
+    examples = load(sentences)
+    assert examples.task == "classification"
+    assert examples.label_names == ("bad", "good")
+    assert (len(examples.train), len(examples.validation)) == (36, 4)
+    assert set(examples.train["label"]) == {0, 1}
+    for row in examples.train:
+        assert row["label"] == any(word in row["first"] for word in tiny.GOOD)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "tsv"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str, sentences: Path):
+    rows = tiny.labelled_rows(40)
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in rows))
+    assert load(path).train.to_list() == load(sentences).train.to_list()
+
+
+def test_tsv_takes_quotes_as_they_are_and_words_such_as_null_as_texts(tmp_path: Path):
+    path = tmp_path / "rows.tsv"
+    path.write_text('sentence\tlabel\n"it is fine\t1\nnull\t0\nNA\t0\nso "so"\t1\n')
+    examples = load(path, validation=str(path))
+    assert examples.train["first"][:] == ['"it is fine', "null", "NA", 'so "so"']
+
+
+def test_folder_with_train_and_dev_and_no_header(tmp_path: Path):
+    (tmp_path / "train.tsv").write_text("gj04\t1\t\tShe sang.\ngj04\t0\t*\tSang she did that.\n")
+    (tmp_path / "dev.tsv").write_text("gj04\t1\t\tHe sang.\n")
+    examples = load(tmp_path, column_names=("source", "label", "star", "sentence"))
+    assert examples.train["first"][:] == ["She sang.", "Sang she did that."]
+    assert examples.validation["first"][:] == ["He sang."]
+    assert examples.label_names == ("0", "1")
+
+
+def test_folder_without_training_file_lists_what_it_has(tmp_path: Path):
+    (tmp_path / "test.csv").write_text("text,label\na,1\n")
+    with pytest.raises(DataError, match=r"test\.csv"):
+        load(tmp_path)
+
+
+def test_two_texts_and_a_fractional_label_are_regression(tmp_path: Path):
+    rows = [{"sentence1": "a", "sentence2": "b", "score": i / 2} for i in range(10)]
+    examples = load(tiny.write_csv(tmp_path / "scores.csv", rows))
+    assert examples.task == "regression"
+    assert examples.train.column_names == ["first", "second", "label"]
+    assert sorted([*examples.train["label"], *examples.validation["label"]]) == [i / 2 for i in range(10)]
+
+
+def test_lists_of_texts_become_examples_and_their_entry_stays_in_one_part(tmp_path: Path):
+    rows = [{"triples": [f"a{i} | b", "c"], "texts": [f"one {i}", f"two {i}"]} for i in range(10)]
+    examples = load(write_jsonl(tmp_path / "webnlg.jsonl", rows))
+    assert examples.task == "causal-lm"
+    assert (len(examples.train), len(examples.validation)) == (18, 2)
+    assert len(set(examples.validation["prompt"])) == 1
+    assert "; c" in examples.validation["prompt"][0]
+
+
+def test_empty_list_of_texts_makes_no_example_but_all_of_them_are_an_error(tmp_path: Path):
+    rows = [{"triples": ["a"], "texts": ["b"] if i else []} for i in range(4)]
+    path = write_jsonl(tmp_path / "some.jsonl", rows)
+    assert len(load(path, validation=str(path)).train) == 3
+    empty = write_jsonl(tmp_path / "none.jsonl", [{"triples": ["a"], "texts": []}, *rows[:1]])
+    with pytest.raises(DataError, match="'texts' is empty"):
+        load(path, validation=str(empty))
+
+
+def test_named_prompt_and_completion_columns_win(tmp_path: Path):
+    rows = [{"text": "a", "label": i % 2, "in": "x", "out": "y"} for i in range(4)]
+    path = tiny.write_csv(tmp_path / "rows.csv", rows)
+    assert load(path).task == "classification"
+    assert load(path, prompt_column="in", completion_column="out").train[0] == {"prompt": "x", "completion": "y"}
+
+
+def test_subset_is_a_function_of_the_seed(sentences: Path):
+    def rows(seed: int) -> list[Any]:
+        return load(sentences, train_size=10, data_seed=seed).train.to_list()
+
+    assert rows(1) == rows(1)
+    assert rows(1) != rows(2)
+
+
+def test_subset_larger_than_the_data_is_an_error(sentences: Path):
+    with pytest.raises(DataError, match="36 or fewer"):
+        load(sentences, train_size=37)
+
+
+def test_missing_column_lists_those_there(sentences: Path):
+    with pytest.raises(DataError, match=r"'sentiment'.*text, label"):
+        load(sentences, label_column="sentiment")
+
+
+def test_validation_file_without_the_column(tmp_path: Path, sentences: Path):
+    other = tiny.write_csv(tmp_path / "other.csv", [{"words": "a", "label": "good"}])
+    with pytest.raises(DataError, match=r"validation data has no column 'text'.*words"):
+        load(sentences, validation=str(other))
+
+
+def test_no_usual_names(tmp_path: Path):
+    path = tiny.write_csv(tmp_path / "rows.csv", [{"x": "a", "y": "b"}])
+    with pytest.raises(DataError, match=r"--text-columns.*x, y"):
+        load(path)
+    with pytest.raises(DataError, match=r"--prompt-column.*x, y"):
+        load(path, task="causal-lm")
+
+
+def test_unlabelled_rows_are_named(tmp_path: Path):
+    rows = tiny.labelled_rows(20)
+    rows[2]["label"] = rows[6]["label"] = ""
+    with pytest.raises(DataError, match=r"no label in column 'label' in 2 rows: 3, 7 "):
+        load(tiny.write_csv(tmp_path / "rows.csv", rows))
+
+
+def test_hidden_labels_of_a_hub_set_count_as_unlabelled(monkeypatch: pytest.MonkeyPatch):
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
+    monkeypatch.setattr(sources, "load_dataset", lambda *_: DatasetDict(train=rows, validation=rows))
+    with pytest.raises(DataError, match="in 1 rows: 3 "):
+        load("owner/set")
+
+
+def test_glue_name_reaches_its_hub_set_and_keeps_class_names(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    features = Features(
+        {"sentence1": Value("string"), "sentence2": Value("string"), "label": ClassLabel(names=["yes", "no"])}
+    )
+    rows = Dataset.from_dict(
+        {"sentence1": ["a"] * 4, "sentence2": ["b"] * 4, "label": [0, 1, 1, 0]}, features=features
+    )
+
+    def load_dataset(*names: str) -> DatasetDict:
+        asked.append(names)
+        return DatasetDict(train=rows, validation=rows)
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    examples = load("glue/rte")
+    assert asked == [("nyu-mll/glue", "rte")]
+    assert examples.label_names == ("yes", "no")
+    assert examples.train["label"][:] == [0, 1, 1, 0]
+    with pytest.raises(DataError, match=r"'rte2'.*rte"):
+        load("glue/rte2")
+    with pytest.raises(DataError, match="'dev2'; it has train, validation"):
+        load("glue/rte", validation="dev2")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "empty"), ("text,label\n", "no rows"), ("text,label\na,1\n", "split")]
+)
+def test_too_few_rows(tmp_path: Path, text: str, said: str):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(DataError, match=said):
+        load(path)
+
+
+def test_one_class_or_a_class_per_row_is_an_error(tmp_path: Path):
+    one = tiny.write_csv(tmp_path / "one.csv", [{"text": "a", "label": "x"}] * 9)
+    many = tiny.write_csv(tmp_path / "many.csv", [{"text": "a", "label": str(i)} for i in range(50)])
+    with pytest.raises(DataError, match="one label only"):
+        load(one)
+    with pytest.raises(DataError, match="--task regression"):
+        load(many)
+
+
+def test_label_unknown_to_training(tmp_path: Path, sentences: Path):
+    other = tiny.write_csv(tmp_path / "other.csv", [{"text": "a", "label": "middling"}])
+    with pytest.raises(DataError, match="middling; training has bad, good"):
+        load(sentences, validation=str(other))
+
+
+def test_regression_on_words_is_an_error(sentences: Path):
+    with pytest.raises(DataError, match="not a number"):
+        load(sentences, task="regression")
+
+
+def test_broken_file_says_where(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text')
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read.*JSON"):
+        load(path)
+
+
+def test_missing_file_is_an_os_error(tmp_path: Path):
+    with pytest.raises(OSError, match=r"gone\.csv"):
+        load(tmp_path / "gone.csv")

@@ -1,0 +1,238 @@
+"""hiddenkey.attention as scaled_dot_product_attention: masks, dtypes, given masks, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hiddenkey
+from tests.oracles import KINDS, assert_same, attention, qkv, some_keep, visibility
+
+NO_DROPS = [recipe.format("column", 0) for recipe in KINDS]
+CAUSAL = visibility("causal+right", 2, 5)
+NUMBERS = torch.linspace(-1, 1, 25, dtype=torch.float64).view(1, 1, 5, 5)
+SDPA_MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "bool": {"attn_mask": CAUSAL},
+    "bool over queries and keys": {"attn_mask": visibility("window", 1, 5)[0, 0]},
+    "bool over keys": {"attn_mask": torch.tensor([[True, False, True, True, False]])},
+    "bool over heads, without batch": {"attn_mask": visibility("causal", 1, 5)[0].expand(4, 5, 5)},
+    "bool of every head": {"attn_mask": CAUSAL.expand(2, 4, 5, 5)},
+    "additive": {"attn_mask": NUMBERS},
+    "additive with minus infinity": {"attn_mask": NUMBERS.expand(2, 1, 5, 5).masked_fill(~CAUSAL, -torch.inf)},
+    "additive with the lowest number": {
+        "attn_mask": NUMBERS.expand(2, 1, 5, 5).masked_fill(~CAUSAL, torch.finfo(torch.float64).min)
+    },
+    "scale": {"scale": 0.3},
+    "scale and mask": {"scale": 2.0, "attn_mask": CAUSAL},
+}
+
+
+@pytest.mark.parametrize("mask", SDPA_MASKS)
+@pytest.mark.parametrize("kv_heads", (4, 2, 1))
+@pytest.mark.parametrize("drop", NO_DROPS)
+def test_without_drops_it_is_sdpa(drop, kv_heads, mask):
+    inputs = qkv(heads=4, kv_heads=kv_heads)
+    kwargs = {**SDPA_MASKS[mask], "enable_gqa": kv_heads < 4}
+    ours = hiddenkey.attention(*inputs, drop, **kwargs)
+    assert_same(ours, F.scaled_dot_product_attention(*inputs, **kwargs), inputs)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_queries_and_keys_of_different_lengths(causal):
+    inputs = qkv(queries=3, keys=6)
+    ours = hiddenkey.attention(*inputs, "logits:span@0", is_causal=causal)
+    assert_same(ours, F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs)
+
+
+def test_values_may_have_another_width():
+    query, key, _ = qkv()
+    value = torch.randn(2, 2, 5, 7, dtype=torch.float64, requires_grad=True)
+    ours = hiddenkey.attention(query, key, value, "logits:column@0")
+    assert_same(ours, F.scaled_dot_product_attention(query, key, value), (query, key, value))
+
+
+@pytest.mark.parametrize("hidden", (False, -torch.inf, torch.finfo(torch.float64).min))
+@pytest.mark.parametrize("pattern", ("element", "column", "span"))
+@pytest.mark.parametrize("recipe", KINDS)
+def test_a_row_that_sees_nothing_is_zero_with_finite_gradients(recipe, pattern, hidden):
+    inputs = qkv()
+    visible = torch.ones(5, 5, dtype=torch.bool)
+    visible[2] = False
+    mask = visible if hidden is False else torch.zeros(5, 5, dtype=torch.float64).masked_fill(~visible, hidden)
+    out = hiddenkey.attention(*inputs, recipe.format(pattern, 0.4), attn_mask=mask)
+    assert not out[:, :, 2].any()
+    assert out[:, :, [0, 1, 3, 4]].abs().min() > 0
+    for gradient in torch.autograd.grad(out.square().sum(), inputs):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_a_kept_key_of_no_weight_gives_no_nan(recipe):
+    """The softmax of the dropped sink key is 1, that of all the others rounds to 0 in float32."""
+    query, key = torch.ones(1, 1, 1, 1, requires_grad=True), torch.tensor([300.0, -300.0, -301.0]).view(1, 1, 3, 1)
+    value = torch.eye(3)[None, None]
+    keep = torch.tensor([False, True, True])
+    out = hiddenkey.attention(query, key, value, recipe.format("column", 0.3), keep=keep)
+    assert torch.isfinite(out).all()
+    assert torch.isfinite(torch.autograd.grad(out.sum(), query)[0]).all()
+
+
+@pytest.mark.parametrize("additive", (False, True), ids=("bool", "additive"))
+@pytest.mark.parametrize("recipe", KINDS)
+def test_the_lowest_logit_outranks_the_future(recipe, additive):
+    """A hidden key is hidden, not merely unlikely: no finite number stands for it."""
+    query, key = torch.full((1, 1, 3, 1), -1e19), torch.full((1, 1, 3, 1), 1e19)
+    visible = visibility("causal", 1, 3)
+    mask = torch.zeros(1, 1, 3, 3).masked_fill(~visible, torch.finfo(torch.float32).min) if additive else visible
+    drop = recipe.format("column", 0.9)
+    weights = hiddenkey.attention(query, key, torch.eye(3)[None, None], drop, attn_mask=mask, scale=1.0)
+    assert torch.isfinite(weights).all()
+    assert not weights[~visible].any()
+    assert (weights[..., 0, 0] > 0).all()
+
+
+@pytest.mark.parametrize("mask", ("all", "causal", "causal+right", "window+left"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("recipe", KINDS)
+def test_error_in_a_dtype_is_the_references_own(recipe, dtype, mask):
+    """Rounding the float64 reference's weights and output to the dtype costs no less than half our whole error."""
+    length, p = 16, 0.3
+    query, key, value = (x.detach().to(dtype) for x in qkv(2, 4, length, length, 8, kv_heads=2))
+    keep, visible = some_keep("column", 2, 4, length, length), visibility(mask, 2, length)
+    drop = recipe.format("column", p)
+    out = hiddenkey.attention(query, key, value, drop, attn_mask=visible, keep=keep, enable_gqa=True)
+    assert out.dtype == dtype
+    doubles = query.double(), key.double(), value.double()
+    exact = attention(*doubles, keep, KINDS[recipe], p, visible)
+    unit = torch.eye(length, dtype=torch.float64).expand(2, 2, length, length)
+    weights = attention(*doubles[:2], unit, keep, KINDS[recipe], p, visible).to(dtype)
+    rounded = (weights.double() @ doubles[2].repeat_interleave(2, 1)).to(dtype).double()
+    floor = max(float((rounded - exact).abs().max()), torch.finfo(dtype).eps)
+    assert float((out.double() - exact).abs().max()) <= 4 * floor
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("mask", ("causal", "causal+left", "window+right", "window+packed+left"))
+@pytest.mark.parametrize("recipe", KINDS)
+@pytest.mark.parametrize("pattern", ("element", "column", "span"))
+def test_no_nan_in_any_dtype(pattern, recipe, mask, dtype):
+    inputs = [torch.randn(3, 2, 8, 4).mul(4).to(dtype).requires_grad_() for _ in range(3)]
+    visible = visibility(mask, 3, 8)
+    for attn_mask in (visible, torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)):
+        out = hiddenkey.attention(*inputs, recipe.format(pattern, 0.7), attn_mask=attn_mask)
+        assert torch.isfinite(out).all()
+        for gradient in torch.autograd.grad(out.float().square().sum(), inputs):
+            assert torch.isfinite(gradient).all()
+
+
+def test_softmax_stays_in_float32_under_autocast():
+    """Logits around 100 differ by less than bfloat16 can tell apart."""
+    query, key = torch.full((1, 1, 1, 4), 5.0), torch.full((1, 1, 3, 4), 10.0)
+    key[0, 0, :, 0] += torch.tensor([0.0, 0.02, 0.04])
+    value = torch.eye(3)[None, None]
+    plain = hiddenkey.attention(query, key, value, "logits:column@0")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = hiddenkey.attention(query, key, value, "logits:column@0")
+    torch.testing.assert_close(mixed.float(), plain, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 5, 5), (2, 2, 5, 5), (2, 2, 1, 5), (1, 1, 1, 5), (5,), (5, 5), (2, 1, 1, 5), (4, 5, 5), (2, 5, 5)],
+)
+def test_keep_broadcasts_over_query_or_key_value_heads(shape):
+    inputs = qkv(heads=4, kv_heads=2)
+    keep = torch.rand(shape) > 0.4
+    keep[..., 0] = True
+    full = keep if keep.dim() < 3 or keep.shape[-3] != 2 else keep.repeat_interleave(2, -3)
+    ours = hiddenkey.attention(*inputs, "logits:column@0.3", keep=keep, enable_gqa=True)
+    assert_same(ours, attention(*inputs, full, "dropkey", 0.3), inputs)
+
+
+def test_keep_replaces_the_draw():
+    inputs, keep = qkv(), some_keep("element", 2, 2, 5, 5)
+    before = torch.random.get_rng_state()
+    first = hiddenkey.attention(*inputs, "logits:element@0.9", keep=keep)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(first, hiddenkey.attention(*inputs, "logits:span@0.1", keep=keep))
+    everything = torch.ones(1, dtype=torch.bool)
+    kept = hiddenkey.attention(*inputs, "logits:element@0.9", keep=everything)
+    torch.testing.assert_close(kept, F.scaled_dot_product_attention(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_logits_and_weights_draw_one_after_the_other():
+    """The weights' drop acts on the softmax that the logits' drop left, and guards what is left to see."""
+    torch.manual_seed(1)
+    unit = torch.eye(50)[None, None].expand(4, 2, 50, 50)
+    query = torch.zeros(4, 2, 1, 1)
+    out = hiddenkey.attention(query, torch.zeros(4, 2, 50, 1), unit, "logits:column@0.5 + weights:column:rescale@0.5")
+    survivors = (out > 0).float().mean()
+    assert 0.15 < survivors < 0.35
+    torch.testing.assert_close(out.sum(-1).mean(), torch.tensor(1.0), rtol=0.15, atol=0)
+
+
+def test_draws_follow_torchs_seed():
+    inputs = qkv()
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(hiddenkey.attention(*inputs, "logits:element@0.5"))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_a_recipe_object_and_drops_elsewhere():
+    inputs, keep = qkv(), some_keep("column", 2, 2, 5, 5)
+    recipe = hiddenkey.parse("hiddenkey@0.3")
+    ours = hiddenkey.attention(*inputs, recipe, keep=keep)
+    assert torch.equal(ours, hiddenkey.attention(*inputs, "logits:column@0.3", keep=keep))
+
+
+def shapes(query=(2, 4, 5, 3), key=(2, 4, 5, 3), value=(2, 4, 5, 3)):
+    return [torch.zeros(shape) for shape in (query, key, value)]
+
+
+def ones(*shape, dtype=torch.bool):
+    return torch.ones(*shape, dtype=dtype)
+
+
+COLUMN = "logits:column@0.1"
+FEWER_HEADS = ((2, 4, 5, 3), (2, 2, 5, 3), (2, 2, 5, 3))
+THREE_HEADS = ((2, 4, 5, 3), (2, 3, 5, 3), (2, 3, 5, 3))
+TWO = "logits:column@0.1 + weights:column@0.1"
+BAD = {
+    "three dimensions": (shapes(query=(4, 5, 3)), COLUMN, {}, ["(4, 5, 3)", "(B, heads, length, D)"]),
+    "another batch": (shapes(query=(3, 4, 5, 3)), COLUMN, {}, ["(3, 4, 5, 3)", "fit"]),
+    "another width": (shapes(query=(2, 4, 5, 2)), COLUMN, {}, ["(2, 4, 5, 2)", "fit"]),
+    "fewer values": (shapes(value=(2, 4, 4, 3)), COLUMN, {}, ["(2, 4, 4, 3)", "fit"]),
+    "fewer heads": (shapes(*FEWER_HEADS), COLUMN, {}, ["4", "2", "enable_gqa"]),
+    "heads that do not divide": (
+        shapes(*THREE_HEADS), COLUMN, {"enable_gqa": True}, ["4", "3", "multiple"],
+    ),
+    "mask and causal": (
+        shapes(), COLUMN, {"attn_mask": ones(5, 5), "is_causal": True}, ["attn_mask", "is_causal"],
+    ),
+    "an integer mask": (shapes(), COLUMN, {"attn_mask": ones(5, 5, dtype=torch.long)}, ["int64", "bool"]),
+    "a mask of another length": (shapes(), COLUMN, {"attn_mask": ones(5, 7)}, ["(5, 7)", "(2, 4, 5, 5)"]),
+    "a mask of five dimensions": (
+        shapes(), COLUMN, {"attn_mask": ones(1, 1, 1, 5, 5)}, ["(1, 1, 1, 5, 5)", "(2, 4, 5, 5)"],
+    ),
+    "a float keep": (shapes(), COLUMN, {"keep": ones(5, dtype=torch.float)}, ["bool", "float32"]),
+    "a keep of another length": (shapes(), COLUMN, {"keep": ones(4)}, ["(4,)", "broadcast"]),
+    "a keep of five dimensions": (shapes(), COLUMN, {"keep": ones(1, 2, 4, 5, 5)}, ["(1, 2, 4, 5, 5)"]),
+    "one keep for two drops": (shapes(), TWO, {"keep": ones(5)}, ["2", "logits:column@0.1", "weights:column@0.1"]),
+    "no drop of attention": (shapes(), "hidden:element@0.1", {}, ["hidden:element@0.1", "logits or weights"]),
+    "the baseline": (shapes(), "baseline", {}, ["baseline", "logits:column@0.1"]),
+    "layers": (shapes(), "logits[1/2:]:column@0.1", {}, ["logits[1/2:]:column@0.1", "leave out [1/2:]"]),
+    "no recipe": (shapes(), "logits:colum@0.1", {}, ["'colum'", "'column'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    inputs, drop, kwargs, words = BAD[case]
+    with pytest.raises(ValueError) as caught:
+        hiddenkey.attention(*inputs, drop, **kwargs)
+    for word in words:
+        assert word in str(caught.value)

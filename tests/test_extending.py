@@ -1,0 +1,151 @@
+"""A new pattern, position, compensation or consistency in a dozen lines works everywhere at once."""
+
+import pytest
+import torch
+
+import hiddenkey
+from hiddenkey.axes.compensation import COMPENSATIONS
+from hiddenkey.axes.pattern import PATTERNS
+from hiddenkey.axes.position import POSITIONS
+from hiddenkey.consistency import CONSISTENCIES
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """Take out again what a test registered."""
+    registries = (PATTERNS, POSITIONS, COMPENSATIONS, CONSISTENCIES)
+    before = [registry.names() for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - set(names):
+            registry.remove(name)
+        assert registry.names() == names
+
+
+def register_alternate():
+    @hiddenkey.register_pattern("alternate")
+    def alternate(grid, p):
+        """Every second place."""
+        keep = torch.arange(grid.places) % 2 == 0
+        return grid.lay(keep.expand(*grid.lead, grid.places))
+
+
+def test_a_pattern_works_at_every_position():
+    register_alternate()
+    x = torch.ones(2, 6, 3)
+    for position in ("input", "hidden", "output"):
+        out = hiddenkey.StructuredDropout(f"{position}:alternate@0.5")(x)
+        assert torch.equal(out[:, ::2], 2 * x[:, ::2])
+        assert not out[:, 1::2].any()
+    query, key, value = torch.randn(3, 2, 4, 6, 3)
+    even = torch.arange(6) % 2 == 0
+    for drop in ("logits:{}@0.5", "weights:{}@0.5", "weights:{}:rescale@0.5"):
+        ours = hiddenkey.attention(query, key, value, drop.format("alternate"))
+        assert torch.equal(ours, hiddenkey.attention(query, key, value, drop.format("column"), keep=even))
+
+
+def test_a_pattern_works_in_the_language():
+    register_alternate()
+    assert str(hiddenkey.parse("dropkey:alternate@0.5 ~ kl")) == "logits:alternate@0.5 ~ kl*1.0"
+    with pytest.raises(hiddenkey.RecipeError, match="Did you mean 'alternate'"):
+        hiddenkey.parse("hidden:alternat@0.5")
+    with pytest.raises(ValueError, match="registered already"):
+        register_alternate()
+
+
+def test_what_was_registered_is_gone_again():
+    with pytest.raises(hiddenkey.RecipeError, match="unknown pattern 'alternate'"):
+        hiddenkey.parse("hidden:alternate@0.5")
+
+
+def test_a_pattern_may_ask_for_documents():
+    @hiddenkey.register_pattern("first", needs_segments=True)
+    def first(grid, p):
+        """The first place of every document."""
+        segments = grid.segments_over_lead()
+        opens = torch.cat([segments[..., :1] > 0, segments[..., 1:] > segments[..., :-1]], -1)
+        return grid.lay(~opens.expand(*grid.lead, grid.places))
+
+    assert PATTERNS["first"].needs_segments
+    valid = torch.tensor([[False, False, True, True]])
+    out = hiddenkey.StructuredDropout("hidden:first:none@0.1")(torch.ones(1, 4, 2), valid)
+    assert out[0, :, 0].tolist() == [1, 1, 0, 1]
+
+
+def test_a_position():
+    @hiddenkey.register_position("values", compensation="none")
+    def values(layer):
+        """The output of every value projection."""
+        for path in layer.attentions:
+            yield f"{path}.v_proj", "output"
+
+    recipe = hiddenkey.parse("values[1/2:]:element@0.5 + logits:column@0.1")
+    assert str(recipe) == "logits:column@0.1 + values[1/2:]:element@0.5"
+    assert str(hiddenkey.parse("values:element:rescale@0.5")) == "values:element:rescale@0.5"
+    x = torch.randn(2, 6, 3)
+    out = hiddenkey.StructuredDropout("values:element@0.5")(x)
+    assert torch.equal(out[out != 0], x[out != 0])
+    with pytest.raises(hiddenkey.RecipeError, match="Did you mean 'values'"):
+        hiddenkey.parse("vales:element@0.5")
+
+
+def test_a_position_once_in_a_model():
+    @hiddenkey.register_position("pooled", per_layer=False)
+    def pooled(model):
+        """What enters the pooler."""
+        yield "pooler", "input"
+
+    assert str(hiddenkey.parse("pooled:element@0.5")) == "pooled:element@0.5"
+    with pytest.raises(hiddenkey.RecipeError, match="'pooled' exists once"):
+        hiddenkey.parse("pooled[:2]:element@0.5")
+
+
+def test_a_position_at_the_attention_weights():
+    @hiddenkey.register_position("late", space="weights", compensation="rescale")
+    def late(layer):
+        """Another name for the weights, with another default."""
+        for path in layer.attentions:
+            yield path, "attention"
+
+    query, key, value = torch.randn(3, 2, 4, 6, 3)
+    keep = torch.arange(6) < 4
+    ours = hiddenkey.attention(query, key, value, "late:column@0.5", keep=keep)
+    assert torch.equal(ours, hiddenkey.attention(query, key, value, "weights:column:rescale@0.5", keep=keep))
+
+
+def test_a_compensation():
+    @hiddenkey.register_compensation("double", spaces=("weights", "stream"))
+    def double(erased, p):
+        """Twice, whatever the rate."""
+        return 2 * erased
+
+    x, keep = torch.randn(2, 6, 3), torch.arange(6)[:, None] < 4
+    assert torch.equal(hiddenkey.StructuredDropout("hidden:column:double@0.1")(x, keep=keep), 2 * x * keep)
+    query, key, value = torch.randn(3, 2, 4, 6, 3)
+    keep = torch.arange(6) < 4
+    doubled = hiddenkey.attention(query, key, value, "weights:column:double@0.1", keep=keep)
+    plain = hiddenkey.attention(query, key, value, "weights:column:none@0.1", keep=keep)
+    torch.testing.assert_close(doubled, 2 * plain)
+    with pytest.raises(hiddenkey.RecipeError, match="'logits' has no compensation 'double'; allowed: none"):
+        hiddenkey.parse("logits:column:double@0.1")
+
+
+@pytest.mark.parametrize("both", (False, True))
+def test_a_consistency(both):
+    @hiddenkey.register_consistency("cosine", both=both, clean=True)
+    def cosine(first, second):
+        """One minus the cosine of the logits."""
+        return 1 - torch.cosine_similarity(first, second, dim=-1)
+
+    assert CONSISTENCIES["cosine"].clean
+    assert str(hiddenkey.parse("hiddenkey@0.1 ~ cosine*0.5")).endswith("~ cosine*0.5")
+    first, second = torch.randn(2, 4, 5, dtype=torch.float64).unbind()
+    first.requires_grad_(), second.requires_grad_()
+    valid = torch.tensor([True, True, False, True])
+    loss = hiddenkey.consistency_loss("cosine", first, second, valid=valid)
+    torch.testing.assert_close(loss, (1 - torch.cosine_similarity(first[valid], second[valid])).mean())
+    loss.backward()
+    assert first.grad.any()
+    assert (second.grad is not None) == both
+    with pytest.raises(hiddenkey.RecipeError, match="Did you mean 'cosine'"):
+        hiddenkey.parse("hiddenkey@0.1 ~ cosin")
