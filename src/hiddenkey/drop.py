@@ -11,7 +11,8 @@ from .axes.compensation import COMPENSATIONS
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
 from .axes.position import POSITIONS, Space
-from .recipe import Drop, Recipe, RecipeError, parse
+from .errors import RecipeError
+from .recipe import Drop, Recipe, parse
 
 
 def draw(drop: Drop, grid: Grid) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .axes.compensation import COMPENSATIONS
 from .axes.grid import Grid
 from .drop import broadcasts, compensate, draw, select
-from .recipe import Drop, Recipe, RecipeError
+from .errors import RecipeError
+from .recipe import Drop, Recipe
 
 
 class KeepTimes(torch.autograd.Function):

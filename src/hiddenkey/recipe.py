@@ -16,8 +16,9 @@ from .axes.compensation import COMPENSATIONS
 from .axes.pattern import PATTERNS
 from .axes.position import POSITIONS, Position
 from .consistency import CONSISTENCIES
+from .errors import RecipeError, UnknownNameError
 from .presets import PRESETS
-from .registry import UnknownNameError, unknown
+from .registry import unknown
 
 BASELINE = "baseline"
 EXAMPLE = "write for example 'hiddenkey@0.1' or 'logits:column@0.1 + hidden:element@0.1 ~ kl*1.0'"
@@ -29,10 +30,6 @@ BOUND = re.compile(r"-?\d{1,9}|\d{1,9}/\d{1,9}")
 # A slice that holds no layer at any of these depths is a slip of the pen, whatever the model.
 DEPTHS = (*range(1, 257), 10**9)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
-class RecipeError(ValueError):
-    """A recipe that does not parse: what was given, what is allowed, what to write instead."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,12 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from .errors import UnknownNameError
+
 T = TypeVar("T")
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 PLUGIN_GROUP = "hiddenkey.plugins"
-
-
-class UnknownNameError(ValueError):
-    """A name that no built-in and no installed plugin has."""
 
 
 class Registry(Generic[T]):

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..axes.pattern import PATTERNS
 from ..drop import Tally
+from ..errors import AttachError
 from ..recipe import Recipe
 from .backend import PREFIX, SITE, wrapped_name
 from .dropouts import give_back, silence
@@ -31,11 +32,11 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
     Attach after `get_peft_model`. The drops are active while the modules are in training mode; the model's own
     dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
 
-    Raises ValueError where a recipe is attached already, and what `plan` raises.
+    Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
     earlier = find_attachment(model)
     if earlier is not None:
-        raise ValueError(
+        raise AttachError(
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
             "(hiddenkey.find_attachment(model)) before attaching another"
         )

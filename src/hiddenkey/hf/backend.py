@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..attend import attend
+from ..errors import PlanError
 from ..masks import Mask, read_mask
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
@@ -113,7 +114,7 @@ def own_eager(module: nn.Module) -> Callable[..., Attended]:
         function = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
         if function is not None:
             return function
-    raise ValueError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
+    raise PlanError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
 
 
 def check_backend(path: str, module: Any) -> str | None:

@@ -14,6 +14,7 @@ from ..axes.pattern import PATTERNS
 from ..axes.position import Side
 from ..drop import Tally
 from ..dropout import draw_stream, drop_stream
+from ..errors import UserError
 from ..masks import Mask, Shape, documents_in, read_mask
 from ..recipe import Drop
 
@@ -92,7 +93,7 @@ class StreamSite:
         drop, known = self.drops[0], self.documents
         folded = x if known is None else known.view(x)
         if PATTERNS[drop.pattern].needs_segments and folded.dim() < 3:
-            raise ValueError(
+            raise UserError(
                 f"'{drop}' needs a sequence of tokens, but this model passes vectors of shape {tuple(x.shape)} "
                 "here; use the pattern element or column"
             )

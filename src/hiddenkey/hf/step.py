@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..consistency import CONSISTENCIES, Consistency
+from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
@@ -74,20 +75,18 @@ def consistency_step(
     A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
     tensor is built, and its layers below the first drop once for both views.
 
-    Raises ValueError where nothing is attached, or labels are missing while the recipe has a consistency.
+    Raises AttachError where nothing is attached, UserError where labels are missing while the recipe has a consistency.
     """
     attachment = find_attachment(model)
     if attachment is None:
-        raise ValueError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
+        raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     recipe = attachment.recipe
     own = scale if task_loss is None else 1.0
     if recipe.consistency is None:
         loss, outputs = (task_loss or model_loss)(model, dict(batch), num_items)
         return StepLoss(loss * own, loss * own, None, outputs)
     if batch.get("labels") is None:
-        raise ValueError(
-            f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}"
-        )
+        raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
     step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
     head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
     if head is not None and not vars(attachment).get(DENSE):

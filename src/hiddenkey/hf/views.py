@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..consistency import Consistency, consistency_loss
+from ..errors import UserError
 from .attach import Attachment
 from .structure import find_transformer
 
@@ -101,13 +102,13 @@ def compared(
         return _tokens(logits, labels, attachment)
     if logits.shape[-1] == 1 or consistency.scalar:
         if not (logits.shape[-1] == 1 and labels.is_floating_point()):
-            raise ValueError(
+            raise UserError(
                 f"the consistency {consistency.name!r} compares predictions of a regression, but this model has "
                 f"{logits.shape[-1]} outputs for labels of {labels.dtype}; use 'kl'"
             )
         return Compared(logits if consistency.scalar else _pooled(last, batch, attachment), None)
     if labels.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
             f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
         )
