@@ -75,7 +75,7 @@ def consistency_step(
     A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
     tensor is built, and its layers below the first drop once for both views.
 
-    Raises AttachError where nothing is attached, UserError where labels are missing while the recipe has a consistency.
+    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing.
     """
     attachment = find_attachment(model)
     if attachment is None:
