@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 ROOMS = {
-    "recipe": ("parse", "Recipe", "Drop", "RecipeError"),
-    "registry": ("UnknownNameError",),
+    "recipe": ("parse", "Recipe", "Drop"),
+    "errors": ("UserError", "RecipeError", "PlanError", "AttachError", "SavedRecipeError", "UnknownNameError"),
     "attend": ("attention",),
     "dropout": ("StructuredDropout",),
     "consistency": ("consistency_loss", "register_consistency"),
     "axes.pattern": ("register_pattern",),
     "axes.position": ("register_position",),
     "axes.compensation": ("register_compensation",),
-    "hf.plan": ("plan", "Plan", "PlanError"),
+    "hf.plan": ("plan", "Plan"),
     "hf.attach": ("attach", "find_attachment", "Attachment"),
     "hf.step": ("consistency_step", "StepLoss"),
     "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
@@ -37,11 +37,16 @@ if TYPE_CHECKING:
     from .consistency import consistency_loss as consistency_loss
     from .consistency import register_consistency as register_consistency
     from .dropout import StructuredDropout as StructuredDropout
+    from .errors import AttachError as AttachError
+    from .errors import PlanError as PlanError
+    from .errors import RecipeError as RecipeError
+    from .errors import SavedRecipeError as SavedRecipeError
+    from .errors import UnknownNameError as UnknownNameError
+    from .errors import UserError as UserError
     from .hf.attach import Attachment as Attachment
     from .hf.attach import attach as attach
     from .hf.attach import find_attachment as find_attachment
     from .hf.plan import Plan as Plan
-    from .hf.plan import PlanError as PlanError
     from .hf.plan import plan as plan
     from .hf.saving import load_recipe as load_recipe
     from .hf.saving import save_recipe as save_recipe
@@ -51,9 +56,7 @@ if TYPE_CHECKING:
     from .hf.trainer import DropTrainer as DropTrainer
     from .recipe import Drop as Drop
     from .recipe import Recipe as Recipe
-    from .recipe import RecipeError as RecipeError
     from .recipe import parse as parse
-    from .registry import UnknownNameError as UnknownNameError
 
 
 def __getattr__(name: str) -> Any:

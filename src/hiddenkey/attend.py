@@ -1,6 +1,6 @@
-"""Attention with dropped logits or weights: the reference on plain tensors (arXiv 2403.00812, eq. 1-3).
+"""Attention with dropped logits or weights (arXiv 2403.00812, eq. 1-3): the reference, and the choice of path.
 
-Everything faster must equal this file.
+`reference` is written from the equations; every faster path must equal it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from .axes.grid import Grid
-from .drop import compensate, draw, guard, select, space_of
+from .axes.pattern import PATTERNS
+from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
+from .fused import attend_cells, attend_keys
+from .masks import Mask, Shape, read_mask
 from .recipe import Drop, Recipe
 
 
@@ -30,7 +33,7 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention` with structured drops.
 
     query: (B, H, Q, D); key, value: (B, Hkv, K, D) with Hkv = H unless `enable_gqa`. Returns (B, H, Q, Dv) in
-    the dtype of `value`; the softmax is taken in float32, or float64 for float64 input.
+    the dtype of `value`.
     drop: a recipe whose `logits` and `weights` drops are used, such as "logits:column@0.1".
     attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K).
     keep: bool, broadcastable to (B, Hkv or H, Q, K), True = kept; replaces the draw of the only drop.
@@ -40,19 +43,10 @@ def attention(
     """
     drops = select(drop, ("logits", "weights"), "attention")
     _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)
-    visible, bias = split_mask(attn_mask)
-    if is_causal:
-        visible = causal_mask(query.shape[-2], key.shape[-2], query.device)
-    return attend(
-        query,
-        key,
-        value,
-        drops,
-        visible=visible,
-        bias=bias,
-        scale=scale,
-        keeps=None if keep is None else [keep],
-    )[0]
+    mask, bias = read_mask(attn_mask, causal=is_causal)
+    shape = (query.shape[0], key.shape[1], query.shape[2], key.shape[2])
+    keeps = draw_keeps(drops, shape, query.device, mask) if keep is None else [_full_rank(keep, shape)]
+    return attend(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
 
 
 def attend(
@@ -60,31 +54,48 @@ def attend(
     key: Tensor,
     value: Tensor,
     drops: Sequence[Drop],
+    keeps: Sequence[Tensor],
     *,
-    visible: Tensor | None = None,
+    mask: Mask,
     bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    keeps: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The output (B, H, Q, Dv) and the attention weights (B, H, Q, K).
+) -> Tensor:
+    """The output (B, H, Q, Dv), by the fastest path that is exact for this call.
 
-    visible: bool, bias: float, both broadcastable to (B, H, Q, K). keeps: one mask per drop; None: drawn here.
+    keeps: one bool mask per drop, (B, Hkv or H, Q or 1, K). bias: float, broadcastable to (B, H, Q, K).
     """
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if keeps is None:
-        keeps = draw_keeps(drops, query, key, visible)
-    keeps = [spread(keep, heads) for keep in keeps]
-    key, value = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    if softcap is None and [space_of(drop) for drop in drops] == ["logits"]:
+        path = attend_keys if keeps[0].shape[2] == 1 else attend_cells
+        return path(query, key, value, keeps[0], mask, bias, scale)
+    return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale, softcap=softcap)
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    drops: Sequence[Drop],
+    keeps: Sequence[Tensor],
+    *,
+    mask: Mask,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same as `attend`, from the equations: logits, softmax and weights in float32 (float64 for float64)."""
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     logits = attention_logits(query, key, scale, softcap, bias)
-    weights = drop_weights(logits, visible, drops, keeps)
-    return (weights.to(value.dtype) @ value), weights
+    visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
+    weights = drop_weights(logits, visible, drops, [spread(keep, heads) for keep in keeps])
+    return weights.to(value.dtype) @ value
 
 
-def draw_keeps(drops: Sequence[Drop], query: Tensor, key: Tensor, visible: Tensor | None) -> list[Tensor]:
+def draw_keeps(drops: Sequence[Drop], shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
     """One keep mask per drop, over (B, Hkv, Q, K)."""
-    shape = (query.shape[0], key.shape[1], query.shape[-2], key.shape[-2])
-    grid = Grid.attention(shape, query.device, segments(visible, shape))
+    needed = any(PATTERNS[drop.pattern].needs_segments for drop in drops)
+    grid = Grid.attention(shape, device, mask.segments(shape) if needed else None)
     return [draw(drop, grid) for drop in drops]
 
 
@@ -112,7 +123,7 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
     allowed = allowed | ~alive
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "logits":
-            allowed = allowed & guard(keep, allowed)
+            allowed = guard(keep, allowed)
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "weights":
@@ -120,47 +131,9 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
     return weights * alive
 
 
-def spread(keep: Tensor, heads: int) -> Tensor:
-    """Give every query head the mask of its key/value head."""
-    if keep.dim() < 3 or keep.shape[-3] in (1, heads):
-        return keep
-    return keep.repeat_interleave(heads // keep.shape[-3], dim=-3)
-
-
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Query i sees keys 0..i, as in torch's `is_causal`: (Q, K)."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
-
-
-def split_mask(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(visible, bias) of a boolean or additive mask.
-
-    An additive entry below half the lowest number of its dtype hides the key: libraries write minus infinity
-    or the lowest number itself.
-    """
-    if mask is None or mask.dtype == torch.bool:
-        return mask, None
-    visible = mask > torch.finfo(mask.dtype).min / 2
-    return visible, mask.masked_fill(~visible, 0)
-
-
-def segments(visible: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """Which keys belong to one document, read off the mask: int (B, K), 0 where no query looks.
-
-    Neighbours are of one document when the later one, as a query, sees both. None: one document each.
-    """
-    if visible is None:
-        return None
-    batch, _, queries, keys = shape
-    visible = visible.expand(batch, visible.shape[1] if visible.dim() == 4 else 1, queries, keys)
-    seen = visible.any(1)
-    real = seen.any(1)
-    joined = real[:, 1:] & real[:, :-1]
-    if queries == keys:
-        joined = joined & seen.diagonal(-1, 1, 2)
-    opens = real.clone()
-    opens[:, 1:] &= ~joined
-    return opens.cumsum(-1) * real
+def _full_rank(keep: Tensor, shape: Shape) -> Tensor:
+    keep = keep.view((1,) * (4 - keep.dim()) + tuple(keep.shape))
+    return keep.expand(shape[0], -1, -1, shape[3])
 
 
 def _check(
@@ -185,6 +158,11 @@ def _check(
         )
     if mask is not None and is_causal:
         raise ValueError("pass either attn_mask or is_causal=True, as in scaled_dot_product_attention")
+    cells = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"attn_mask must be bool (True = visible) or an additive float mask, got {mask.dtype}")
+    if mask is not None and not broadcasts(mask.shape, cells):
+        raise ValueError(f"attn_mask must broadcast to (B, H, Q, K) = {cells}, got shape {tuple(mask.shape)}")
     if keep is None:
         return
     if keep.dtype != torch.bool:
@@ -192,12 +170,5 @@ def _check(
     if len(drops) > 1:
         raise ValueError(f"keep replaces one draw, but the recipe has {len(drops)}: {' + '.join(map(str, drops))}")
     wanted = (query.shape[0], (key.shape[1], query.shape[1]), query.shape[2], key.shape[2])
-    if not _broadcasts(keep.shape, wanted):
+    if not broadcasts(keep.shape, wanted):
         raise ValueError(f"keep must broadcast to (B, Hkv or H, Q, K) = {wanted}, got shape {tuple(keep.shape)}")
-
-
-def _broadcasts(shape: torch.Size, wanted: tuple[int | tuple[int, ...], ...]) -> bool:
-    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
-    return len(shape) <= 4 and all(
-        n == 1 or n in allowed for n, allowed in zip(reversed(shape), reversed(sizes), strict=False)
-    )

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import hiddenkey
-from hiddenkey.lab.config import TrainConfig
+
+from .lab.config import TrainConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -40,8 +41,8 @@ def run_train(config: TrainConfig) -> None:
     """Train and say where the results are."""
     config.check()
     hiddenkey.parse(config.recipe)  # mistakes in these are told before the slow imports
-    from hiddenkey.lab.quiet import quieten
-    from hiddenkey.lab.run import train
+    from .lab.quiet import quieten
+    from .lab.run import train
 
     quieten()
     result = train(config)
@@ -53,7 +54,7 @@ def run_train(config: TrainConfig) -> None:
 def run_plan(command: PlanCommand) -> None:
     """Print the plan."""
     recipe = hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
-    from hiddenkey.lab.skeleton import build_skeleton
+    from .lab.skeleton import build_skeleton
 
     print(hiddenkey.plan(build_skeleton(command.model, HEADS[command.task], command.trust_remote_code), recipe))
 
@@ -73,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")
         sys.exit(INTERRUPTED)
-    except Exception as error:
-        if not _is_users(error):
-            raise
+    except (hiddenkey.UserError, OSError) as error:
         sys.stderr.write(f"hiddenkey: {error}\n")
         sys.exit(USER_ERROR)
 
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: list[str]) -> Any:
     defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
     if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
-        from hiddenkey.lab.config_file import read_fields
+        from .lab.config_file import read_fields
 
         defaults |= read_fields(arguments.pop(1))
     train = tyro.conf.subcommand("train", default=TrainConfig(**defaults))
@@ -95,11 +94,6 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-
-
-def _is_users(error: Exception) -> bool:
-    ours = type(error).__module__.partition(".")[0] == "hiddenkey"
-    return isinstance(error, OSError) or (ours and isinstance(error, ValueError))
 
 
 def _metrics(values: dict[str, float]) -> str:

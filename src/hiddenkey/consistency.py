@@ -116,10 +116,16 @@ def consistency_loss(
             f"valid must be a bool tensor of shape {tuple(first.shape[:-1])}, the logits' without the classes; "
             f"got {valid.dtype} of shape {tuple(valid.shape)}"
         )
-    if valid is not None and reduction != "none":
-        first, second, valid = first[valid], second[valid], None
+    if consistency.scalar and first.dim() < 2:
+        raise ValueError(
+            f"{name!r} compares predictions of shape (…, outputs), got {tuple(first.shape)}; unsqueeze(-1)"
+        )
+    rows = first.shape[:-1]
+    if valid is not None:
+        first, second = first[valid], second[valid]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    values = consistency.divergence(first.to(dtype), (second if consistency.both else second.detach()).to(dtype))
+    second = second if consistency.both else second.detach()
+    values = consistency.divergence(first.to(dtype), second.to(dtype))
     if reduction == "none":
-        return values if valid is None else values.masked_fill(~valid, 0)
+        return values if valid is None else values.new_zeros(rows).masked_scatter(valid, values)
     return values.sum() / max(values.numel(), 1) if reduction == "mean" else values.sum()

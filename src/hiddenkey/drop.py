@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from .axes.compensation import COMPENSATIONS
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
 from .axes.position import POSITIONS, Space
-from .recipe import Drop, Recipe, RecipeError, parse
+from .errors import RecipeError
+from .recipe import Drop, Recipe, parse
 
 
 def draw(drop: Drop, grid: Grid) -> Tensor:
@@ -27,13 +30,29 @@ def space_of(drop: Drop) -> Space:
     return POSITIONS[drop.position].space
 
 
-def guard(keep: Tensor, visible: Tensor) -> Tensor:
-    """Let a row that the draw would empty keep its full visible support.
+def guard(keep: Tensor, visible: Tensor | None) -> Tensor:
+    """What is left to see: the visible entries that are kept, or all of them in a row that would be emptied.
 
-    keep, visible: bool, broadcastable to (B, H, Q, K). Under a causal mask a column draw empties query i with
-    probability p^(i+1); minus infinity would then give NaN, a large finite number a look into the future.
+    keep, visible: bool, broadcastable to (B, H, Q, K); visible None: everything. Under a causal mask a column draw
+    empties query i with probability p^(i+1); minus infinity would then give NaN, a large finite number a look into
+    the future.
     """
-    return keep | ~(keep & visible).any(-1, keepdim=True)
+    left = keep if visible is None else keep & visible
+    emptied = ~left.any(-1, keepdim=True)
+    return left | (emptied if visible is None else emptied & visible)
+
+
+def spread(keep: Tensor, heads: int) -> Tensor:
+    """Give every query head the mask of its key/value head: (B, Hkv, …) -> (B, H, …)."""
+    own = keep.shape[1]
+    return keep if own in (1, heads) else keep.repeat_interleave(heads // own, dim=1)
+
+
+def broadcasts(shape: torch.Size, wanted: Sequence[int | tuple[int, ...]]) -> bool:
+    """Whether a tensor of this shape broadcasts to the wanted one; a tuple holds the sizes allowed on an axis."""
+    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
+    pairs = zip(reversed(shape), reversed(sizes), strict=False)
+    return len(shape) <= len(sizes) and all(size == 1 or size in allowed for size, allowed in pairs)
 
 
 def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[Drop, ...]:
@@ -55,7 +74,12 @@ def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[
 
 
 class Tally:
-    """How many cells were drawn and how many of them were dropped, summed where the masks live."""
+    """How many cells were drawn and how many of them were dropped, summed where the masks live.
+
+    Of a large mask the first 65,536 cells are counted: a count over all of them costs as much as half the draw.
+    """
+
+    LARGEST = 2**16
 
     def __init__(self) -> None:
         self.dropped: Tensor | None = None
@@ -63,6 +87,7 @@ class Tally:
 
     def add(self, keep: Tensor) -> None:
         """Count one draw; does not wait for the device."""
+        keep = keep.flatten()[: self.LARGEST]
         dropped = keep.numel() - torch.count_nonzero(keep)
         self.dropped = dropped if self.dropped is None else self.dropped + dropped
         self.drawn += keep.numel()

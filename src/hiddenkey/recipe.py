@@ -16,8 +16,9 @@ from .axes.compensation import COMPENSATIONS
 from .axes.pattern import PATTERNS
 from .axes.position import POSITIONS, Position
 from .consistency import CONSISTENCIES
+from .errors import RecipeError, UnknownNameError
 from .presets import PRESETS
-from .registry import UnknownNameError, unknown
+from .registry import unknown
 
 BASELINE = "baseline"
 EXAMPLE = "write for example 'hiddenkey@0.1' or 'logits:column@0.1 + hidden:element@0.1 ~ kl*1.0'"
@@ -27,12 +28,8 @@ TERM = re.compile(
 )
 BOUND = re.compile(r"-?\d{1,9}|\d{1,9}/\d{1,9}")
 # A slice that holds no layer at any of these depths is a slip of the pen, whatever the model.
-DEPTHS = (*range(1, 65), 10**9)
+DEPTHS = (*range(1, 257), 10**9)
 NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
-class RecipeError(ValueError):
-    """A recipe that does not parse: what was given, what is allowed, what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,7 @@ def _parse(text: str) -> Recipe:
                 "name the one you want after '~'"
             )
         consistency = term_consistency or consistency
-    order = POSITIONS.names()
-    drops.sort(key=lambda drop: order.index(drop.position))
+    drops.sort(key=lambda drop: POSITIONS.rank(drop.position) or 0)
     weight = 1.0
     if rest:
         consistency, weight = _consistency(rest[0].strip())
@@ -131,6 +127,8 @@ def _term(text: str) -> tuple[list[Drop], str | None]:
         raise RecipeError(f"can't read {text!r} as position[layers]:pattern:compensation@rate; {EXAMPLE}")
     name, axes = match["name"], match["axes"].split(":")[1:]
     layers = None if match["layers"] is None else _layers(match["layers"])
+    if name in PRESETS and POSITIONS.rank(name) is not None:
+        raise RecipeError(f"{name!r} is a preset and a plugin's position; the plugin must rename its own")
     if name in PRESETS:
         return _preset(name, axes, match["rate"], layers)
     if name not in POSITIONS:
@@ -147,7 +145,7 @@ def _term(text: str) -> tuple[list[Drop], str | None]:
 def _preset(name: str, axes: list[str], rate: str | None, layers: LayerSlice | None) -> tuple[list[Drop], str | None]:
     preset = PRESETS[name]
     if not preset.drops:
-        if axes or rate or layers:
+        if axes or rate is not None or layers is not None:
             raise RecipeError(f"{name!r} drops nothing, so it takes no layers, pattern or rate")
         return [], preset.consistency
     if len(axes) > (1 if len(preset.drops) == 1 else 0):

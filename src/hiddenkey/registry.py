@@ -8,14 +8,12 @@ from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
+from .errors import UnknownNameError
+
 T = TypeVar("T")
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 PLUGIN_GROUP = "hiddenkey.plugins"
-
-
-class UnknownNameError(ValueError):
-    """A name that no built-in and no installed plugin has."""
 
 
 class Registry(Generic[T]):
@@ -60,6 +58,10 @@ class Registry(Generic[T]):
         load_plugins()
         return iter(self._objects.values())
 
+    def rank(self, name: str) -> int | None:
+        """The place of a name in the order of registration, None where it is not registered so far."""
+        return list(self._objects).index(name) if name in self._objects else None
+
     def names(self) -> list[str]:
         load_plugins()
         return list(self._objects)
@@ -81,4 +83,5 @@ def load_plugins() -> None:
         try:
             plugin.load()
         except Exception as error:
+            Registry._plugins_loaded = False
             raise ImportError(f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load") from error

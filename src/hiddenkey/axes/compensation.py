@@ -14,48 +14,61 @@ Compensate = Callable[[Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Compensation:
-    """A named compensation and the spaces (see `position.py`) in which it means something."""
+    """A named compensation and the spaces (see `position.py`) in which it means something.
+
+    factor: set where it is no more than a number, a function of p, that multiplies what is kept.
+    """
 
     name: str
     apply: Compensate
     spaces: tuple[str, ...]
+    factor: Callable[[float], float] | None = None
 
 
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")
 
 
-def register_compensation(name: str, *, spaces: tuple[str, ...]) -> Callable[[Compensate], Compensate]:
+def register_compensation(
+    name: str, *, spaces: tuple[str, ...], factor: Callable[[float], float] | None = None
+) -> Callable[[Compensate], Compensate]:
     """Decorator: add a compensation under `name`, for the positions of the named spaces.
 
-    The function takes the tensor whose dropped entries are zero already, and the rate p.
+    The function takes the tensor whose dropped entries are zero already, and the rate p. factor: see
+    `Compensation`; it lets erasing and compensating be one pass over the data.
     """
 
     def add(apply: Compensate) -> Compensate:
-        COMPENSATIONS.add(name, Compensation(name, apply, spaces))
+        COMPENSATIONS.add(name, Compensation(name, apply, spaces, factor))
         return apply
 
     return add
 
 
-@register_compensation("none", spaces=("logits", "weights", "stream"))
+@register_compensation("none", spaces=("logits", "weights", "stream"), factor=lambda p: 1.0)
 def none(erased: Tensor, p: float) -> Tensor:
     """Nothing: the softmax after dropped logits renormalises by itself (DropKey, arXiv 2208.02646)."""
     return erased
 
 
-@register_compensation("rescale", spaces=("weights", "stream"))
+@register_compensation("rescale", spaces=("weights", "stream"), factor=lambda p: 1 / (1 - p))
 def rescale(erased: Tensor, p: float) -> Tensor:
     """Divide by 1 - p, as ordinary dropout does."""
     return erased / (1 - p)
 
 
+def mass(erased: Tensor) -> Tensor:
+    """What survives in each row; 1 where it underflows to nothing, so that the row stays zero."""
+    total = erased.sum(-1, keepdim=True)
+    return total.masked_fill(total == 0, 1)
+
+
 @register_compensation("normalize", spaces=("weights",))
 def normalize(erased: Tensor, p: float) -> Tensor:
     """Divide each row by its surviving mass, held constant (DropAttention, eq. 1-2)."""
-    return erased / erased.sum(-1, keepdim=True).detach()
+    return erased / mass(erased).detach()
 
 
 @register_compensation("normalize-grad", spaces=("weights",))
 def normalize_grad(erased: Tensor, p: float) -> Tensor:
     """The same with the gradient through the mass: equal to DropKey, forward and backward (eq. 4-10)."""
-    return erased / erased.sum(-1, keepdim=True)
+    return erased / mass(erased)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,8 +42,16 @@ def register_pattern(name: str, *, needs_segments: bool = False) -> Callable[[Dr
 
 
 def random_keep(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """Independent draws of shape `shape`, True with probability 1 - p."""
-    return torch.rand(shape, device=device) >= p
+    """Independent draws of shape `shape`, True with probability 1 - p.
+
+    Random words are cut into 16-bit numbers (a third of the time of one float each), 32-bit ones where 16 bits
+    would miss p by more than a thousandth of it.
+    """
+    dtype, bits = (torch.int16, 16) if abs(round(p * 2**16) / 2**16 - p) <= p / 1000 else (torch.int32, 32)
+    count, per_word = math.prod(shape), 64 // bits
+    words = torch.empty(-(-count // per_word), dtype=torch.int64, device=device).random_(-(2**63), None)
+    threshold = round(p * 2**bits) - 2 ** (bits - 1)
+    return (words.view(dtype)[:count] >= threshold).view(shape)
 
 
 @register_pattern("element")
@@ -67,7 +76,7 @@ def span(grid: Grid, p: float) -> Tensor:
     first, length = document_bounds(segments)
     dropped = torch.floor(length * p + 0.5)
     # One number per document: every place reads the one drawn at its document's first place.
-    draws = torch.rand((*grid.lead, grid.places), device=grid.device)
+    draws = torch.rand((*grid.lead, grid.places), dtype=torch.float32, device=grid.device)
     draws = draws.gather(-1, first.expand_as(draws))
     start = torch.minimum(torch.floor(draws * (length - dropped + 1)), length - dropped)
     offset = torch.arange(grid.places, device=grid.device) - first

@@ -12,11 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..axes.pattern import PATTERNS
 from ..drop import Tally
+from ..errors import AttachError
 from ..recipe import Recipe
 from .backend import PREFIX, SITE, wrapped_name
 from .dropouts import give_back, silence
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
+from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
 from .structure import Layer, uses_interface
 
@@ -30,11 +32,11 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
     Attach after `get_peft_model`. The drops are active while the modules are in training mode; the model's own
     dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
 
-    Raises ValueError where a recipe is attached already, and what `plan` raises.
+    Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
     earlier = find_attachment(model)
     if earlier is not None:
-        raise ValueError(
+        raise AttachError(
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
             "(hiddenkey.find_attachment(model)) before attaching another"
         )
@@ -138,13 +140,18 @@ class Attachment:
 
     def _attach_stream(self, planned: Site) -> None:
         module = self.model.get_submodule(planned.path)
-        site = StreamSite(planned.drop, planned.side, self._documents_of(planned))
+        site = self._stream_site(planned, module)
         self.sites.append((planned.path, site))
         self._hooked[planned.path] = module
         if planned.side == "output":
             self._handles.append(module.register_forward_hook(site.after))
-        else:
+        if planned.side == "input" or isinstance(site, TokenSkip):
             self._handles.append(module.register_forward_pre_hook(site.before, with_kwargs=True))
+
+    def _stream_site(self, planned: Site, module: nn.Module) -> StreamSite:
+        documents = self._documents_of(planned)
+        skips = planned.side == "output" and can_skip(module, planned.drop)
+        return (TokenSkip if skips else StreamSite)(planned.drop, planned.side, documents)
 
     def _documents_of(self, site: Site) -> Documents | None:
         """Who tells the site where documents begin and end: its layer's attention, or the last layer's."""

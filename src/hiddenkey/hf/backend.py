@@ -10,11 +10,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..attend import attend, causal_mask, split_mask
+from ..attend import attend
+from ..errors import PlanError
+from ..masks import Mask, read_mask
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
 from .structure import uses_interface
@@ -22,6 +30,7 @@ from .structure import uses_interface
 PREFIX = "hiddenkey_"
 WRAPPED = ("sdpa", "eager")
 SITE = "hiddenkey_site"
+NOTE = "hiddenkey_mask"
 
 Attended = tuple[Tensor, Tensor | None]
 
@@ -37,31 +46,54 @@ def sdpa_forward(
     if site is None:
         wrapped: Callable[..., Attended] = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return wrapped(module, query, key, value, attention_mask, **kwargs)
-    visible, bias = split_mask(attention_mask)
     queries = query.shape[2]
+    position_bias = kwargs.get("position_bias")
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    position_bias = kwargs.get("position_bias")
     if attention_mask is None and is_causal and queries > 1:
         key, value = key[:, :, :queries], value[:, :, :queries]
-        visible = causal_mask(queries, queries, query.device)
         position_bias = None if position_bias is None else position_bias[..., :queries]
+        mask, bias = Mask(causal=True), None
+    else:
+        mask, bias = known_mask(attention_mask)
     if position_bias is not None:
         bias = position_bias if bias is None else position_bias + bias
-    shape = (query.shape[0], key.shape[1], queries, key.shape[2])
-    keeps = site.draw(shape, query.device, visible)
-    output, _ = attend(
+    keeps = site.draw((query.shape[0], key.shape[1], queries, key.shape[2]), query.device, mask)
+    output = attend(
         query,
         key,
         value,
         site.drops,
-        visible=visible,
+        keeps,
+        mask=mask,
         bias=bias,
         scale=kwargs.get("scaling"),
         softcap=kwargs.get("softcap"),
-        keeps=keeps,
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def sdpa_mask(**kwargs: Any) -> Tensor | None:
+    """transformers' mask for sdpa, with a note of what it was made from where that is simple.
+
+    A mask of padding, or of padding and causality, says no more than one bool per key; with the note its
+    queries × keys entries need not be read again in every layer.
+    """
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**kwargs)
+    function, padding = kwargs.get("mask_function"), kwargs.get("attention_mask")
+    square = kwargs.get("q_length") == kwargs.get("kv_length") and kwargs.get("q_offset", 0) == 0
+    simple = function is bidirectional_mask_function or (function is causal_mask_function and square)
+    if mask is None or padding is None or not simple or torch.compiler.is_compiling():
+        return mask
+    if padding.dim() == 2 and padding.shape[-1] == mask.shape[-1] and kwargs.get("kv_offset", 0) == 0:
+        setattr(mask, NOTE, Mask(keys=padding.bool(), causal=function is causal_mask_function))
+    return mask
+
+
+def known_mask(mask: Tensor | None) -> tuple[Mask, Tensor | None]:
+    """(visibility, bias) of a mask that a layer was given, by its note where it has one."""
+    note = getattr(mask, NOTE, None)
+    return read_mask(mask) if note is None else (note, None)
 
 
 def eager_forward(
@@ -82,7 +114,7 @@ def own_eager(module: nn.Module) -> Callable[..., Attended]:
         function = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
         if function is not None:
             return function
-    raise ValueError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
+    raise PlanError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
 
 
 def check_backend(path: str, module: Any) -> str | None:
@@ -109,6 +141,7 @@ def _site(module: nn.Module) -> AttentionSite | None:
     return vars(module).get(SITE) if module.training else None
 
 
-for _name, _function in (("sdpa", sdpa_forward), ("eager", eager_forward)):
-    AttentionInterface.register(PREFIX + _name, _function)
-    AttentionMaskInterface.register(PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+AttentionInterface.register(PREFIX + "sdpa", sdpa_forward)
+AttentionMaskInterface.register(PREFIX + "sdpa", sdpa_mask)
+AttentionInterface.register(PREFIX + "eager", eager_forward)
+AttentionMaskInterface.register(PREFIX + "eager", ALL_MASK_ATTENTION_FUNCTIONS["eager"])

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..axes.position import POSITIONS, Side
+from ..errors import PlanError
 from ..recipe import Drop, Recipe, parse
 from .backend import check_backend
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from .plan_text import describe
 from .structure import Layer, Stack, Structure, find_transformer, read
-
-
-class PlanError(ValueError):
-    """A recipe that does not fit a model: what was asked, what the model has, what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     """What `recipe` drops where in `model`; changes nothing.
 
     Raises RecipeError for a recipe that does not parse; PlanError where a drop finds no site, a slice holds no
-    layer, two drops meet, or the attention backend would ignore us; ValueError where there is no transformers
-    model.
+    layer, two drops meet, or the attention backend would ignore us; also where
+    there is no transformers model.
     """
     recipe = parse(recipe)
     structure = read(model)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from .. import __version__
-from ..recipe import Recipe, RecipeError, parse
+from ..errors import RecipeError, SavedRecipeError
+from ..recipe import Recipe, parse
 
 FILE = "hiddenkey.json"
 FORMAT = 1
@@ -26,7 +27,7 @@ def save_recipe(folder: str | os.PathLike[str], recipe: str | Recipe) -> Path:
 def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
     """Read the recipe from `hiddenkey.json` in a folder.
 
-    Raises FileNotFoundError where there is none, ValueError where it can't be read or is of a newer format.
+    Raises FileNotFoundError where there is none, SavedRecipeError where it can't be read or is of a newer format.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -35,13 +36,13 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
         content = json.loads(path.read_text())
         format_, text = content["format"], content["recipe"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); write it again with hiddenkey.save_recipe") from error
+        raise SavedRecipeError(f"{path} is damaged ({error!r}); write it again with hiddenkey.save_recipe") from error
     if format_ != FORMAT:
-        raise ValueError(
+        raise SavedRecipeError(
             f"{path} has format {format_!r}, hiddenkey {__version__} reads format {FORMAT}; "
             f"it was written by hiddenkey {content.get('hiddenkey')}"
         )
     try:
         return parse(text)
     except (RecipeError, TypeError) as error:
-        raise ValueError(f"{path} holds a recipe this hiddenkey does not know: {error}") from error
+        raise SavedRecipeError(f"{path} holds a recipe this hiddenkey does not know: {error}") from error

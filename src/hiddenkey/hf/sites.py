@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import segments, split_mask
-from ..axes.grid import Grid
+from ..attend import draw_keeps
 from ..axes.pattern import PATTERNS
 from ..axes.position import Side
-from ..drop import Tally, draw
-from ..dropout import drop_stream
+from ..drop import Tally
+from ..dropout import draw_stream, drop_stream
+from ..errors import UserError
+from ..masks import Mask, Shape, documents_in, read_mask
 from ..recipe import Drop
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
@@ -29,10 +30,9 @@ class AttentionSite:
         self.drops = tuple(drops)
         self.tallies = [Tally() for _ in self.drops]
 
-    def draw(self, shape: tuple[int, int, int, int], device: torch.device, visible: Tensor | None) -> list[Tensor]:
+    def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
         """One keep mask per drop over (B, Hkv, Q, K), counted."""
-        grid = Grid.attention(shape, device, segments(visible, shape))
-        keeps = [draw(drop, grid) for drop in self.drops]
+        keeps = draw_keeps(self.drops, shape, device, mask)
         for keep, tally in zip(keeps, self.tallies, strict=True):
             tally.add(keep)
         return keeps
@@ -88,16 +88,21 @@ class StreamSite:
             return (self._drop(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._drop(kwargs["hidden_states"])}
 
-    def _drop(self, x: Tensor) -> Tensor:
-        drop = self.drops[0]
-        folded = x if self.documents is None else self.documents.view(x)
-        marks = None if self.documents is None else self.documents.segments
+    def draw(self, x: Tensor) -> Tensor:
+        """A keep mask that broadcasts to x, counted."""
+        drop, known = self.drops[0], self.documents
+        folded = x if known is None else known.view(x)
         if PATTERNS[drop.pattern].needs_segments and folded.dim() < 3:
-            raise ValueError(
+            raise UserError(
                 f"'{drop}' needs a sequence of tokens, but this model passes vectors of shape {tuple(x.shape)} "
                 "here; use the pattern element or column"
             )
-        return drop_stream(folded, drop, segments=marks, tally=self.tallies[0]).view(x.shape)
+        keep = draw_stream(folded, drop, None if known is None else known.segments)
+        self.tallies[0].add(keep)
+        return keep if folded is x else keep.view(x.shape[0], -1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return drop_stream(x, self.drops[0], self.draw(x))
 
 
 def documents(
@@ -111,7 +116,7 @@ def documents(
     if not isinstance(states, Tensor) or states.dim() != 3:
         return None, None
     batch, length = states.shape[:2]
-    visible, _ = split_mask(mask)
-    if visible is not None and visible.dim() == 4:
-        return (batch, length), segments(visible, (batch, 1, length, visible.shape[-1]))
-    return (batch, length), None if visible is None else visible.long()
+    full = read_mask(mask)[0].full
+    if full is not None and full.dim() == 4:
+        return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))
+    return (batch, length), None if full is None else full.long()

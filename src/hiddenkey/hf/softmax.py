@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attend import drop_weights, spread
+from ..attend import drop_weights
+from ..drop import spread
+from ..masks import Mask
 from .sites import AttentionSite
 
 SOFTMAX: tuple[Callable[..., Any], ...] = (F.softmax, torch.softmax, Tensor.softmax)
@@ -47,7 +49,7 @@ class DropAtSoftmax(TorchFunctionMode):
         # Columns past the keys are attention sinks; they are no keys and stay.
         keys = columns if self.keys is None else self.keys
         shape = (batch, self.kv_heads or heads, queries, keys)
-        keeps = self.site.draw(shape, logits.device, visible[..., :keys])
+        keeps = self.site.draw(shape, logits.device, Mask(full=visible[..., :keys]))
         keeps = [F.pad(spread(keep, heads), (0, columns - keys), value=True) for keep in keeps]
         return drop_weights(logits, visible, self.site.drops, keeps)
 

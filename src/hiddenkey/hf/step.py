@@ -9,17 +9,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..consistency import CONSISTENCIES, Consistency
+from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
+from .language import HiddenStates, agrees, frozen_head, token_losses
+from .lower import LowerLayers
+from .structure import find_transformer
+from .token_loss import Head
 from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
 
-TaskLoss = Callable[[nn.Module, dict[str, Any], "Tensor | int | None"], tuple[Tensor, Any]]
+Items = Tensor | int | None
+TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
+DENSE = "hiddenkey_dense"
 
 
 @dataclass(frozen=True)
 class StepLoss:
     """The losses of one step (scalars): total = task + weight * consistency.
 
-    consistency is None where the recipe has none. outputs: the model's, of the first view.
+    consistency is None where the recipe has none. outputs: the model's, of the first view; of a causal language
+    model with a consistency only the last token's logits.
     """
 
     total: Tensor
@@ -28,7 +36,22 @@ class StepLoss:
     outputs: Any
 
 
-def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
+@dataclass(frozen=True)
+class Step:
+    """What one step is made of."""
+
+    model: nn.Module
+    batch: dict[str, Any]
+    num_items: Items
+    task_loss: TaskLoss | None
+    attachment: Attachment
+    consistency: Consistency
+
+    def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
+        return (self.task_loss or model_loss)(self.model, dict(batch), num_items)
+
+
+def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
     """The loss that a transformers model computes from the labels in its batch."""
     outputs = model(**batch) if num_items is None else model(**batch, num_items_in_batch=num_items)
     return outputs["loss"], outputs
@@ -38,65 +61,86 @@ def consistency_step(
     model: nn.Module,
     batch: Batch,
     *,
-    num_items: Tensor | int | None = None,
-    task_loss: TaskLoss = model_loss,
+    num_items: Items = None,
+    task_loss: TaskLoss | None = None,
     scale: float = 1.0,
 ) -> StepLoss:
     """The losses of one step of a model with a recipe attached (arXiv 2403.00812, section 3.2).
 
     batch: the model's keyword arguments, with `labels`. num_items: label tokens of the whole accumulated batch
-    where the task loss is a sum over them (causal language models in transformers). task_loss: another way to
-    get (loss, outputs) from (model, batch, num_items). scale: by which a trainer has multiplied its task loss,
-    for the consistency too.
+    where the task loss is a sum over them (causal language models in transformers). task_loss: another way to get
+    (loss, outputs) from (model, batch, num_items); None: the model's own loss. scale: by which a trainer multiplies
+    its losses; that of `task_loss` is multiplied already.
 
-    Raises ValueError where nothing is attached, or labels are missing while the recipe has a consistency.
+    A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
+    tensor is built, and its layers below the first drop once for both views.
+
+    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing.
     """
     attachment = find_attachment(model)
     if attachment is None:
-        raise ValueError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
+        raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     recipe = attachment.recipe
+    own = scale if task_loss is None else 1.0
     if recipe.consistency is None:
-        loss, outputs = task_loss(model, dict(batch), num_items)
-        return StepLoss(loss, loss, None, outputs)
+        loss, outputs = (task_loss or model_loss)(model, dict(batch), num_items)
+        return StepLoss(loss * own, loss * own, None, outputs)
     if batch.get("labels") is None:
-        raise ValueError(
-            f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}"
-        )
-    consistency = CONSISTENCIES[recipe.consistency]
-    views = _both if consistency.both else _first_and_constant
-    task, term, outputs = views(model, dict(batch), num_items, task_loss, attachment, consistency)
-    term = term.to(task.device) * scale
+        raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
+    step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
+    head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
+    if head is not None and not vars(attachment).get(DENSE):
+        chunked = _chunked(step, head)
+        if chunked is not None:
+            total, task, term, outputs = chunked
+            return StepLoss(total * scale, task * scale, term * scale, outputs)
+    task, term, outputs = _both(step) if step.consistency.both else _first_and_constant(step)
+    task, term = task * own, term.to(task.device) * scale
     return StepLoss(task + recipe.weight * term, task, term, outputs)
 
 
-def _first_and_constant(
-    model: nn.Module,
-    batch: dict[str, Any],
-    num_items: Tensor | int | None,
-    task_loss: TaskLoss,
-    attachment: Attachment,
-    consistency: Consistency,
-) -> tuple[Tensor, Tensor, Any]:
-    with LastLayer(attachment) as last:
-        task, outputs = task_loss(model, dict(batch), num_items)
-        first = compared(outputs, last.output, batch, attachment, consistency)
-        constant = second_view(model, batch, consistency)
-        second = compared(constant, last.output, batch, attachment, consistency)
-    return task, tie(consistency, first, second, num_items), outputs
+def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
+    """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
+    hidden = HiddenStates(find_transformer(step.model)[1])
+    batch = twice(step.batch) if step.consistency.both else step.batch
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    lower = LowerLayers(step.attachment)
+    with hidden.record(), lower.record():
+        outputs = step.model(**inputs, logits_to_keep=1)
+    first = hidden.take()
+    if first is None or not agrees(head, first, outputs["logits"]):
+        setattr(step.attachment, DENSE, True)
+        return None
+    second: Tensor | None
+    if step.consistency.both:
+        first, second = first.chunk(2)
+    else:
+        with hidden.record(), lower.replay():
+            second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
+        second = hidden.take()
+    assert second is not None
+    weight = step.attachment.recipe.weight
+    losses = token_losses(first, second, step.batch["labels"], head, step.consistency, weight, step.num_items)
+    return *losses, outputs
 
 
-def _both(
-    model: nn.Module,
-    batch: dict[str, Any],
-    num_items: Tensor | int | None,
-    task_loss: TaskLoss,
-    attachment: Attachment,
-    consistency: Consistency,
-) -> tuple[Tensor, Tensor, Any]:
-    doubled = twice(batch)
-    with LastLayer(attachment) as last:
-        task, outputs = task_loss(model, dict(doubled), None if num_items is None else num_items * 2)
-        views = compared(outputs, last.output, doubled, attachment, consistency)
+def _first_and_constant(step: Step) -> tuple[Tensor, Tensor, Any]:
+    lower = LowerLayers(step.attachment)
+    with LastLayer(step.attachment) as last:
+        with lower.record():
+            task, outputs = step.task(step.batch, step.num_items)
+        first = compared(outputs, last.output, step.batch, step.attachment, step.consistency)
+        with lower.replay():
+            constant = second_view(step.model, step.batch, step.consistency)
+        second = compared(constant, last.output, step.batch, step.attachment, step.consistency)
+    return task, tie(step.consistency, first, second, step.num_items), outputs
+
+
+def _both(step: Step) -> tuple[Tensor, Tensor, Any]:
+    doubled = twice(step.batch)
+    with LastLayer(step.attachment) as last:
+        task, outputs = step.task(doubled, None if step.num_items is None else step.num_items * 2)
+        views = compared(outputs, last.output, doubled, step.attachment, step.consistency)
     halves = zip(views.logits.chunk(2), (None, None) if views.valid is None else views.valid.chunk(2), strict=True)
     first, second = (Compared(logits, valid) for logits, valid in halves)
-    return task, tie(consistency, first, second, num_items), outputs
+    return task, tie(step.consistency, first, second, step.num_items), outputs

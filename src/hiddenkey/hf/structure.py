@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import PlanError
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -44,7 +46,7 @@ class Structure:
 def read(model: nn.Module) -> Structure:
     """Read the structure of a transformers model, inside a PEFT or other wrapper or not.
 
-    Raises ValueError where there is no transformers model.
+    Raises PlanError where there is no transformers model.
     """
     root, transformer = find_transformer(model)
     modules = dict(model.named_modules())
@@ -71,7 +73,7 @@ def find_transformer(model: nn.Module) -> tuple[str, PreTrainedModel]:
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             return path, module
-    raise ValueError(
+    raise PlanError(
         f"{type(model).__name__} holds no transformers model; for your own attention code use "
         "hiddenkey.attention and hiddenkey.StructuredDropout"
     )

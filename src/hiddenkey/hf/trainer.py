@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
 from .saving import load_recipe, save_recipe
@@ -20,7 +21,7 @@ class ConsistencyMixin:
 
     The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
     gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
-    from one of another recipe is a ValueError.
+    from one of another recipe is a SavedRecipeError.
     """
 
     model: nn.Module
@@ -28,14 +29,15 @@ class ConsistencyMixin:
     accelerator: Any
     model_accepts_loss_kwargs: bool
     compute_loss_func: Any
+    label_smoother: Any
     get_tp_size: Any
 
     @property
     def attachment(self) -> Attachment:
-        """The handle of the attached recipe; raises ValueError where there is none."""
+        """The handle of the attached recipe; raises AttachError where there is none."""
         attachment = find_attachment(self.model)
         if attachment is None:
-            raise ValueError(
+            raise AttachError(
                 "no recipe is attached to the trainer's model; call hiddenkey.attach(model, recipe) first"
             )
         return attachment
@@ -55,7 +57,7 @@ class ConsistencyMixin:
             model,
             inputs,
             num_items=num_items,
-            task_loss=self._task_loss,
+            task_loss=None if self._is_models_own_loss() else self._task_loss,
             scale=self._consistency_scale(num_items),
         )
         self._note(step)
@@ -64,9 +66,18 @@ class ConsistencyMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what happened since the last log to a log of the training loss."""
         if "loss" in logs:
-            logs.update(self._means())
+            logs.update(self._parts(logs["loss"]))
             logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
         super().log(logs, start_time)  # type: ignore[misc]
+
+    def _is_models_own_loss(self) -> bool:
+        """Whether the trainer's loss is what the model computes from its labels, no more."""
+        trainer: Any = super()
+        return (
+            getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        )
 
     def _task_loss(
         self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
@@ -82,15 +93,20 @@ class ConsistencyMixin:
         return float(self.accelerator.num_processes // self.get_tp_size())
 
     def _note(self, step: StepLoss) -> None:
-        notes = {"task_loss": step.task, "consistency_loss": step.consistency}
+        notes = {"total": step.total, "task_loss": step.task, "consistency_loss": step.consistency}
         window = vars(self).setdefault("_window", {})
         for name, value in notes.items():
             if value is not None:
                 window.setdefault(name, []).append(value.detach())
 
-    def _means(self) -> dict[str, float]:
+    def _parts(self, loss: float) -> dict[str, float]:
+        """The parts of the logged loss since the last log, in its scale: transformers sums some losses over the
+        forward passes of a step and averages others.
+        """
         window: dict[str, list[Tensor]] = vars(self).pop("_window", {})
-        return {name: float(torch.stack(values).mean()) for name, values in window.items()}
+        means = {name: float(torch.stack(values).mean()) for name, values in window.items()}
+        total = means.pop("total", 0.0)
+        return {name: value * loss / total if total else value for name, value in means.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
@@ -101,7 +117,7 @@ class ConsistencyMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved, ours = load_recipe(resume_from_checkpoint), self.attachment.recipe
         if saved != ours:
-            raise ValueError(
+            raise SavedRecipeError(
                 f"the checkpoint {resume_from_checkpoint} was trained with the recipe '{saved}', this run uses "
                 f"'{ours}': resume with the former, or start a new run in another output folder"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..consistency import Consistency, consistency_loss
+from ..errors import UserError
 from .attach import Attachment
 from .structure import find_transformer
 
@@ -58,10 +60,15 @@ class LastLayer:
         self._handle.remove()
 
 
-def second_view(model: nn.Module, batch: Batch, consistency: Consistency) -> Any:
-    """The outputs of the second view, held constant: the inference pass, or another draw."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **options: Any) -> Any:
+    """The outputs of the second view, held constant: the inference pass, or another draw.
+
+    options: further arguments of the model.
+    """
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
+    if "use_cache" in inspect.signature(transformer.forward).parameters:
+        inputs["use_cache"] = False
     if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = transformer.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if consistency.clean:
@@ -95,13 +102,13 @@ def compared(
         return _tokens(logits, labels, attachment)
     if logits.shape[-1] == 1 or consistency.scalar:
         if not (logits.shape[-1] == 1 and labels.is_floating_point()):
-            raise ValueError(
+            raise UserError(
                 f"the consistency {consistency.name!r} compares predictions of a regression, but this model has "
                 f"{logits.shape[-1]} outputs for labels of {labels.dtype}; use 'kl'"
             )
         return Compared(logits if consistency.scalar else _pooled(last, batch, attachment), None)
     if labels.is_floating_point():
-        raise ValueError(
+        raise UserError(
             f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
             f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
         )

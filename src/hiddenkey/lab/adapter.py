@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import hiddenkey
-from hiddenkey.lab.artifacts import ADAPTER, RunResult
+
+from .artifacts import ADAPTER, RunResult
 
 _CARD = """---
 base_model: {model}

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import RunError
+from .config import TrainConfig
+from .errors import RunError
 
 RESULT = "result.json"
 ADAPTER = "adapter"

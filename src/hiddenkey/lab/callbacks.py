@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hiddenkey.lab.checkpoints import mark_complete
-from hiddenkey.lab.errors import NonFiniteLossError
+from .checkpoints import mark_complete
+from .errors import NonFiniteLossError
 
 _LOSSES = ("loss", "task_loss", "consistency_loss")
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from datasets import Dataset
 
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import DataError
+from .config import TrainConfig
+from .errors import DataError
 
 TaskName = Literal["classification", "regression", "causal-lm"]
 

@@ -6,7 +6,7 @@ import types
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from hiddenkey.lab.errors import ConfigError
+from .errors import ConfigError
 
 Task = Literal["auto", "classification", "regression", "causal-lm"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]

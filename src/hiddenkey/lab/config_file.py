@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from hiddenkey.lab.config import FIELD_TYPES, TrainConfig, convert
-from hiddenkey.lab.errors import ConfigError
+from .config import FIELD_TYPES, TrainConfig, convert
+from .errors import ConfigError
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

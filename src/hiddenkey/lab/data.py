@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from hiddenkey.lab.columns import Columns, TaskName, find_columns, require_columns
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import DataError
-from hiddenkey.lab.sources import read_source
+from .columns import Columns, TaskName, find_columns, require_columns
+from .config import TrainConfig
+from .errors import DataError
+from .sources import read_source
 
 _SHOWN_ROWS = 10
 

@@ -1,7 +1,9 @@
 """The errors of this room: each names what was given, what is allowed, and the way out."""
 
+from ..errors import UserError
 
-class LabError(ValueError):
+
+class LabError(UserError):
     """A mistake in what a person gave, told in one message; the command line shows it without a traceback."""
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.tasks import Task
+from .config import TrainConfig
+from .errors import ConfigError
+from .tasks import Task
 
 # The names of query and value in transformers, then of projections that hold both in one; the first found wins.
 QUERY_AND_VALUE = (

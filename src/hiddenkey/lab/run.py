@@ -13,18 +13,19 @@ from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
 import hiddenkey
-from hiddenkey.lab import provenance, summary
-from hiddenkey.lab.adapter import save_adapter
-from hiddenkey.lab.artifacts import CHECKPOINTS, RunResult, open_folder, require_space, write_result
-from hiddenkey.lab.callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
-from hiddenkey.lab.checkpoints import last_checkpoint
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.data import Examples, load_examples
-from hiddenkey.lab.errors import LabError
-from hiddenkey.lab.models import load_model, load_tokenizer
-from hiddenkey.lab.settings import training_arguments
-from hiddenkey.lab.skeleton import build_skeleton
-from hiddenkey.lab.tasks import Task, choose_metric, make_task
+
+from . import provenance, summary
+from .adapter import save_adapter
+from .artifacts import CHECKPOINTS, RunResult, open_folder, require_space, write_result
+from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
+from .checkpoints import last_checkpoint
+from .config import TrainConfig
+from .data import Examples, load_examples
+from .errors import LabError
+from .models import load_model, load_tokenizer
+from .settings import training_arguments
+from .skeleton import build_skeleton
+from .tasks import Task, choose_metric, make_task
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hiddenkey.lab.artifacts import CHECKPOINTS
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.tasks import Task
+from .artifacts import CHECKPOINTS
+from .config import TrainConfig
+from .errors import ConfigError
+from .tasks import Task
 
 _CHECKPOINTING: dict[str, Any] = {
     "gradient_checkpointing": True,

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from hiddenkey.lab.errors import ConfigError
+from .errors import ConfigError
 
 
 def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False, **options: Any) -> nn.Module:

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from datasets import Dataset
 from transformers import EvalPrediction
 
-from hiddenkey.lab.columns import TaskName
-from hiddenkey.lab.data import Examples
-from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.tasks_completion import Completion
-from hiddenkey.lab.tasks_sequence import Classification, Regression
+from .columns import TaskName
+from .data import Examples
+from .errors import ConfigError
+from .tasks_completion import Completion
+from .tasks_sequence import Classification, Regression
 
 
 class Task(Protocol):

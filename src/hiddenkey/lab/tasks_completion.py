@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
-from hiddenkey.lab.errors import DataError
+from .errors import DataError
 
 IGNORED = -100
 

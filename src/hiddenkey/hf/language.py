@@ -1,0 +1,86 @@
+"""The step of a causal language model whose loss can be computed from its last hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..consistency import Consistency
+from .attach import Attachment
+from .structure import find_transformer
+from .token_loss import Head, Share, TokenLoss
+from .views import IGNORED
+
+CLASSES = ("ForCausalLM", "LMHeadModel")
+
+
+class HiddenStates:
+    """While active, keeps the last hidden states (B, T, D) of the decoder under the head."""
+
+    def __init__(self, transformer: PreTrainedModel) -> None:
+        self.decoder = transformer.get_decoder()
+        self.states: Tensor | None = None
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        handle = self.decoder.register_forward_hook(self._keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.states = output[0]
+
+    def take(self) -> Tensor | None:
+        """The states of the last forward; None where the decoder was not called as a module."""
+        states, self.states = self.states, None
+        return states
+
+
+def frozen_head(attachment: Attachment) -> Head | None:
+    """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None."""
+    transformer = find_transformer(attachment.model)[1]
+    head = transformer.get_output_embeddings()
+    fits = (
+        type(transformer).__name__.endswith(CLASSES)
+        and "logits_to_keep" in inspect.signature(transformer.forward).parameters
+        and type(head) is nn.Linear
+        and not any(parameter.requires_grad for parameter in head.parameters())
+        and not any(site.drop.position == "output" for site in attachment.plan.sites)
+        and not getattr(transformer.config, "output_router_logits", False)
+        and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
+    )
+    return Head(head.weight, head.bias) if fits else None
+
+
+def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
+    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between."""
+    ours = head.logits(states[:, -1].detach())
+    return torch.allclose(ours, logits[:, -1].to(ours.dtype), rtol=1e-2, atol=1e-2)
+
+
+def token_losses(
+    first: Tensor,
+    second: Tensor,
+    labels: Tensor,
+    head: Head,
+    consistency: Consistency,
+    weight: float,
+    num_items: Tensor | int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, task, consistency) from the hidden states (B, T, D) of two views and the labels (B, T)."""
+    labels = labels[:, 1:]
+    valid = labels != IGNORED
+    count: Tensor | int = valid.sum().clamp(min=1) if num_items is None else num_items
+    states = first[:, :-1][valid], second[:, :-1][valid]
+    total, task, term = TokenLoss.apply(
+        *states, labels[valid].to(first.device), head, consistency, Share(1 / count, weight / count)
+    )
+    return total, task / count, term / count

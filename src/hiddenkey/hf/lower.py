@@ -1,0 +1,67 @@
+"""Layers below the first drop are the same in both views, so the second view need not compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attach import Attachment
+
+
+class LowerLayers:
+    """Remembers what the last layer below the first drop put out, and returns it in their place.
+
+    `layers` is empty where nothing can be shared: several stacks, drops from the start, or an adapter dropout,
+    which draws in every layer.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        plan, stacks = attachment.plan, attachment.plan.structure.stacks
+        live = [site for site in plan.sites if site.drop.p > 0]
+        shared = 0
+        if len(stacks) == 1 and not plan.adapter_dropouts and not any(site.drop.position == "input" for site in live):
+            shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
+        self.layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers[:shared]]
+        self.output: Any = None
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Around the first view."""
+        if not self.layers:
+            yield
+            return
+        handle = self.layers[-1].register_forward_hook(self._keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Around the second view."""
+        if self.output is None:
+            yield
+            return
+        for layer in self.layers:
+            layer.forward = self._return
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.output = detached(output)
+
+    def _return(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+def detached(output: Any) -> Any:
+    """A layer's output, held constant."""
+    if isinstance(output, tuple):
+        return tuple(detached(part) for part in output)
+    return output.detach() if isinstance(output, Tensor) else output

@@ -1,0 +1,117 @@
+"""Task loss and consistency of a language model in chunks of tokens, from hidden states and the frozen head.
+
+A vocabulary is large: two views of dense logits and their gradients take more memory than the rest of a step and
+fall out of every cache. Here a chunk of tokens goes through the head, the losses and the gradient in one sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..consistency import Consistency, bidirectional
+
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen linear head: weight (V, D), bias (V) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) in float32 or float64."""
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """Gradient with respect to the hidden states (N, D) from that of the logits (N, V)."""
+        return gradient.to(self.weight.dtype) @ self.weight
+
+
+@dataclass(frozen=True)
+class Share:
+    """The factors of the two sums over tokens in the total."""
+
+    task: float | Tensor
+    consistency: float | Tensor
+
+
+class TokenLoss(torch.autograd.Function):
+    """(first, second) hidden states (N, D), labels (N) -> total, task sum, consistency sum.
+
+    The total is share.task · Σ nll + share.consistency · Σ divergence; only it carries gradient, which is computed
+    in the forward sweep. For a consistency with gradient on both sides the task is the mean of both views.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor, labels: Tensor, head: Head, consistency: Consistency, share: Share
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sweep = _sweep_both if consistency.both else _sweep_kl if consistency.divergence is bidirectional else _sweep
+        grad_first = torch.empty_like(first)
+        grad_second = torch.empty_like(second) if consistency.both else None
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        sums = torch.zeros(2, dtype=dtype, device=first.device)
+        for start in range(0, len(labels), CHUNK):
+            rows = slice(start, start + CHUNK)
+            z1, z2 = head.logits(first[rows]), head.logits(second[rows])
+            task, term, *gradients = sweep(z1, z2, labels[rows], consistency, share)
+            sums += torch.stack([task, term])
+            grad_first[rows] = head.backward(gradients[0])
+            if grad_second is not None:
+                grad_second[rows] = head.backward(gradients[1])
+        ctx.save_for_backward(grad_first, grad_second)
+        total = share.task * sums[0] + share.consistency * sums[1]
+        task, term = sums.unbind()
+        ctx.mark_non_differentiable(task, term)
+        return total, task, term
+
+    @staticmethod
+    def backward(ctx: Any, total: Tensor, task: Tensor, term: Tensor) -> tuple[Tensor | None, ...]:
+        first, second = ctx.saved_tensors
+        return total.to(first.dtype) * first, None if second is None else total.to(second.dtype) * second, *[None] * 4
+
+
+def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
+    """(task sum, consistency sum, gradient of the total with respect to z1), by autograd on the chunk."""
+    with torch.enable_grad():
+        z1 = z1.requires_grad_()
+        task = F.cross_entropy(z1, labels, reduction="sum")
+        term = consistency.divergence(z1, z2).sum()
+        (gradient,) = torch.autograd.grad(share.task * task + share.consistency * term, z1)
+    return task.detach(), term.detach(), gradient
+
+
+def _sweep_both(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
+    """The same with gradient on both sides and the task loss averaged over them."""
+    with torch.enable_grad():
+        z1, z2 = z1.requires_grad_(), z2.requires_grad_()
+        task = (F.cross_entropy(z1, labels, reduction="sum") + F.cross_entropy(z2, labels, reduction="sum")) / 2
+        term = consistency.divergence(z1, z2).sum()
+        gradients = torch.autograd.grad(share.task * task + share.consistency * term, (z1, z2))
+    return task.detach(), term.detach(), *gradients
+
+
+def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
+    """The same for the bidirectional KL (eq. 11), its gradient written out.
+
+    With d = log p - log q: KL(p‖q) = Σ p d, KL(q‖p) = -Σ q d. The gradient of half their sum with respect to z1 is
+    ½ (p (d - KL(p‖q)) + p - q), that of the task p - onehot.
+    """
+    labels = labels[:, None]
+    log_p, log_q = z1.log_softmax(-1), z2.log_softmax(-1)
+    task = -log_p.gather(1, labels).sum()
+    p, q = log_p.exp(), log_q.exp()
+    d = log_p.sub_(log_q)
+    forth, back = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
+    half = share.consistency / 2
+    gradient = d.add_(1 - forth[:, None] + share.task / half).mul_(p).sub_(q).mul_(half)
+    gradient.scatter_add_(1, labels, -torch.as_tensor(share.task).to(p).expand(labels.shape))
+    return task, (forth + back).sum() / 2, gradient
