@@ -34,7 +34,8 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
 
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
-    earlier = find_attachment(model)
+    modules = set(model.modules())
+    earlier = next((other for other in ATTACHED if not modules.isdisjoint(other.model.modules())), None)
     if earlier is not None:
         raise AttachError(
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
@@ -104,7 +105,8 @@ class Attachment:
             if isinstance(site, AttentionSite):
                 vars(self.model.get_submodule(path)).pop(SITE, None)
         for config, name in self._configs:
-            if not any(config is other for attachment in ATTACHED for other, _ in attachment._configs):
+            shared = any(config is other for attachment in ATTACHED for other, _ in attachment._configs)
+            if not shared and config._attn_implementation == PREFIX + name:
                 config._attn_implementation_internal = name
         give_back(self.model, self.plan.own_dropouts)
 
@@ -154,18 +156,23 @@ class Attachment:
         return (TokenSkip if skips else StreamSite)(planned.drop, planned.side, documents)
 
     def _documents_of(self, site: Site) -> Documents | None:
-        """Who tells the site where documents begin and end: its layer's attention, or the last layer's."""
+        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention."""
         if not PATTERNS[site.drop.pattern].needs_segments:
             return None
-        if site.drop.position == "input":
-            return Documents()
+        if site.layer is None and site.side == "input" and site.path in self._first_layers():
+            return self._documents_at(site.path, site.path)
         layer = self._layer(site)
-        if layer.path not in self._documents:
-            documents = Documents()
-            self._documents[layer.path] = documents
-            attention = self.model.get_submodule(layer.attentions[0])
-            self._handles.append(attention.register_forward_pre_hook(documents.before, with_kwargs=True))
-        return self._documents[layer.path]
+        return self._documents_at(layer.path + " attention", layer.attentions[0])
+
+    def _documents_at(self, key: str, path: str) -> Documents:
+        if key not in self._documents:
+            self._documents[key] = Documents()
+            hook = self._documents[key].before
+            self._handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+        return self._documents[key]
+
+    def _first_layers(self) -> list[str]:
+        return [stack.layers[0].path for stack in self.plan.structure.stacks]
 
     def _layer(self, site: Site) -> Layer:
         stacks = self.plan.structure.stacks

@@ -82,8 +82,6 @@ class StreamSite:
         """Forward pre-hook with keywords: drop from the first argument, or from `hidden_states`."""
         if not module.training:
             return args, kwargs
-        if self.documents is not None:
-            self.documents.before(module, args, kwargs)
         if args:
             return (self._drop(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._drop(kwargs["hidden_states"])}

@@ -41,11 +41,12 @@ class DropAtSoftmax(TorchFunctionMode):
             return func(*args, **kwargs)
         self.done = True
         logits = args[0]
-        return self._weights(logits if kwargs.get("dtype") is None else logits.to(kwargs["dtype"]))
-
-    def _weights(self, logits: Tensor) -> Tensor:
-        batch, heads, queries, columns = logits.shape
+        # Before the cast: the lowest float16, which hides a key, is an ordinary number in float32.
         visible = logits > torch.finfo(logits.dtype).min / 2
+        return self._weights(logits if kwargs.get("dtype") is None else logits.to(kwargs["dtype"]), visible)
+
+    def _weights(self, logits: Tensor, visible: Tensor) -> Tensor:
+        batch, heads, queries, columns = logits.shape
         # Columns past the keys are attention sinks; they are no keys and stay.
         keys = columns if self.keys is None else self.keys
         shape = (batch, self.kv_heads or heads, queries, keys)

@@ -13,7 +13,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
-from .structure import find_transformer
+from .structure import counts_items, find_transformer
 from .token_loss import Head
 from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
 
@@ -46,6 +46,12 @@ class Step:
     task_loss: TaskLoss | None
     attachment: Attachment
     consistency: Consistency
+
+    @property
+    def items(self) -> Items:
+        """The denominator of the task loss over tokens; None where it is the mean over this batch."""
+        counted = self.task_loss is not None or counts_items(find_transformer(self.model)[1])
+        return self.num_items if counted else None
 
     def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
         return (self.task_loss or model_loss)(self.model, dict(batch), num_items)
@@ -133,7 +139,7 @@ def _first_and_constant(step: Step) -> tuple[Tensor, Tensor, Any]:
         with lower.replay():
             constant = second_view(step.model, step.batch, step.consistency)
         second = compared(constant, last.output, step.batch, step.attachment, step.consistency)
-    return task, tie(step.consistency, first, second, step.num_items), outputs
+    return task, tie(step.consistency, first, second, step.items), outputs
 
 
 def _both(step: Step) -> tuple[Tensor, Tensor, Any]:
@@ -143,4 +149,4 @@ def _both(step: Step) -> tuple[Tensor, Tensor, Any]:
         views = compared(outputs, last.output, doubled, step.attachment, step.consistency)
     halves = zip(views.logits.chunk(2), (None, None) if views.valid is None else views.valid.chunk(2), strict=True)
     first, second = (Compared(logits, valid) for logits, valid in halves)
-    return task, tie(step.consistency, first, second, step.num_items), outputs
+    return task, tie(step.consistency, first, second, step.items), outputs

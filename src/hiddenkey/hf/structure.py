@@ -94,6 +94,11 @@ def uses_own_softmax(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower() and {"softmax", "matmul"} <= set(_names(module))
 
 
+def counts_items(model: nn.Module) -> bool:
+    """Whether the model divides its summed loss over tokens by `num_items_in_batch`, as transformers' losses do."""
+    return "loss_function" in _names(model)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear map, or an adapter around one."""
     return isinstance(_inner(module), (nn.Linear, Conv1D))
