@@ -13,19 +13,23 @@ import hiddenkey
 ROOT = Path(hiddenkey.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# registry <- axes, consistency <- recipe <- drop <- attend, dropout <- hf <- lab <- cli
+# errors <- registry <- axes, consistency <- recipe <- drop <- causal <- fused <- attend, dropout <- hf <- lab <- cli
 RANKS = {
-    "registry": 0,
+    "errors": 0,
     "presets": 0,
-    "axes": 1,
-    "consistency": 1,
-    "recipe": 2,
-    "drop": 3,
-    "attend": 4,
-    "dropout": 4,
-    "hf": 5,
-    "lab": 6,
-    "cli": 7,
+    "masks": 0,
+    "registry": 1,
+    "axes": 2,
+    "consistency": 2,
+    "recipe": 3,
+    "drop": 4,
+    "causal": 5,
+    "fused": 6,
+    "attend": 7,
+    "dropout": 7,
+    "hf": 8,
+    "lab": 9,
+    "cli": 10,
 }
 CORE = {"torch", *sys.stdlib_module_names}
 HUGGING_FACE = {"transformers", "peft"}

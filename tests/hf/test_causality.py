@@ -71,7 +71,7 @@ def test_no_gradient_from_the_future(family, layout, implementation):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("layout", ("right", "left"))
-@pytest.mark.parametrize("family", (*DECODERS, "t5", *(set(ENCODERS) - {"vit"})))
+@pytest.mark.parametrize("family", (*DECODERS, "t5", *(family for family in ENCODERS if family != "vit")))
 def test_nothing_leaks_from_padding(family, layout, recipe):
     text = RECIPES[recipe]
     if family in ENCODERS:
@@ -132,10 +132,13 @@ def captured_weights(monkeypatch):
     """The weights that meet the values, at every attention, in order."""
     found = []
 
-    def attend(*args, real=backend.attend, **kwargs):
-        output, weights = real(*args, **kwargs)
-        found.append(weights)
-        return output, weights
+    def attend(query, key, value, *args, real=backend.attend, **kwargs):
+        # Unit vectors as values, as many at a time as the values have features, so that the path stays the same.
+        keys, size = key.shape[2], value.shape[3]
+        unit = torch.nn.functional.pad(torch.eye(keys), (0, -keys % size)).expand(*key.shape[:3], -1)
+        parts = [real(query, key, part, *args, **kwargs) for part in unit.split(size, -1)]
+        found.append(torch.cat(parts, -1)[..., :keys])
+        return real(query, key, value, *args, **kwargs)
 
     def drop_weights(*args, real=softmax.drop_weights):
         found.append(real(*args))

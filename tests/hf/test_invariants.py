@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.hf import sites
+from hiddenkey import attend, dropout
+from hiddenkey.hf import sites, skip
 
 from .tiny import DECODERS, FAMILIES, batch, make
 from .tools import ALL, POSITIONS, attached, draws, inputs_for, logits_of, lora, quiet, same_state, shown, snapshot
@@ -85,8 +86,10 @@ def test_masks_that_keep_everything_change_nothing(family, layout, implementatio
     inputs = inputs_of(family, layout)
     plain = quiet(family, attn_implementation=implementation)
     model = attached(family, ALL, attn_implementation=implementation)
-    monkeypatch.setattr(sites, "draw", lambda drop, grid: torch.ones((1,) * len(grid.shape), dtype=torch.bool))
-    monkeypatch.setattr(sites, "drop_stream", lambda x, drop, **_: x)
+    for module in (attend, dropout):
+        monkeypatch.setattr(module, "draw", lambda drop, grid: torch.ones(grid.shape, dtype=torch.bool))
+    for module in (sites, skip):
+        monkeypatch.setattr(module, "drop_stream", lambda x, drop, keep: x)
     ours, theirs = (shown(logits_of(m, inputs), inputs) for m in (model, plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 

@@ -163,12 +163,19 @@ def one_window(family, folder, micro, accumulation, rows, recipe, **options):
 
 
 def other_weights(monkeypatch):
-    """A second view that depends on the example alone: the logits of the model, scaled by hand."""
+    """A second view that depends on the example alone: the model's last vectors, scaled by hand."""
     real = views.second_view
 
-    def second_view(model, batch, consistency):
-        outputs = real(model, batch, consistency)
-        outputs["logits"] = outputs["logits"] * torch.linspace(0.5, 2, outputs["logits"].shape[-1]).double()
+    def scaled(module, args, outputs):
+        name = "last_hidden_state" if "last_hidden_state" in outputs else "logits"
+        outputs[name] = outputs[name] * torch.linspace(0.5, 2, outputs[name].shape[-1]).double()
+        return outputs
+
+    def second_view(model, *args, **options):
+        base = find_transformer(model)[1].base_model
+        handle = base.register_forward_hook(scaled, prepend=True)
+        outputs = real(model, *args, **options)
+        handle.remove()
         return outputs
 
     monkeypatch.setattr("hiddenkey.hf.step.second_view", second_view)

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import hiddenkey
-from hiddenkey import dropout
+from hiddenkey import attend, dropout
 from hiddenkey.drop import draw
-from hiddenkey.hf import sites
 
 from .tiny import DECODERS, DEPTH, FAMILIES, VOCABULARY, batch, make
 
@@ -173,7 +172,7 @@ def draws(monkeypatch: Any, replay: list[Drawn] | None = None) -> Any:
         return keep
 
     with monkeypatch.context() as patch:
-        patch.setattr(sites, "draw", recorded)
+        patch.setattr(attend, "draw", recorded)
         patch.setattr(dropout, "draw", recorded)
         yield record
 

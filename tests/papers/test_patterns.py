@@ -19,11 +19,11 @@ RATES = ("0.02", "0.1", "0.3")
 
 
 def watch(drop, batch, heads, queries, keys, *, kv_heads=None, mask=None, keep=None):
-    """The keys that met the values, bool (B, H, Q, K)."""
+    """The keys that met the values, bool (B, H, Q, K); a weight of 1e-30 is one that a shift has underflowed."""
     kv = (batch, heads if kv_heads is None else kv_heads, keys)
     unit = torch.eye(keys).expand(*kv, keys)
     query, key = torch.zeros(batch, heads, queries, 1), torch.zeros(*kv, 1)
-    return hiddenkey.attention(query, key, unit, drop, attn_mask=mask, enable_gqa=True, keep=keep) > 0
+    return hiddenkey.attention(query, key, unit, drop, attn_mask=mask, enable_gqa=True, keep=keep) > 1e-30
 
 
 def watch_stream(drop, batch, tokens, width, valid=None):

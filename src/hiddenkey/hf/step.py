@@ -90,7 +90,8 @@ def consistency_step(
     own = scale if task_loss is None else 1.0
     if recipe.consistency is None:
         loss, outputs = (task_loss or model_loss)(model, dict(batch), num_items)
-        return StepLoss(loss * own, loss * own, None, outputs)
+        loss = loss * own
+        return StepLoss(loss, loss, None, outputs)
     if batch.get("labels") is None:
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
     step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
