@@ -40,6 +40,14 @@ def assert_rate(events, p):
     assert low <= count <= high, f"{count / n:.4f} dropped, {p} wanted"
 
 
+@pytest.mark.parametrize("p", (1e-7, 1e-5, 1 - 1e-5, 1 - 1e-9, 1 - 2**-40))
+def test_rates_at_both_ends(p):
+    """Far more, and far fewer, than one in 65,536: no rate is rounded to the other side."""
+    kept = hiddenkey.StructuredDropout(f"hidden:element:none@{p!r}")(torch.ones(1, 1000, 1000)).sum()
+    low, high = binom.interval(1 - 1e-6, 10**6, 1 - p)
+    assert low <= kept <= high
+
+
 def cells_for(p):
     """Enough cells for `assert_rate`."""
     return int(64 * (1 - p) / (0.01 * p))

@@ -45,12 +45,14 @@ def random_keep(shape: tuple[int, ...], p: float, device: torch.device) -> Tenso
     """Independent draws of shape `shape`, True with probability 1 - p.
 
     Random words are cut into 16-bit numbers (a third of the time of one float each), 32-bit ones where 16 bits
-    would miss p by more than a thousandth of it.
+    would miss p, or 1 - p, by more than a thousandth of it.
     """
-    dtype, bits = (torch.int16, 16) if abs(round(p * 2**16) / 2**16 - p) <= p / 1000 else (torch.int32, 32)
+    missed = abs(round(p * 2**16) / 2**16 - p)
+    dtype, bits = (torch.int16, 16) if missed <= min(p, 1 - p) / 1000 else (torch.int32, 32)
     count, per_word = math.prod(shape), 64 // bits
     words = torch.empty(-(-count // per_word), dtype=torch.int64, device=device).random_(-(2**63), None)
-    threshold = round(p * 2**bits) - 2 ** (bits - 1)
+    half = 2 ** (bits - 1)
+    threshold = min(round(p * 2**bits) - half, half - 1)
     return (words.view(dtype)[:count] >= threshold).view(shape)
 
 

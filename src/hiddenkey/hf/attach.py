@@ -53,7 +53,10 @@ class Attachment:
     """A recipe at work on a model.
 
     plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
+    dense: set by the first step of a language model whose loss can't be computed from its last hidden states.
     """
+
+    dense = False
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan

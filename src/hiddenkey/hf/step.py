@@ -19,7 +19,6 @@ from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
-DENSE = "hiddenkey_dense"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def consistency_step(
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
     step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
     head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
-    if head is not None and not vars(attachment).get(DENSE):
+    if head is not None and not attachment.dense:
         chunked = _chunked(step, head)
         if chunked is not None:
             total, task, term, outputs = chunked
@@ -116,7 +115,7 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
     if first is None or not agrees(head, first, outputs["logits"]):
-        setattr(step.attachment, DENSE, True)
+        step.attachment.dense = True
         return None
     second: Tensor | None
     if step.consistency.both:

@@ -1,0 +1,168 @@
+"""Losses from hidden states in chunks, and the shared lower layers, equal the dense step of two whole forwards."""
+
+import pytest
+import torch
+
+import hiddenkey
+from hiddenkey.consistency import CONSISTENCIES
+from hiddenkey.hf import lower, step, token_loss
+from hiddenkey.hf.language import frozen_head
+from hiddenkey.hf.token_loss import Head, Share, TokenLoss
+
+from .tiny import batch, make
+from .tools import assert_same_gradients, gradients, lora
+
+DISTRIBUTIONS = ("kl", "kl-clean", "kl-rdrop", "js", "jsd")
+CHUNKED = ("llama", "gpt2", "opt", "mistral", "qwen2", "qwen3", "gemma3")
+
+
+def frozen(family, **options):
+    """A model in float64 with LoRA, so that its head is frozen."""
+    targets = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+    return lora(make(family, **options).double(), targets)
+
+
+def one_step(model, recipe, inputs, **options):
+    with hiddenkey.attach(model, recipe) as attachment:
+        torch.manual_seed(3)
+        model.zero_grad()
+        found = hiddenkey.consistency_step(model, inputs, **options)
+        found.total.backward()
+        return found, gradients(model), attachment
+
+
+@pytest.mark.parametrize("num_items", (None, 50))
+@pytest.mark.parametrize("consistency", DISTRIBUTIONS)
+@pytest.mark.parametrize("family", CHUNKED)
+def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
+    monkeypatch.setattr(token_loss, "CHUNK", 5)
+    model, inputs, recipe = frozen(family), batch(family), f"hiddenkey@0.2 ~ {consistency}*0.7"
+    found, ours, attachment = one_step(model, recipe, inputs, num_items=num_items)
+    assert frozen_head(attachment) is not None
+    assert not attachment.dense
+    dense, theirs, _ = one_step(model, recipe, inputs, num_items=num_items, task_loss=step.model_loss)
+    for name in ("total", "task", "consistency"):
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(dense, name)), rel=1e-5, abs=1e-7)
+    assert_same_gradients(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_soft_cap_before_the_loss_is_noticed():
+    model = lora(make("gemma2", final_logit_softcapping=0.5), ["q_proj"])
+    found, _, attachment = one_step(model, "hiddenkey@0.2", batch("gemma2"))
+    assert attachment.dense
+    assert found.outputs["logits"].shape[1] > 1
+
+
+@pytest.mark.parametrize("why", ("trained head", "drop before the head", "adapter on the head"))
+def test_heads_that_are_not_frozen_maps_take_the_dense_way(why):
+    model, recipe = make("llama"), "hiddenkey@0.2"
+    model.lm_head.requires_grad_(why == "trained head")
+    if why == "adapter on the head":
+        model = lora(model, ["lm_head"])
+    with hiddenkey.attach(model, recipe + (" + output:element@0.1" if "drop" in why else "")) as attachment:
+        assert frozen_head(attachment) is None
+        found = hiddenkey.consistency_step(model, batch("llama"))
+        assert found.outputs["logits"].shape[1] > 1
+
+
+@pytest.mark.parametrize("consistency", DISTRIBUTIONS)
+def test_gradients_of_the_sweep(consistency):
+    """Against autograd on the whole, for hidden states alone; gradcheck of the hand-written ones."""
+    rule = CONSISTENCIES[consistency]
+    first, second = (torch.randn(7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    head = Head(torch.randn(11, 4, dtype=torch.float64), torch.randn(11, dtype=torch.float64))
+    labels = torch.randint(11, (7,))
+
+    def total(a, b):
+        return TokenLoss.apply(a, b if rule.both else b.detach(), labels, head, rule, Share(0.3, 0.8))[0]
+
+    inputs = (first, second) if rule.both else (first,)
+    assert torch.autograd.gradcheck(lambda *a: total(a[0], a[1] if rule.both else second), inputs)
+    z1, z2 = head.logits(first), head.logits(second)
+    task = torch.nn.functional.cross_entropy(z1, labels, reduction="sum")
+    if rule.both:
+        task = (task + torch.nn.functional.cross_entropy(z2, labels, reduction="sum")) / 2
+    term = hiddenkey.consistency_loss(consistency, z1, z2, reduction="sum")
+    torch.testing.assert_close(total(first, second), 0.3 * task + 0.8 * term)
+
+
+def test_no_dense_logits(monkeypatch):
+    """Nothing with as many numbers as tokens × vocabulary is made; the dense step makes several."""
+    monkeypatch.setattr(token_loss, "CHUNK", 4)
+    model, inputs = make("llama"), batch("llama")
+    model.resize_token_embeddings(101)
+    model.lm_head.requires_grad_(False)
+    whole = inputs["input_ids"].numel() * model.config.vocab_size
+    sizes = {}
+    for name, options in {"chunks": {}, "dense": {"task_loss": step.model_loss}}.items():
+        with Largest() as largest:
+            one_step(model, "hiddenkey@0.2", inputs, **options)
+        sizes[name] = largest.last_axis(model.config.vocab_size)
+    assert sizes["chunks"] <= whole / 8 < whole * 0.9 <= sizes["dense"]
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The number of entries of the largest tensor made (views left out), by the size of its last axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor) and x.dim() and x.untyped_storage().data_ptr() not in given:
+                self.sizes[x.shape[-1]] = max(self.sizes.get(x.shape[-1], 0), x.numel())
+        return result
+
+    def last_axis(self, size):
+        return self.sizes.get(size, 0)
+
+
+@pytest.mark.parametrize("family", ("llama", "bert", "gpt2"))
+def test_lower_layers_run_once(family):
+    """With drops in the upper half, a layer below runs once a step and one above twice."""
+    model, calls = make(family), []
+    stack = hiddenkey.plan(model, "baseline").structure.stacks[0].layers
+    for layer in stack:
+        attention = model.get_submodule(layer.attentions[0])
+        attention.register_forward_hook(lambda m, a, o, path=layer.path: calls.append(path))
+    with hiddenkey.attach(model, "hiddenkey[1/2:]@0.2"):
+        hiddenkey.consistency_step(model, batch(family)).total.backward()
+    assert [calls.count(layer.path) for layer in stack] == [1, 1, 2, 2]
+    assert "forward" not in vars(model.get_submodule(stack[0].path))
+
+
+@pytest.mark.parametrize("consistency", ("kl", "kl-clean", "js"))
+@pytest.mark.parametrize("family", ("llama", "bert", "mistral", "gpt2", "opt"))
+def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
+    model, inputs, recipe = make(family), batch(family), f"hiddenkey[1/2:]@0.2 ~ {consistency}"
+    shared, ours, _ = one_step(model, recipe, inputs)
+    monkeypatch.setattr(lower.LowerLayers, "_keep", lambda *_: None)
+    twice, theirs, _ = one_step(model, recipe, inputs)
+    torch.testing.assert_close(shared.consistency, twice.consistency)
+    assert_same_gradients(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "shared"),
+    [
+        ("llama", "hiddenkey@0.2", 2),
+        ("llama", "hiddenkey[:]@0.2", 0),
+        ("llama", "hiddenkey@0.2 + input:column@0.1 ~ kl", 0),
+        ("llama", "output:element@0.1 ~ kl", 4),
+        ("llama", "hiddenkey@0", 4),
+        ("bert", "logits[3:]:column@0.1 ~ kl", 3),
+        ("t5", "hiddenkey[1/2:]@0.2", 0),
+    ],
+)
+def test_how_many_layers_are_shared(family, recipe, shared):
+    with hiddenkey.attach(make(family), recipe) as attachment:
+        assert len(lower.LowerLayers(attachment).layers) == shared
+
+
+def test_an_adapter_that_draws_shares_nothing():
+    model = lora(make("llama"), ["q_proj"], lora_dropout=0.1)
+    with hiddenkey.attach(model, "hiddenkey@0.2") as attachment:
+        assert lower.LowerLayers(attachment).layers == []

@@ -1,0 +1,159 @@
+"""Every fast path equals the reference: forward and gradients, over masks, heads, dtypes and emptied rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiddenkey import causal, fused
+from hiddenkey.attend import attend, reference
+from hiddenkey.masks import Mask
+from hiddenkey.recipe import parse
+
+DROPS = parse("logits:column@0.5").drops
+LENGTH, LENGTHS = 9, (9, 5, 0)
+
+
+def padding(side):
+    """Rows with 9, 5 and no real keys."""
+    places, lengths = torch.arange(LENGTH)[None], torch.tensor(LENGTHS)[:, None]
+    return places < lengths if side == "right" else places >= LENGTH - lengths
+
+
+def sliding_window():
+    ones = torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+    return Mask(full=(ones.tril() & ones.triu(-2))[None, None] & padding("right")[:, None, None])
+
+
+def packed():
+    document = (torch.arange(LENGTH) >= 4).long()
+    return Mask(full=(document[:, None] == document[None]).tril()[None, None].expand(3, 1, -1, -1))
+
+
+MASKS = {
+    "everything": lambda: Mask(),
+    "causal": lambda: Mask(causal=True),
+    "right padding": lambda: Mask(keys=padding("right")),
+    "left padding": lambda: Mask(keys=padding("left")),
+    "causal, right padding": lambda: Mask(keys=padding("right"), causal=True),
+    "causal, left padding": lambda: Mask(keys=padding("left"), causal=True),
+    "window": sliding_window,
+    "packed": packed,
+}
+
+
+def inputs(dtype, kv_heads, width=8, value_width=8):
+    shapes = ((3, 4, LENGTH, width), (3, kv_heads, LENGTH, width), (3, kv_heads, LENGTH, value_width))
+    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes)
+
+
+def some_keep(kind, kv_heads):
+    """Draws with whole heads, first keys and last keys dropped, so that rows are emptied in every way."""
+    keep = torch.rand(3, kv_heads, 1 if kind == "key" else LENGTH, LENGTH) > 0.5
+    keep[0, 0] = False
+    keep[1, :, :, :3] = False
+    return keep
+
+
+def outcome(function, tensors, keep, mask, bias=None):
+    """Output and gradients of one path."""
+    output = function(*tensors, DROPS, [keep], mask=mask, bias=bias)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return output, *torch.autograd.grad((output * weight).sum(), tensors)
+
+
+def assert_equal_paths(tensors, keep, mask, bias=None, **tolerance):
+    for fast, slow in zip(
+        outcome(attend, tensors, keep, mask, bias), outcome(reference, tensors, keep, mask, bias), strict=True
+    ):
+        torch.testing.assert_close(fast, slow, **tolerance)
+
+
+@pytest.mark.parametrize("small", (True, False))
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("kind", ("key", "cell"))
+@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_path_is_the_reference_in_float64(mask, kv_heads, kind, with_bias, small, monkeypatch):
+    monkeypatch.setattr(fused, "SMALL", 2**22 if small else 0)
+    bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
+    tensors, keep = inputs(torch.float64, kv_heads), some_keep(kind, kv_heads)
+    assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ("key", "cell"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_values_of_another_width(mask, kind):
+    assert_equal_paths(inputs(torch.float64, 2, 8, 5), some_keep(kind, 2), MASKS[mask](), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("kind", ("key", "cell"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_error_in_a_dtype_is_that_of_plain_attention(mask, kind, dtype):
+    """Against float64 on the same numbers: no more than 4 times what the reference makes in that dtype."""
+    tensors, keep = inputs(dtype, 2), some_keep(kind, 2)
+    exact = tuple(x.detach().double().requires_grad_() for x in tensors)
+    wanted = outcome(reference, exact, keep, MASKS[mask]())
+    ours, own = (errors(outcome(path, tensors, keep, MASKS[mask]()), wanted) for path in (attend, reference))
+    for error, floor in zip(ours, own, strict=True):
+        assert error <= 4 * max(floor, torch.finfo(dtype).eps)
+
+
+def errors(found, exact):
+    return [float((a.double() - b).detach().abs().max()) for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("mask", ("window", "packed"))
+def test_a_folded_feature_in_float32(mask, monkeypatch):
+    """A shifted row loses the digits of the shift: 120 has an ulp of 8e-6 in float32."""
+    monkeypatch.setattr(fused, "SMALL", 0)
+    assert_equal_paths(inputs(torch.float32, 2), some_keep("key", 2), MASKS[mask](), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 3),
+    st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
+    st.integers(1, 7),
+    st.integers(0, 5),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded, seed):
+    torch.manual_seed(seed)
+    keys = queries + more_keys
+    shapes = ((batch, heads[0], queries, 4), (batch, heads[1], keys, 4), (batch, heads[1], keys, 4))
+    tensors = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    real = torch.rand(batch, keys) > 0.3 if padded else None
+    keep = torch.rand(batch, heads[1], 1, keys) >= p
+    assert_equal_paths(tensors, keep, Mask(keys=real, causal=True), rtol=1e-10, atol=1e-10)
+
+
+def test_the_paths_that_are_meant_are_taken(monkeypatch):
+    taken = []
+    for module, name in ((causal, "attend_causal"), (fused, "_unmasked"), (fused, "attend_cells"), (fused, "folded")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (taken.append(name), real(*a))[1])
+    tensors, keep = inputs(torch.float32, 2), some_keep("key", 2)
+    for mask in ("causal", "causal, left padding", "everything", "right padding", "window"):
+        attend(*tensors, DROPS, [keep], mask=MASKS[mask]())
+    monkeypatch.setattr(fused, "SMALL", 0)
+    attend(*tensors, DROPS, [keep], mask=sliding_window())
+    monkeypatch.setattr(causal, "_has_kernel", lambda: False)
+    attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
+    assert taken == ["attend_causal"] * 2 + ["_unmasked"] * 2 + ["attend_cells", "folded", "folded"]
+
+
+def test_nothing_of_queries_times_keys_is_saved():
+    """At length 512 the tensors kept for the backward pass of the causal path are all proportional to the length."""
+    length, sizes = 512, []
+    tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]
+    keep = torch.rand(1, 2, 1, length) > 0.1
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (sizes.append(x.untyped_storage().nbytes()), x)[1], lambda x: x
+    ):
+        attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
+    assert sizes
+    assert max(sizes) <= 2 * length * 8 * 4
