@@ -77,30 +77,32 @@ class Tally:
     """How many cells were drawn and how many of them were dropped, summed where the masks live.
 
     Of a large mask the first 65,536 cells are counted: a count over all of them costs as much as half the draw.
+    Both counts are tensors, because a compiled model would be compiled again for every new number.
     """
 
     LARGEST = 2**16
 
     def __init__(self) -> None:
-        self.dropped: Tensor | None = None
-        self.drawn = 0
+        self.counts: Tensor | None = None
 
     def add(self, keep: Tensor) -> None:
         """Count one draw; does not wait for the device."""
         keep = keep.flatten()[: self.LARGEST]
-        dropped = keep.numel() - torch.count_nonzero(keep)
-        self.dropped = dropped if self.dropped is None else self.dropped + dropped
-        self.drawn += keep.numel()
+        drawn = torch.full((), keep.numel(), device=keep.device)
+        self._sum(torch.stack([drawn - torch.count_nonzero(keep), drawn]))
+
+    def merge(self, other: Tally) -> None:
+        """Add another tally's counts to this one's."""
+        if other.counts is not None:
+            self._sum(other.counts)
 
     @property
     def rate(self) -> float:
         """The realised drop rate; NaN before the first draw."""
-        return float("nan") if self.dropped is None else self.dropped.item() / self.drawn
+        if self.counts is None:
+            return float("nan")
+        dropped, drawn = self.counts.tolist()
+        return dropped / drawn
 
-    def merge(self, other: Tally) -> None:
-        """Add another tally's counts to this one's."""
-        if other.dropped is not None:
-            self.dropped = (
-                other.dropped if self.dropped is None else self.dropped + other.dropped.to(self.dropped.device)
-            )
-            self.drawn += other.drawn
+    def _sum(self, counts: Tensor) -> None:
+        self.counts = counts if self.counts is None else self.counts + counts.to(self.counts.device)

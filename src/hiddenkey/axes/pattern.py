@@ -47,6 +47,8 @@ def random_keep(shape: tuple[int, ...], p: float, device: torch.device) -> Tenso
     Random words are cut into 16-bit numbers (a third of the time of one float each), 32-bit ones where 16 bits
     would miss p, or 1 - p, by more than a thousandth of it.
     """
+    if torch.compiler.is_compiling():  # it fuses this draw into what uses it, and can't trace the other
+        return torch.rand(shape, dtype=torch.float32, device=device) >= p
     missed = abs(round(p * 2**16) / 2**16 - p)
     dtype, bits = (torch.int16, 16) if missed <= min(p, 1 - p) / 1000 else (torch.int32, 32)
     count, per_word = math.prod(shape), 64 // bits

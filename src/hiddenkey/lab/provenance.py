@@ -7,14 +7,17 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 import hiddenkey
 
-_PACKAGES = ("hiddenkey", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+_PACKAGES = ("hiddenkey", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that shape a result."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    """Python and the packages that shape a result; torch's with its build, such as +cpu."""
+    packages = {name: _version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | packages | {"torch": torch.__version__}
 
 
 def commit() -> str | None:
