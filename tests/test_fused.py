@@ -131,6 +131,27 @@ def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded,
     assert_equal_paths(tensors, keep, Mask(keys=real, causal=True), rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=80)
+@given(
+    st.sampled_from(sorted(MASKS)),
+    st.sampled_from((1, 2, 4)),
+    st.sampled_from(("key", "cell")),
+    st.sampled_from((8, 5)),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias, small, kernel, seed):
+    torch.manual_seed(seed)
+    tensors, keep = inputs(torch.float64, kv_heads, 8, value_width), some_keep(kind, kv_heads)
+    bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "SMALL", 2**22 if small else 0)
+        patch.setattr(causal, "_has_kernel", lambda: kernel)
+        assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
+
+
 def test_the_paths_that_are_meant_are_taken(monkeypatch):
     taken = []
     for module, name in ((causal, "attend_causal"), (fused, "_unmasked"), (fused, "attend_cells"), (fused, "folded")):

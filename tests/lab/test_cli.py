@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_registry import PLUGIN, install
+
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
 
 
@@ -17,14 +19,13 @@ def hiddenkey(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_help_and_version_load_no_torch_and_are_fast():
+def test_help_and_version_load_neither_torch_nor_transformers():
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys\n"
         "from hiddenkey.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as stop: assert stop.code in (0, None)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
-        "assert time.process_time() < 2, time.process_time()\n"
     )
     for arguments in (["--help"], ["--version"], ["train", "--help"], ["plan", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
@@ -40,6 +41,18 @@ def test_plan_prints_sites_without_weights(bert: Path, llama: Path, tmp_path: Pa
         assert done.returncode == 0, done.stderr
         assert "logits" in done.stdout
         assert "hidden" in done.stdout
+
+
+def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
+    install(tmp_path, PLUGIN)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    command = [*PROGRAM, "plan", str(bert), "hidden:feature@0.5 ~ abs"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "hidden:feature@0.5 ~ abs*1.0" in done.stdout
+    assert "layer" in done.stdout
 
 
 @pytest.mark.parametrize(
