@@ -19,6 +19,8 @@ class KeepTimes(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, keep: Tensor, factor: float) -> Tensor:
+        if torch.compiler.is_compiling():  # it fuses this; torch 2.11 gets the gradient of the rest wrong
+            return x * keep * factor
         # Through uint8, because torch casts bool four times slower (CPU, torch 2.13); in place, because a fresh
         # tensor costs more than the product.
         factors = keep.view(torch.uint8).to(x.dtype).mul_(factor)
