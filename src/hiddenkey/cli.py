@@ -11,6 +11,7 @@ import tyro
 
 import hiddenkey
 
+from .lab.bench_config import BenchConfig
 from .lab.config import TrainConfig
 
 INTERRUPTED = 130
@@ -59,7 +60,26 @@ def run_plan(command: PlanCommand) -> None:
     print(hiddenkey.plan(build_skeleton(command.model, HEADS[command.task], command.trust_remote_code), recipe))
 
 
-RUNNERS: dict[type, Callable[[Any], None]] = {TrainConfig: run_train, PlanCommand: run_plan}
+def run_bench(config: BenchConfig) -> None:
+    """Measure, or write the page from what was measured."""
+    config.check()
+    if config.page:
+        from .lab.performance import write_page
+
+        print(write_page(config))
+        return
+    from .lab.bench import bench
+    from .lab.quiet import quieten
+
+    quieten()
+    bench(config)
+
+
+RUNNERS: dict[type, Callable[[Any], None]] = {
+    TrainConfig: run_train,
+    PlanCommand: run_plan,
+    BenchConfig: run_bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,7 +106,11 @@ def _parse(arguments: list[str]) -> Any:
 
         defaults |= read_fields(arguments.pop(1))
     train = tyro.conf.subcommand("train", default=TrainConfig(**defaults))
-    commands = Annotated[TrainConfig, train] | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    commands = (
+        Annotated[TrainConfig, train]
+        | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+    )
     return tyro.cli(
         commands,
         prog="hiddenkey",

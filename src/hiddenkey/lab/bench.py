@@ -1,0 +1,114 @@
+"""`hiddenkey bench`: run the suites and write what they found."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench_memory
+from .bench_attention import attention_cases
+from .bench_config import BenchConfig
+from .bench_measure import TIME, machine
+from .bench_models import RANDOM
+from .bench_parts import draw_cases, loss_cases
+from .bench_record import Case, Record, write_record
+from .bench_report import bar_chart, print_case
+from .bench_startup import startup_case
+from .bench_step import step_case
+from .errors import ConfigError, RunError
+from .provenance import commit, versions
+
+TITLES = {
+    "attention": "Attention alone, forward and backward",
+    "draw": "Drawing and dropping alone",
+    "loss": "Losses of a language model alone",
+    "startup": "Starting",
+}
+
+
+def bench(config: BenchConfig) -> list[Path]:
+    """Run the suites; the JSON files written, one after each suite and model.
+
+    Raises:
+        ConfigError: a value that is not allowed, no GPU where one is asked for, an unknown provider or model.
+        RunError: a folder that cannot be written.
+    """
+    config.check()
+    device = find_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = _open(config.out)
+    return [path for suite in config.suites() for path in _run(suite, config, device, folder)]
+
+
+def find_device(name: str) -> torch.device:
+    """The device asked for; auto: a GPU where there is one.
+
+    Raises:
+        ConfigError: cuda, and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but torch sees no GPU here; use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _run(suite: str, config: BenchConfig, device: torch.device, folder: Path) -> list[Path]:
+    if suite == "step":
+        return [_step(model, config, device, folder) for model in config.model]
+    record = _blank(suite, TITLES[suite], suite, config, device)
+    facts: dict[str, Any] = {}
+    if suite == "startup":
+        case, loaded = startup_case(config)
+        cases, facts = [case], {"loaded": loaded}
+    else:
+        cases = {"attention": attention_cases, "draw": draw_cases, "loss": loss_cases}[suite](config, device)
+    return [_finish(record, cases, facts, folder)]
+
+
+def _step(model: str, config: BenchConfig, device: torch.device, folder: Path) -> Path:
+    record = _blank(f"step-{Path(model).name}", f"LoRA step, {Path(model).name}", "step", config, device)
+    try:
+        case = step_case(model, config, device)
+    except OSError as error:
+        raise ConfigError(
+            f"the model {model!r} cannot be loaded; give a hub name, a folder, or {', '.join(RANDOM)}: {error}"
+        ) from error
+    return _finish(record, [case], {}, folder)
+
+
+def _blank(name: str, title: str, suite: str, config: BenchConfig, device: torch.device) -> dict[str, Any]:
+    memory = bench_memory.CUDA if device.type == "cuda" else bench_memory.CPU
+    how = TIME if suite == "startup" else f"{TIME} {memory}"
+    where: dict[str, Any] = {"machine": machine(device), "versions": versions(), "commit": commit()}
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {
+        "name": name,
+        "suite": suite,
+        "title": title,
+        "how": how,
+        **where,
+        "date": date,
+        "config": config.to_dict(),
+    }
+
+
+def _finish(blank: dict[str, Any], cases: list[Case], facts: dict[str, Any], folder: Path) -> Path:
+    record = Record(**blank, cases=cases, facts=facts)
+    for case in cases:
+        print_case(case)
+    path = write_record(record, folder)
+    bar_chart(record, path.with_suffix(".png"))
+    print(f"{path}, {path.with_suffix('.png')}")
+    return path
+
+
+def _open(out: str) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"out = {out!r} cannot be written: {error}. Give another folder.") from error
+    return folder

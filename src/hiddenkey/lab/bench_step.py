@@ -1,0 +1,67 @@
+"""The suite `step`: LoRA training steps of several providers on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .bench_config import BenchConfig
+from .bench_measure import Work, interleave
+from .bench_memory import peak_memory
+from .bench_models import StepCase, load_case, shape_of
+from .bench_providers import PLAIN, Provider, Step, choose
+from .bench_record import Case, Row
+
+ROUNDS = 15
+LEARNING_RATE = 1e-4
+
+
+def step_case(model: str, config: BenchConfig, device: torch.device) -> Case:
+    """Time and memory of one training step by every provider on one model.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: an unknown provider.
+    """
+    case = load_case(model, config, device)
+    providers = choose(config.providers, case.task)
+    works = build_works(case, providers)
+    times = interleave(works, config.rounds_of(ROUNDS), config.seconds)
+    peaks = {name: peak_memory(work, device) for name, work in works.items()}
+    rows = [Row(entry.name, entry.what, times[entry.name], peaks[entry.name]) for entry in providers]
+    return Case(case.name, _about(case, config), PLAIN, rows)
+
+
+def build_works(case: StepCase, providers: Sequence[Provider]) -> dict[str, Work]:
+    """One step of every provider, each on a copy of its own."""
+    return {entry.name: work_of(entry.build(case)) for entry in providers}
+
+
+def work_of(step: Step) -> Work:
+    """Forward, backward, optimizer and zeroed gradients; or the forward alone."""
+    if not step.trains:
+        return step.loss
+    trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+    def work() -> None:
+        step.loss().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def _about(case: StepCase, config: BenchConfig) -> dict[str, object]:
+    size, length, _ = shape_of(case.task, config)
+    mask, labels = case.batch["attention_mask"], case.batch["labels"]
+    about: dict[str, object] = {
+        "task": case.task,
+        "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
+        "shape": [size, length],
+        "padding": round(1 - float(mask.float().mean()), 3),
+        "dtype": config.dtype,
+        "lora": "r = 8 on query and value, AdamW",
+    }
+    return about | ({"labels": int((labels >= 0).sum())} if case.task == "causal-lm" else {})

@@ -1,0 +1,77 @@
+"""What the README shows is true: its code runs, its commands parse, its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hiddenkey
+from hiddenkey import cli
+from hiddenkey.axes.pattern import PATTERNS
+from hiddenkey.axes.position import POSITIONS
+from hiddenkey.consistency import CONSISTENCIES
+
+from .hf.tiny import make
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language, heading):
+    """The code blocks of a language under a heading."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+@pytest.fixture
+def clean_registries():
+    yield
+    for registry, name in ((PATTERNS, "pair"), (POSITIONS, "attended"), (CONSISTENCIES, "logit-mse")):
+        registry.remove(name)
+
+
+def test_the_code_under_extending_runs(clean_registries):
+    (code,) = blocks("python", "Extending")
+    names = {"hiddenkey": hiddenkey, "model": make("llama")}
+    exec(compile(code, "README.md", "exec"), names)
+    plan = str(hiddenkey.plan(names["model"], "attended:pair@0.1 ~ logit-mse*0.5"))
+    assert "attended:pair@0.1" in plan
+    assert "self_attn" in plan
+    with hiddenkey.attach(names["model"], "attended[:]:pair@0.5 ~ logit-mse*0.5") as attachment:
+        from .hf.tiny import batch
+
+        hiddenkey.consistency_step(names["model"], batch("llama")).total.backward()
+        assert 0.2 < attachment.position_rates()["attended"] < 0.8
+
+
+def commands():
+    text = "\n".join(blocks("sh", "Use it")).replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("hiddenkey ")]
+
+
+def test_there_are_commands():
+    assert {command.split()[1] for command in commands()} == {"train", "plan"}
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    parsed = cli._parse(shlex.split(command)[1:])
+    hiddenkey.parse(parsed.recipe)
+    if hasattr(parsed, "check"):
+        parsed.check()
+
+
+@pytest.mark.parametrize("recipe", re.findall(r"`([a-z-]+(?:\[[^`\]]*\])?(?::[a-z-]+)*@p(?: \+ [^`]*)?)`", README))
+def test_recipes_parse(recipe):
+    hiddenkey.parse(recipe.replace("@p", "@0.1"))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README)) | {"CITATION.cff"}))
+def test_links_lead_somewhere(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:docs/)?[A-Za-z_]+\.(?:md|cff|txt))`", README))))
+def test_files_that_are_named_exist(path):
+    assert (ROOT / path).exists()
