@@ -16,6 +16,7 @@ from .lab.config import TrainConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
+LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard")
 
 HEADS = {
     "auto": "",
@@ -94,6 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")
         sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name not in LAB_EXTRA:
+            raise
+        sys.stderr.write(
+            f"hiddenkey: {error.name} is not installed; this command needs pip install 'hiddenkey[lab]'\n"
+        )
+        sys.exit(USER_ERROR)
     except (hiddenkey.UserError, OSError) as error:
         sys.stderr.write(f"hiddenkey: {error}\n")
         sys.exit(USER_ERROR)

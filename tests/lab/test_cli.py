@@ -43,6 +43,15 @@ def test_plan_prints_sites_without_weights(bert: Path, llama: Path, tmp_path: Pa
         assert "hidden" in done.stdout
 
 
+def test_without_the_extra_the_command_says_what_to_install(bert: Path, sentences: Path, tmp_path: Path):
+    code = "import sys; sys.modules['datasets'] = None\nfrom hiddenkey.cli import main; main()"
+    arguments = ["train", "--model", str(bert), "--data", str(sentences), "--out", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "hiddenkey[lab]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
     install(tmp_path, PLUGIN)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
