@@ -35,7 +35,7 @@ def one_step(model, recipe, inputs, **options):
 @pytest.mark.parametrize("consistency", DISTRIBUTIONS)
 @pytest.mark.parametrize("family", CHUNKED)
 def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
-    monkeypatch.setattr(token_loss, "CHUNK", 5)
+    monkeypatch.setattr(token_loss, "chunk_size", lambda vocabulary: 5)
     model, inputs, recipe = frozen(family), batch(family), f"hiddenkey@0.2 ~ {consistency}*0.7"
     found, ours, attachment = one_step(model, recipe, inputs, num_items=num_items)
     assert frozen_head(attachment) is not None
@@ -86,9 +86,14 @@ def test_gradients_of_the_sweep(consistency):
     torch.testing.assert_close(total(first, second), 0.3 * task + 0.8 * term)
 
 
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(64, 128), (49152, 128), (152_000, 41), (10**7, 16)])
+def test_fewer_tokens_of_a_larger_vocabulary(vocabulary, tokens):
+    assert token_loss.chunk_size(vocabulary) == tokens
+
+
 def test_no_dense_logits(monkeypatch):
     """Nothing with as many numbers as tokens × vocabulary is made; the dense step makes several."""
-    monkeypatch.setattr(token_loss, "CHUNK", 4)
+    monkeypatch.setattr(token_loss, "chunk_size", lambda vocabulary: 4)
     model, inputs = make("llama"), batch("llama")
     model.resize_token_embeddings(101)
     model.lm_head.requires_grad_(False)

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 
 from ..consistency import Consistency, bidirectional
 
-CHUNK = 128
+# Logits of a chunk: 128 tokens of a vocabulary of 49k, as fast as all tokens at once, and fewer of a larger one.
+CELLS = 128 * 49152
+TOKENS = range(16, 129)
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class TokenLoss(torch.autograd.Function):
         grad_second = torch.empty_like(second) if consistency.both else None
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         sums = torch.zeros(2, dtype=dtype, device=first.device)
-        for start in range(0, len(labels), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = chunk_size(len(head.weight))
+        for start in range(0, len(labels), size):
+            rows = slice(start, start + size)
             z1, z2 = head.logits(first[rows]), head.logits(second[rows])
             task, term, *gradients = sweep(z1, z2, labels[rows], consistency, share)
             sums += torch.stack([task, term])
@@ -77,6 +80,11 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, total: Tensor, task: Tensor, term: Tensor) -> tuple[Tensor | None, ...]:
         first, second = ctx.saved_tensors
         return total.to(first.dtype) * first, None if second is None else total.to(second.dtype) * second, *[None] * 4
+
+
+def chunk_size(vocabulary: int) -> int:
+    """How many tokens go through the head at a time."""
+    return min(max(CELLS // vocabulary, TOKENS[0]), TOKENS[-1])
 
 
 def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
@@ -106,7 +114,8 @@ def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, 
     ½ (p (d - KL(p‖q)) + p - q), that of the task p - onehot.
     """
     labels = labels[:, None]
-    log_p, log_q = z1.log_softmax(-1), z2.log_softmax(-1)
+    # In place, the logits become log probabilities: four tensors of a chunk's size are alive, not six.
+    log_p, log_q = (z.sub_(z.logsumexp(-1, keepdim=True)) for z in (z1, z2))
     task = -log_p.gather(1, labels).sum()
     p, q = log_p.exp(), log_q.exp()
     d = log_p.sub_(log_q)
