@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-full lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,7 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --cov --cov-report term:skip-covered
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not full' --cov --cov-report term:skip-covered
+
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 -m full
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests demo
