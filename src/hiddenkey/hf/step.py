@@ -15,7 +15,7 @@ from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
 from .structure import counts_items, find_transformer
 from .token_loss import Head
-from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
+from .views import Batch, Compared, LastLayer, compared, labels_of, second_view, tie, twice
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -126,7 +126,8 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
         second = hidden.take()
     assert second is not None
     weight = step.attachment.recipe.weight
-    losses = token_losses(first, second, step.batch["labels"], head, step.consistency, weight, step.num_items)
+    labels = labels_of(step.batch, first.shape[1], step.model)
+    losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
     return *losses, outputs
 
 
