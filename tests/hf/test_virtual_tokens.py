@@ -132,13 +132,24 @@ def test_both_implementations_agree_behind_a_prefix(family, monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+def test_a_prefix_without_an_attention_mask(monkeypatch):
+    inputs, found, record = batch("llama", padding="none", labels=False), [], None
+    for names in (("input_ids", "attention_mask"), ("input_ids",)):
+        model = build("prefix tuning", "llama")
+        hiddenkey.attach(model, "logits[:]:column@0.4")
+        with draws(monkeypatch, record) as record_now:
+            found.append(logits_of(model, {name: inputs[name] for name in names}))
+        record = record or record_now
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("family", ("llama", "bert"))
 def test_a_row_that_would_be_emptied_sees_the_prefix_again(family, monkeypatch):
     inputs = batch(family, labels=False)
     wanted = logits_of(build("prefix tuning", family), inputs)
     model = build("prefix tuning", family)
     hiddenkey.attach(model, "logits[:]:column@0.5")
-    monkeypatch.setattr(attend, "draw", lambda drop, grid: torch.zeros(grid.lay(torch.ones(grid.lead + (grid.places,))).shape, dtype=torch.bool))
+    monkeypatch.setattr(attend, "draw", lambda drop, grid: torch.zeros(*grid.lead, 1, grid.places, dtype=torch.bool))
     shown = inputs["attention_mask"].bool() if family == "llama" else slice(None)
     torch.testing.assert_close(logits_of(model, inputs)[shown], wanted[shown], rtol=1e-4, atol=1e-4)
 
