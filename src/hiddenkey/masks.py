@@ -63,8 +63,10 @@ def documents_in(visible: Tensor, shape: Shape) -> Tensor:
     seen = visible.expand(batch, heads, queries, keys).any(1)
     real = seen.any(1)
     joined = real[:, 1:] & real[:, :-1]
-    if queries == keys:
-        joined = joined & seen.diagonal(-1, 1, 2)
+    if queries <= keys:
+        # The last keys are the queries' own; a prefix comes before them.
+        own = keys - queries
+        joined[:, max(own - 1, 0) :] &= seen.diagonal(own - 1, 1, 2)
     opens = real.clone()
     opens[:, 1:] &= ~joined
     return opens.cumsum(-1) * real

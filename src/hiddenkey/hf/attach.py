@@ -71,7 +71,7 @@ class Attachment:
                 self._attach_stream(site)
         for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
             self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
-        silence(model, plan.own_dropouts)
+        self._silenced = silence(model, plan.own_dropouts)
         self._handles.append(model.register_forward_pre_hook(self._verify))
         setattr(model, MARK, self)
         ATTACHED.add(self)
@@ -111,7 +111,7 @@ class Attachment:
             shared = any(config is other for attachment in ATTACHED for other, _ in attachment._configs)
             if not shared and config._attn_implementation == PREFIX + name:
                 config._attn_implementation_internal = name
-        give_back(self.model, self.plan.own_dropouts)
+        give_back(self._silenced)
 
     def __enter__(self) -> Attachment:
         return self

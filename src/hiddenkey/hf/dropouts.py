@@ -1,16 +1,17 @@
-"""The dropouts a model brings along: found, set to 0 on attach, given back on detach."""
+"""The dropouts a model brings along: found, set to 0 on attach, given back on detach; those of an adapter are left."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .adapters import is_wrapper, modules
+
 RATE_NAME = re.compile(r"dropout|drop_prob|drop_path|pdrop|layerdrop|droprate")
-ADAPTER_PART = re.compile(r"(^|\.)(lora|vera|adalora)_dropout(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -22,34 +23,52 @@ class OwnDropout:
     p: float
 
 
+Silenced = Sequence[tuple[nn.Module, OwnDropout]]
+
+
 def own_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
     """Every dropout of the model itself with a rate above 0 (attention, hidden, embedding, classifier, layers)."""
-    for path, module in model.named_modules():
-        if ADAPTER_PART.search(path):
-            continue
-        if isinstance(module, _DropoutNd):
-            if module.p > 0:
-                yield OwnDropout(path, "p", module.p)
-            continue
-        for name, value in vars(module).items():
-            if isinstance(value, float) and 0 < value < 1 and RATE_NAME.search(name):
-                yield OwnDropout(path, name, value)
+    for path, module, brought in modules(model):
+        if not brought and not is_wrapper(module):
+            yield from (OwnDropout(path, name, p) for name, p in _rates(module))
 
 
 def adapter_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
-    """The adapter's dropouts (`lora_dropout`), which the user chose and which stay as they are."""
-    for path, module in model.named_modules():
-        if ADAPTER_PART.search(path) and isinstance(module, _DropoutNd) and module.p > 0:
-            yield OwnDropout(path, "p", module.p)
+    """The adapters' dropouts (`lora_dropout`, `module_dropout`), which the user chose and which stay as they are."""
+    for path, module, brought in modules(model):
+        if brought or is_wrapper(module):
+            yield from (OwnDropout(path, name, p) for name, p in (*_rates(module), *_rates_by_adapter(module)))
 
 
-def silence(model: nn.Module, dropouts: tuple[OwnDropout, ...]) -> None:
-    """Set the rates to 0."""
-    for own in dropouts:
-        setattr(model.get_submodule(own.path), own.name, 0.0)
+def silence(model: nn.Module, dropouts: Sequence[OwnDropout]) -> Silenced:
+    """Set the rates to 0; returns what `give_back` takes."""
+    silenced = [(model.get_submodule(own.path), own) for own in dropouts]
+    for module, own in silenced:
+        setattr(module, own.name, 0.0)
+    return silenced
 
 
-def give_back(model: nn.Module, dropouts: tuple[OwnDropout, ...]) -> None:
-    """Set the rates to what they were."""
-    for own in dropouts:
-        setattr(model.get_submodule(own.path), own.name, own.p)
+def give_back(silenced: Silenced) -> None:
+    """Set the rates to what they were, wherever the modules are by now."""
+    for module, own in silenced:
+        setattr(module, own.name, own.p)
+
+
+def _rates(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """(attribute, rate) of a module's own rates above 0."""
+    if isinstance(module, _DropoutNd):
+        if module.p > 0:
+            yield "p", module.p
+        return
+    # Dropouts of others (OFT's and BOFT's) keep theirs in `p` too.
+    is_dropout = "dropout" in type(module).__name__.lower()
+    for name, value in vars(module).items():
+        if isinstance(value, float) and 0 < value < 1 and (RATE_NAME.search(name) or (is_dropout and name == "p")):
+            yield name, value
+
+
+def _rates_by_adapter(module: nn.Module) -> Iterator[tuple[str, float]]:
+    """The same of a layer of LoHa or LoKr, which keeps a dictionary of rates."""
+    for name, value in vars(module).items():
+        if RATE_NAME.search(name) and isinstance(value, dict):
+            yield from ((name, p) for p in value.values() if isinstance(p, float) and p > 0)

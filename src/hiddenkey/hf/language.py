@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..consistency import Consistency
+from .adapters import adds_to_loss
 from .attach import Attachment
 from .structure import find_transformer
 from .token_loss import Head, Share, TokenLoss
@@ -45,17 +46,24 @@ class HiddenStates:
 
 
 def frozen_head(attachment: Attachment) -> Head | None:
-    """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None."""
+    """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None.
+
+    None too where the weight is no plain tensor (quantised, sharded), or is elsewhere until the head is called.
+    """
     transformer = find_transformer(attachment.model)[1]
     head = transformer.get_output_embeddings()
     fits = (
         type(transformer).__name__.endswith(CLASSES)
         and "logits_to_keep" in inspect.signature(transformer.forward).parameters
         and type(head) is nn.Linear
+        and type(head.weight) in (nn.Parameter, Tensor)
+        and not head.weight.is_meta
+        and head.weight.is_floating_point()
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not any(site.drop.position == "output" for site in attachment.plan.sites)
         and not getattr(transformer.config, "output_router_logits", False)
         and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
+        and not adds_to_loss(attachment.model)
     )
     return Head(head.weight, head.bias) if fits else None
 

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .adapters import adapters, restless
 from .attach import Attachment
 
 
 class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
-    `layers` is empty where nothing can be shared: several stacks, drops from the start, or an adapter dropout,
-    which draws in every layer. constant: the second view gets no gradient; otherwise both views' meets in them.
+    `layers` is empty where nothing can be shared: several stacks, drops from the start, or an adapter that draws in
+    every layer, or came after the plan. constant: the second view gets no gradient; otherwise both views' meets in
+    them.
     """
 
     def __init__(self, attachment: Attachment, *, constant: bool) -> None:
@@ -23,7 +25,8 @@ class LowerLayers:
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
-        if len(stacks) == 1 and not plan.adapter_dropouts and not any(site.drop.position == "input" for site in live):
+        draws = plan.adapter_dropouts or restless(attachment.model) or plan.adapters != tuple(adapters(attachment.model))
+        if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         self.layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers[:shared]]
         self.output: Any = None

@@ -10,6 +10,7 @@ from torch import nn
 from ..axes.position import POSITIONS, Side
 from ..errors import PlanError
 from ..recipe import Drop, Recipe, parse
+from .adapters import adapters
 from .backend import check_backend
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from .plan_text import describe
@@ -33,7 +34,8 @@ class Site:
 class Plan:
     """What `attach` will do to a model. `print(plan)` shows it.
 
-    own_dropouts: the model's own rates, set to 0. adapter_dropouts: `lora_dropout`, left as they are.
+    own_dropouts: the model's own rates, set to 0. adapter_dropouts: the adapters' (`lora_dropout`), left as they are.
+    adapters: the names of the adapters that were there.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Plan:
     sites: tuple[Site, ...]
     own_dropouts: tuple[OwnDropout, ...]
     adapter_dropouts: tuple[OwnDropout, ...]
+    adapters: tuple[str, ...]
 
     def __str__(self) -> str:
         return describe(self)
@@ -64,7 +67,8 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
             problem = check_backend(site.path, model.get_submodule(site.path))
             if problem:
                 raise PlanError(f"'{site.drop}' can't work in {name}: {problem}")
-    return Plan(recipe, name, structure, sites, tuple(own_dropouts(model)), tuple(adapter_dropouts(model)))
+    own, theirs = tuple(own_dropouts(model)), tuple(adapter_dropouts(model))
+    return Plan(recipe, name, structure, sites, own, theirs, tuple(adapters(model)))
 
 
 def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:

@@ -100,6 +100,11 @@ class StreamSite:
         return keep if folded is x else keep.view(x.shape[0], -1)
 
     def _drop(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise UserError(
+                f"'{self.drops[0]}' needs a tensor, but a {type(x).__name__} is passed here: an adapter that wraps whole "
+                "layers passes an object of its own between them; leave this position out"
+            )
         return drop_stream(x, self.drops[0], self.draw(x))
 
 
@@ -116,5 +121,6 @@ def documents(
     batch, length = states.shape[:2]
     full = read_mask(mask)[0].full
     if full is not None and full.dim() == 4:
-        return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))
+        # Keys of a prefix come before those of the sequence.
+        return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]
     return (batch, length), None if full is None else full.long()

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from ..axes.compensation import COMPENSATIONS
 from ..dropout import drop_stream
 from ..recipe import Drop
+from .adapters import works_by_token
 from .sites import StreamSite
 from .structure import is_linear
 
 
 def can_skip(block: nn.Module, drop: Drop) -> bool:
-    """Whether the block has no parts but linear maps and functions without state, and the drop is a plain factor."""
+    """Whether the block has no parts but linear maps and functions without state, and the drop is a plain factor.
+
+    An adapter other than LoRA may look at several tokens at once, so nothing is skipped under it.
+    """
+    if not all(works_by_token(part) for part in block.children()):
+        return False
     parts = [part for part in block.children() if not is_linear(part)]
     linears = len(list(block.children())) - len(parts)
     stateless = not any(True for part in parts for _ in (*part.parameters(), *part.buffers()))

@@ -15,7 +15,7 @@ from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
 from .structure import counts_items, find_transformer
 from .token_loss import Head
-from .views import Batch, LastLayer, compared, second_view, tie
+from .views import Batch, LastLayer, compared, labels_of, second_view, tie
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -121,7 +121,8 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     second = hidden.take()
     assert second is not None
     weight = step.attachment.recipe.weight
-    losses = token_losses(first, second, step.batch["labels"], head, step.consistency, weight, step.num_items)
+    labels = labels_of(step.batch, first.shape[1], step.model)
+    losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
     return *losses, outputs
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PlanError
+from .adapters import inner, is_wrapper
+from .adapters import modules as all_modules
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read(model: nn.Module) -> Structure:
     Raises PlanError where there is no transformers model.
     """
     root, transformer = find_transformer(model)
-    modules = dict(model.named_modules())
+    modules = {path: module for path, module, brought in all_modules(model) if not brought}
     is_pair = bool(getattr(transformer.config, "is_encoder_decoder", False))
     layers: dict[str, list[str]] = {}
     for path, module in modules.items():
@@ -80,8 +82,11 @@ def find_transformer(model: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module computes attention: through transformers' interface, or with a softmax of its own."""
-    return uses_interface(module) or uses_own_softmax(module)
+    """Whether the module computes attention: through transformers' interface, or with a softmax of its own.
+
+    An adapter's attention around the model's is none: it looks at its own prompt.
+    """
+    return (uses_interface(module) or uses_own_softmax(module)) and not is_wrapper(module)
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -100,21 +105,16 @@ def counts_items(model: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear map, or an adapter around one."""
-    return isinstance(_inner(module), (nn.Linear, Conv1D))
+    """Whether it is a linear map (a quantised one is often a class of its own), or an adapter around one."""
+    module = inner(module)
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, Conv1D) or all(isinstance(size, int) for size in sizes)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) features of a linear map."""
-    inner: Any = _inner(module)
-    return (inner.nx, inner.nf) if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    """What an adapter wraps."""
-    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        module = base
-    return module
+    linear: Any = inner(module)
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 
 def join(*parts: str) -> str:
@@ -159,7 +159,7 @@ def _feed_forwards(layer: str, attentions: list[str], modules: dict[str, nn.Modu
     ]
     expert = next((p for p in modules if p.startswith(layer + ".") and p.endswith(".experts")), None)
     if expert is not None:
-        yield expert.rpartition(".")[0]
+        yield _not_inside_a_copy(expert.rpartition(".")[0])
         return
     if not linears:
         return
@@ -169,14 +169,32 @@ def _feed_forwards(layer: str, attentions: list[str], modules: dict[str, nn.Modu
     if not ups:
         return
     block = _common(down, ups[0])
-    yield down if block == layer or isinstance(modules[block], nn.ModuleList) else block
+    alone = modules[block] in (modules[layer], inner(modules[layer])) or isinstance(modules[block], nn.ModuleList)
+    yield _not_inside_a_copy(down if alone else block)
+
+
+def _not_inside_a_copy(path: str) -> str:
+    """The path of a block; PEFT keeps copies of `modules_to_save` side by side and calls one of them.
+
+    Raises PlanError for a path inside such a copy: whichever adapter is active, its drop must be at work.
+    """
+    path = path.removesuffix(".original_module")
+    for part in (".modules_to_save.", ".original_module."):
+        wrapper, found, rest = path.partition(part)
+        if found:
+            raise PlanError(
+                f"{wrapper} is one of PEFT's modules_to_save and holds a part of a feed-forward block, {rest}; name "
+                "the linear layer itself or the whole block in modules_to_save, or put LoRA on it"
+            )
+    return path
 
 
 def _block_of(attention: str, layer: str, modules: dict[str, nn.Module]) -> str:
     """The attention with its own output projection: the outermost part of the layer around it."""
     block = attention
+    whole = inner(modules[layer])
     for path in _ancestors(attention):
-        if path == layer or isinstance(modules[path], nn.ModuleList):
+        if modules[path] in (modules[layer], whole) or isinstance(modules[path], nn.ModuleList):
             break
         block = path
     return block

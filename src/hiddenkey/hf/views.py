@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
+from .adapters import virtual_tokens
 from .attach import Attachment
 from .structure import find_transformer
 
@@ -86,7 +88,8 @@ def compared(
     Classification: the classifier's logits. Regression: the pooled token's last-layer vector, or the prediction
     itself for a scalar consistency. Generation: the logits at label positions.
     """
-    labels, logits = batch["labels"], outputs["logits"]
+    logits = outputs["logits"]
+    labels = labels_of(batch, logits.shape[1], attachment.model) if logits.dim() == 3 else batch["labels"]
     if logits.dim() == 3 and labels.dim() == 2 and logits.shape[:2] == labels.shape:
         return _tokens(logits, labels, attachment)
     if logits.shape[-1] == 1 or consistency.scalar:
@@ -104,6 +107,15 @@ def compared(
     return Compared(logits, None)
 
 
+def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
+    """The batch's labels; an adapter's virtual tokens before the sequence get labels (B, length) that do not count."""
+    labels: Tensor = batch["labels"]
+    virtual = virtual_tokens(model)
+    if labels.dim() == 2 and virtual and labels.shape[1] + virtual == length:
+        return F.pad(labels, (virtual, 0), value=IGNORED)
+    return labels
+
+
 def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
     transformer = find_transformer(attachment.model)[1]
     shifted = attachment.plan.structure.stacks[-1].latter_half and "Token" not in type(transformer).__name__
@@ -113,14 +125,14 @@ def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
 
 
 def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
-    """(B, D): the first token of an encoder, the last real token of a decoder."""
+    """(B, D): the first token of an encoder, the last real token of a decoder; virtual tokens come before the mask's."""
     assert last is not None
     if not attachment.plan.structure.stacks[-1].latter_half:
         return last[:, 0]
     mask = batch.get("attention_mask")
     if mask is None:
         return last[:, -1]
-    index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
+    index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
     return last[torch.arange(last.shape[0], device=last.device), index]
 
 
