@@ -127,7 +127,7 @@ def assert_same_windows(wanted, found):
     """Up to the float32 inside some models' norms, softmax and rotations."""
     assert len(wanted) == len(found) == 2
     for one, other in zip(wanted, found, strict=True):
-        assert_same_gradients(one, other, rtol=1e-4, atol=1e-6)
+        assert_same_gradients(one, other, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from .tiny import VOCABULARY
 
 TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content + ' </s> ' }}"
-    "{% endgeneration %}{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + ' </s> ' }}{% endgeneration %}{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
 )
 
 

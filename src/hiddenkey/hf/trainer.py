@@ -22,8 +22,8 @@ class ConsistencyMixin:
 
     recipe: attached to the trainer's model; None where the model has one attached, or gets one before `train()`.
     In training, the loss becomes task + weight * consistency, for DPO with the policy's two views compared at the
-    tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
-    from one of another recipe is a SavedRecipeError.
+    tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints
+    carry the recipe, and resuming from one of another recipe is a SavedRecipeError.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What a forward pass is for, seen at the model's door: to learn as the recipe says, to miss it, or as a reference."""
+"""What a forward pass is for, seen at the model's door: learning as the recipe says, missing it, or a reference."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ EVALUATION = (
 )
 MISSED = (
     "'{recipe}' has a consistency, but this loss was computed without it: use hiddenkey.DropTrainer, or put "
-    "hiddenkey.ConsistencyMixin before the class of your trainer, or call hiddenkey.consistency_step in your own loop; "
-    "to train without it, attach '{plain}'"
+    "hiddenkey.ConsistencyMixin before the class of your trainer, or call hiddenkey.consistency_step in your own "
+    "loop; to train without it, attach '{plain}'"
 )
 UNREACHED = (
-    "'{drop}' dropped nothing in a forward pass in training mode: {path} is never called as a module. TRL's trainers, "
-    "for one, multiply with the head's weight themselves; leave this drop out, or use another trainer"
+    "'{drop}' dropped nothing in a forward pass in training mode: {path} is never called as a module. TRL's "
+    "trainers, for one, multiply with the head's weight themselves; leave this drop out, or use another trainer"
 )
 
 
