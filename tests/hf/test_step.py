@@ -57,7 +57,8 @@ def check(model, inputs, consistency, by_hand, **options):
     found.total.backward()
     ours = gradients(model)
     model.zero_grad()
-    task, term = by_hand(*views(model, inputs, consistency))
+    with hiddenkey.find_attachment(model).watch.step():
+        task, term = by_hand(*views(model, inputs, consistency))
     (task + WEIGHT * term).backward()
     torch.testing.assert_close(found.task, task)
     torch.testing.assert_close(found.consistency, term, rtol=1e-4, atol=1e-6)
@@ -199,7 +200,8 @@ def test_rdrop_is_two_forwards_with_gradient(family, num_items):
     ours = gradients(model)
     model.zero_grad()
     torch.manual_seed(5)
-    outputs = [model(**inputs), model(**inputs)]
+    with hiddenkey.find_attachment(model).watch.step():
+        outputs = [model(**inputs), model(**inputs)]
     first, second = (out.logits for out in outputs)
     tasks = [out.loss for out in outputs]
     if family == "llama":

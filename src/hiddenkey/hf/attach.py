@@ -21,6 +21,7 @@ from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
 from .structure import Layer, uses_interface
+from .watch import Watch
 
 MARK = "hiddenkey_attachment"
 ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -53,6 +54,7 @@ class Attachment:
     """A recipe at work on a model.
 
     plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
+    watch: sees that what is trained is what the recipe says.
     dense: set by the first step of a language model whose loss can't be computed from its last hidden states.
     """
 
@@ -72,7 +74,10 @@ class Attachment:
         for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
             self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
         self._silenced = silence(model, plan.own_dropouts)
+        self.watch = Watch(self)
         self._handles.append(model.register_forward_pre_hook(self._verify))
+        self._handles.append(model.register_forward_pre_hook(self.watch.before))
+        self._handles.append(model.register_forward_hook(self.watch.after, always_call=True))
         setattr(model, MARK, self)
         ATTACHED.add(self)
 

@@ -14,11 +14,9 @@ from transformers import PreTrainedModel
 from ..consistency import Consistency
 from .adapters import adds_to_loss
 from .attach import Attachment
-from .structure import find_transformer
+from .structure import LANGUAGE_MODELS, find_transformer
 from .token_loss import Head, Share, TokenLoss
 from .views import IGNORED
-
-CLASSES = ("ForCausalLM", "LMHeadModel")
 
 
 class HiddenStates:
@@ -53,7 +51,7 @@ def frozen_head(attachment: Attachment) -> Head | None:
     transformer = find_transformer(attachment.model)[1]
     head = transformer.get_output_embeddings()
     fits = (
-        type(transformer).__name__.endswith(CLASSES)
+        type(transformer).__name__.endswith(LANGUAGE_MODELS)
         and "logits_to_keep" in inspect.signature(transformer.forward).parameters
         and type(head) is nn.Linear
         and type(head.weight) in (nn.Parameter, Tensor)

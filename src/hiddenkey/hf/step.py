@@ -15,7 +15,7 @@ from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
 from .structure import counts_items, find_transformer
 from .token_loss import Head
-from .views import Batch, LastLayer, compared, labels_of, second_view, tie
+from .views import Batch, LastLayer, compared, count_labels, labels_of, second_view, tie, uncached
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -46,20 +46,25 @@ class Step:
     attachment: Attachment
     consistency: Consistency
 
-    @property
-    def items(self) -> Items:
-        """The denominator of the task loss over tokens; None where it is the mean over this batch."""
-        counted = self.task_loss is not None or counts_items(find_transformer(self.model)[1])
-        return self.num_items if counted else None
-
     def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
         return (self.task_loss or model_loss)(self.model, dict(batch), num_items)
 
 
 def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
-    """The loss that a transformers model computes from the labels in its batch."""
-    outputs = model(**batch) if num_items is None else model(**batch, num_items_in_batch=num_items)
-    return outputs["loss"], outputs
+    """The loss that a transformers model computes from the labels in its batch.
+
+    Of an accumulated batch it is this batch's share. Most classifiers return the mean over this batch whatever
+    num_items is, so theirs is multiplied by this batch's share of the labels.
+    """
+    transformer = find_transformer(model)[1]
+    if num_items is None:
+        outputs = model(**batch)
+        return outputs["loss"], outputs
+    if counts_items(transformer):
+        outputs = model(**batch, num_items_in_batch=num_items)
+        return outputs["loss"], outputs
+    outputs = model(**batch)
+    return outputs["loss"] * (count_labels(transformer, batch["labels"]) / num_items), outputs
 
 
 def consistency_step(
@@ -72,19 +77,27 @@ def consistency_step(
 ) -> StepLoss:
     """The losses of one step of a model with a recipe attached (arXiv 2403.00812, section 3.2).
 
-    batch: the model's keyword arguments, with `labels`. num_items: label tokens of the whole accumulated batch
-    where the task loss is a sum over them (causal language models in transformers). task_loss: another way to get
-    (loss, outputs) from (model, batch, num_items); None: the model's own loss. scale: by which a trainer multiplies
-    its losses; that of `task_loss` is multiplied already.
+    batch: the model's keyword arguments, with `labels`. num_items: labels of the whole accumulated batch (examples
+    of a classifier, tokens that are predicted of a language model), by which the sums over this batch are divided;
+    None: means over this batch. task_loss: another way to get (loss, outputs) from (model, batch, num_items); None:
+    the model's own loss. scale: by which a trainer multiplies its losses; that of `task_loss` is multiplied already.
 
     A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
     tensor is built, and its layers below the first drop once for both views.
 
-    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing.
+    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing,
+    or nothing would be dropped because the model is in evaluation mode.
     """
     attachment = find_attachment(model)
     if attachment is None:
         raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
+    with attachment.watch.step():
+        return _losses(attachment, model, batch, num_items, task_loss, scale)
+
+
+def _losses(
+    attachment: Attachment, model: nn.Module, batch: Batch, num_items: Items, task_loss: TaskLoss | None, scale: float
+) -> StepLoss:
     recipe = attachment.recipe
     own = scale if task_loss is None else 1.0
     if recipe.consistency is None:
@@ -93,7 +106,8 @@ def consistency_step(
         return StepLoss(loss, loss, None, outputs)
     if batch.get("labels") is None:
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
-    step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
+    consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
+    step = Step(model, batch, num_items, task_loss, attachment, consistency)
     head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
     if head is not None and not attachment.dense:
         chunked = _chunked(step, head)
@@ -140,4 +154,4 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
             else:
                 others = second_view(step.model, step.batch, step.consistency)
         second = compared(others, last.output, step.batch, step.attachment, step.consistency)
-    return task, tie(step.consistency, first, second, step.items), outputs
+    return task, tie(step.consistency, first, second, step.num_items), outputs

@@ -16,6 +16,8 @@ from ..errors import PlanError
 from .adapters import inner, is_wrapper
 from .adapters import modules as all_modules
 
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -100,8 +102,12 @@ def uses_own_softmax(module: nn.Module) -> bool:
 
 
 def counts_items(model: nn.Module) -> bool:
-    """Whether the model divides its summed loss over tokens by `num_items_in_batch`, as transformers' losses do."""
-    return "loss_function" in _names(model)
+    """Whether the model divides its summed loss over tokens by `num_items_in_batch`.
+
+    Language models that use transformers' losses do; classifiers mostly don't, whatever loss they use.
+    """
+    generates = type(model).__name__.endswith((*LANGUAGE_MODELS, "ForConditionalGeneration"))
+    return generates and "loss_function" in _names(model)
 
 
 def is_linear(module: nn.Module) -> bool:

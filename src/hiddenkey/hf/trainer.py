@@ -12,16 +12,18 @@ from transformers import Trainer
 from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
+from .beside import compared_in, step_beside
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
 
 
 class ConsistencyMixin:
-    """Put before a transformers trainer class: `class MyTrainer(ConsistencyMixin, Trainer)`.
+    """Put before a transformers or TRL trainer class: `class MyTrainer(ConsistencyMixin, SFTTrainer)`.
 
-    The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
-    gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
-    from one of another recipe is a SavedRecipeError.
+    recipe: attached to the trainer's model; None where the model has one attached, or gets one before `train()`.
+    In training, the loss becomes task + weight * consistency, for DPO with the policy's two views compared at the
+    tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints
+    carry the recipe, and resuming from one of another recipe is a SavedRecipeError.
     """
 
     model: nn.Module
@@ -32,13 +34,27 @@ class ConsistencyMixin:
     label_smoother: Any
     get_tp_size: Any
 
+    def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
+        self._recipe = None if recipe is None else parse(recipe)
+        super().__init__(*args, **kwargs)
+        if self._recipe is not None and getattr(self, "model_init", None) is None:
+            attach(self.model, self._recipe)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, with the recipe attached."""
+        model: nn.Module = super().call_model_init(trial)  # type: ignore[misc]
+        if self._recipe is not None:
+            attach(model, self._recipe)
+        return model
+
     @property
     def attachment(self) -> Attachment:
         """The handle of the attached recipe; raises AttachError where there is none."""
         attachment = find_attachment(self.model)
         if attachment is None:
             raise AttachError(
-                "no recipe is attached to the trainer's model; call hiddenkey.attach(model, recipe) first"
+                "no recipe is attached to the trainer's model; give the trainer recipe='hiddenkey@0.1', or call "
+                "hiddenkey.attach(model, recipe) first"
             )
         return attachment
 
@@ -51,15 +67,23 @@ class ConsistencyMixin:
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        counted = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        num_items = num_items_in_batch if counted else None
-        step = consistency_step(
-            model,
-            inputs,
-            num_items=num_items,
-            task_loss=None if self._is_models_own_loss() else self._task_loss,
-            scale=self._consistency_scale(num_items),
-        )
+        num_items = num_items_in_batch if self._is_scaled(num_items_in_batch) else None
+        options: dict[str, Any] = {"num_items": num_items, "scale": self._consistency_scale(num_items)}
+        if self._gives_no_logits() and self.attachment.recipe.consistency is not None:
+            step = step_beside(
+                self.attachment,
+                model,
+                inputs,
+                compared_in(inputs, type(self).__name__),
+                lambda: self._trainers_loss(model, dict(inputs), False, num_items_in_batch),
+                **options,
+            )
+        elif self._gives_no_logits():
+            loss = self._trainers_loss(model, inputs, False, num_items_in_batch)
+            step = StepLoss(loss, loss, None, None)
+        else:
+            task_loss = None if self._is_models_own_loss() else self._task_loss
+            step = consistency_step(model, inputs, task_loss=task_loss, **options)
         self._note(step)
         return (step.total, step.outputs) if return_outputs else step.total
 
@@ -79,10 +103,25 @@ class ConsistencyMixin:
             and self.compute_loss_func is None
         )
 
+    def _gives_no_logits(self) -> bool:
+        """Whether this is one of TRL's trainers, which compute their losses without logits."""
+        return any(parent.__module__.partition(".")[0] == "trl" for parent in type(self).__mro__)
+
+    def _trainers_loss(self, *args: Any) -> Any:
+        return super().compute_loss(*args)  # type: ignore[misc]
+
     def _task_loss(
         self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
     ) -> tuple[Tensor, Any]:
-        return super().compute_loss(model, batch, True, num_items)  # type: ignore[misc]
+        loss, outputs = self._trainers_loss(model, batch, True, num_items)
+        return loss, outputs
+
+    def _is_scaled(self, num_items: Tensor | int | None) -> bool:
+        """Whether the loss is divided by num_items rather than by the number of accumulated batches."""
+        scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        return scaled and num_items is not None
 
     def _consistency_scale(self, num_items: Tensor | int | None) -> float:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""
@@ -130,16 +169,6 @@ class DropTrainer(ConsistencyMixin, Trainer):
     recipe: such as "hiddenkey@0.1"; None where the model has one attached already. Everything else is Trainer's.
     """
 
-    def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
-        self._recipe = None if recipe is None else parse(recipe)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self._recipe is not None and self.model_init is None:
-            attach(self.model, self._recipe)
         _ = self.attachment
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A fresh model from `model_init`, with the recipe attached."""
-        model: nn.Module = super().call_model_init(trial)
-        if self._recipe is not None:
-            attach(model, self._recipe)
-        return model

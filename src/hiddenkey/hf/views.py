@@ -16,7 +16,8 @@ from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
-from .structure import find_transformer
+from .modes import give_back_modes, to_evaluation
+from .structure import LANGUAGE_MODELS, find_transformer
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -33,14 +34,12 @@ class Compared:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient, every module's own mode given back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = to_evaluation(model)
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        give_back_modes(modes)
 
 
 class LastLayer:
@@ -67,10 +66,8 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
 
     options: further arguments of the model.
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"} | options
+    inputs = {name: value for name, value in uncached(model, batch).items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
-    if "use_cache" in inspect.signature(transformer.forward).parameters:
-        inputs["use_cache"] = False
     if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = transformer.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     if consistency.clean:
@@ -78,6 +75,20 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
             return model(**inputs)
     with nullcontext() if consistency.both else torch.no_grad():
         return model(**inputs)
+
+
+def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch, and `use_cache=False` for a model that takes it: with a cache, transformers does not look for packed
+    documents in the positions, and the two views would see different ones.
+    """
+    takes_it = "use_cache" in inspect.signature(find_transformer(model)[1].forward).parameters
+    return {**batch, "use_cache": False} if takes_it else dict(batch)
+
+
+def count_labels(transformer: nn.Module, labels: Tensor) -> Tensor:
+    """How many labels count in the loss, as transformers' Trainer counts them."""
+    shifted = type(transformer).__name__.endswith(LANGUAGE_MODELS)
+    return ((labels[..., 1:] if shifted else labels) != IGNORED).sum()
 
 
 def compared(
@@ -139,10 +150,10 @@ def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor
 def tie(consistency: Consistency, first: Compared, second: Compared, num_items: Tensor | int | None) -> Tensor:
     """The consistency of the two views, with the denominator of the task loss.
 
-    num_items: label tokens in the whole accumulated batch, as transformers counts them; None: the mean over the
-    rows of this batch.
+    num_items: labels in the whole accumulated batch, as transformers counts them; None: the mean over the rows of
+    this batch.
     """
-    if num_items is None or first.valid is None:
+    if num_items is None:
         return consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid)
     total = consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid, reduction="sum")
     return total / num_items

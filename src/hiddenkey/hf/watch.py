@@ -1,0 +1,134 @@
+"""What a forward pass is for, seen at the model's door: learning as the recipe says, missing it, or a reference."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .modes import Modes, give_back_modes, to_evaluation
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+
+class Watch:
+    """Two hooks on an attached model.
+
+    A reference pass (without gradient, under another adapter than the one that learns, or under none) is made in
+    evaluation mode. A loss that is trained without what the recipe says is an error of its backward pass, not of the
+    forward: looking at the outputs of a model in training mode is no mistake.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.learning = active_adapters(attachment.model)
+        self._in_step = self._drawn = self._warned = False
+        self._modes: dict[int, Modes] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the forward passes of a step that computes the recipe's consistency.
+
+        Raises UserError where the model is in evaluation mode.
+        """
+        if self._in_evaluation():
+            raise UserError(f"a training step of '{self.attachment.recipe}' {EVALUATION}")
+        self._in_step, before = True, self._in_step
+        try:
+            yield
+        finally:
+            self._in_step = before
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook."""
+        if torch.compiler.is_compiling() or not module.training:
+            return
+        if torch.is_grad_enabled():
+            self.learning = active_adapters(module)
+        elif active_adapters(module) != self.learning:
+            self._modes[id(module)] = to_evaluation(module)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook that is called after an error too."""
+        if torch.compiler.is_compiling():
+            return
+        give_back_modes(self._modes.pop(id(module), []))
+        if not torch.is_grad_enabled() or not self.attachment.sites:
+            return
+        action = self._action(module)
+        if action is not None:
+            for tensor in learned(output):
+                tensor.register_hook(action)
+
+    def _action(self, module: nn.Module) -> partial[None] | None:
+        """What to do when this forward pass is learned from."""
+        recipe = self.attachment.recipe
+        if self._in_evaluation():
+            message = f"a backward pass of a model with the recipe '{recipe}' {EVALUATION}"
+            return partial(self._fail, message) if module.training else partial(self._warn, message)
+        if recipe.consistency is not None and not self._in_step:
+            plain = str(recipe).partition(" ~ ")[0]
+            return partial(self._fail, MISSED.format(recipe=recipe, plain=plain))
+        self._drawn = self._drawn or not self._undrawn()
+        return None if self._drawn else partial(self._fail, self._undrawn())
+
+    def _in_evaluation(self) -> bool:
+        """Whether there is something to drop, but nowhere in training mode."""
+        modules = [self.attachment.model.get_submodule(path) for path, _ in self.attachment.sites]
+        return bool(modules) and not any(module.training for module in modules)
+
+    def _undrawn(self) -> str:
+        """What is wrong where a drop was never drawn, or nothing."""
+        paths: dict[str, str] = {}
+        drawn: set[str] = set()
+        for path, site in self.attachment.sites:
+            for drop, tally in zip(site.drops, site.tallies, strict=True):
+                paths.setdefault(str(drop), path)
+                if tally.counts is not None:
+                    drawn.add(str(drop))
+        return next((UNREACHED.format(drop=drop, path=paths[drop]) for drop in paths if drop not in drawn), "")
+
+    def _fail(self, message: str, gradient: Tensor) -> None:
+        raise UserError(message)
+
+    def _warn(self, message: str, gradient: Tensor) -> None:
+        if not self._warned:
+            warnings.warn(message, stacklevel=2)
+        self._warned = True
+
+
+EVALUATION = (
+    "drops nothing, because the model is in evaluation mode, as from_pretrained leaves it; call model.train() before "
+    "training, and model(**batch).loss to evaluate"
+)
+MISSED = (
+    "'{recipe}' has a consistency, but this loss was computed without it: use hiddenkey.DropTrainer, or put "
+    "hiddenkey.ConsistencyMixin before the class of your trainer, or call hiddenkey.consistency_step in your own "
+    "loop; to train without it, attach '{plain}'"
+)
+UNREACHED = (
+    "'{drop}' dropped nothing in a forward pass in training mode: {path} is never called as a module. TRL's "
+    "trainers, for one, multiply with the head's weight themselves; leave this drop out, or use another trainer"
+)
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the adapters at work in a PEFT model; empty where they are disabled, None without any."""
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None:
+        return None
+    return () if layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def learned(output: Any) -> Iterator[Tensor]:
+    """The tensors with gradient among a model's outputs."""
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
+    return (part for part in parts if isinstance(part, Tensor) and part.requires_grad)

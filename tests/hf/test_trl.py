@@ -1,0 +1,316 @@
+"""TRL's trainers: what is dropped, compared and refused, against hand computation."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hiddenkey
+
+from .test_step import CLEAN, divergence
+from .test_trainer import InOrder
+from .tiny import make
+from .tools import assert_same_gradients, draws, gradients, lora
+from .words import texts, tokenizer
+
+trl = pytest.importorskip("trl")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+WEIGHT = 0.7
+DROPS = "logits:column@0.3 + hidden:element@0.3"
+SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "learning_rate": 1e-2,
+}
+
+
+class DropSFT(hiddenkey.ConsistencyMixin, trl.SFTTrainer):
+    _get_train_sampler = InOrder._get_train_sampler
+
+
+class DropDPO(hiddenkey.ConsistencyMixin, trl.DPOTrainer):
+    _get_train_sampler = InOrder._get_train_sampler
+
+
+def adapted(family="llama", **options):
+    return lora(make(family, **options), ["q_proj", "v_proj"])
+
+
+def sft(folder, recipe, model=None, *, kind="text", cls=DropSFT, **options):
+    """An SFT trainer; a stock one has the recipe attached to its model."""
+    model = adapted() if model is None else model
+    extra = {"recipe": recipe} if issubclass(cls, hiddenkey.ConsistencyMixin) else {}
+    trainer = cls(
+        model=model,
+        args=trl.SFTConfig(output_dir=str(folder), **{**SETTINGS, **options}),
+        train_dataset=texts(kind, 16),
+        processing_class=tokenizer(),
+        **extra,
+    )
+    if not extra:
+        hiddenkey.attach(trainer.model, recipe)
+    return trainer
+
+
+def first_batch(trainer):
+    trainer.model.train()
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def loss_and_gradients(trainer, batch, num_items=None):
+    torch.manual_seed(5)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
+    loss.backward()
+    found = gradients(trainer.model)
+    trainer.model.zero_grad()
+    return loss, found
+
+
+def views_by_hand(model, inputs, consistency):
+    """Logits of two forward passes, the second with gradient for R-Drop alone."""
+    torch.manual_seed(5)
+    with hiddenkey.find_attachment(model).watch.step():
+        first = model(**inputs).logits
+        with torch.set_grad_enabled(consistency == "kl-rdrop"):
+            model.train(consistency not in CLEAN)
+            second = model(**inputs).logits
+            model.train()
+    return first, second
+
+
+KINDS = {
+    "text": {},
+    "completion": {},
+    "messages": {"assistant_only_loss": True},
+    "packed": {"packing": True, "max_length": 12},
+    "padding-free": {"padding_free": True, "max_length": None},
+}
+CASES = [
+    *(("llama", "kl", kind) for kind in KINDS),
+    *(("llama", consistency, "completion") for consistency in ("kl-clean", "js", "kl-rdrop")),
+    ("gemma2", "kl", "packed"),  # caps its logits
+    ("gemma2", "kl-rdrop", "completion"),
+    ("full", "kl", "completion"),  # its head learns
+]
+
+
+@pytest.mark.parametrize(("family", "consistency", "kind"), CASES)
+def test_sft_is_two_views_at_the_labels(family, consistency, kind, tmp_path):
+    options = {"final_logit_softcapping": 2.0} if family == "gemma2" else {}
+    model = make("llama") if family == "full" else adapted(family, **options)
+    data = kind if kind in ("completion", "messages") else "text"
+    recipe = f"{DROPS} ~ {consistency}*{WEIGHT}"
+    trainer = sft(tmp_path, recipe, model, kind=data, gradient_checkpointing=False, **KINDS[kind])
+    batch = first_batch(trainer)
+    labels = batch["labels"][:, 1:]
+    valid = labels != -100
+    assert valid.sum() < (batch["input_ids"][:, 1:] != 0).sum() or kind == "text"
+    items = valid.sum() + 7
+    loss, ours = loss_and_gradients(trainer, batch, items)
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    first, second = (z[:, :-1] for z in views_by_hand(trainer.model, {**inputs, "use_cache": False}, consistency))
+    task = F.cross_entropy(first[valid], labels[valid], reduction="sum")
+    if consistency == "kl-rdrop":
+        task = (task + F.cross_entropy(second[valid], labels[valid], reduction="sum")) / 2
+    term = divergence(consistency.replace("-rdrop", ""), first[valid], second[valid]).sum()
+    assert term > 0.02
+    total = (task + WEIGHT * term) / items
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(ours, gradients(trainer.model), rtol=1e-3, atol=1e-4)
+
+
+def runs(positions):
+    """(first place, length) of the documents in a packed row."""
+    starts = (positions == 0).nonzero().flatten().tolist()
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]
+
+
+@pytest.mark.parametrize("kind", ("packed", "padding-free"))
+def test_no_drop_crosses_a_packed_document(kind, tmp_path, monkeypatch):
+    """Spans count each document's own length, no row is emptied, and a document does not see the others."""
+    recipe = "logits[:]:span@0.4 + hidden[:]:span@0.4"
+    trainer = sft(tmp_path, recipe, gradient_checkpointing=False, **KINDS[kind])
+    batch = first_batch(trainer)
+    documents = [run for row in batch["position_ids"] for run in runs(row)]
+    assert len(documents) > 2
+    with draws(monkeypatch) as record:
+        trainer.compute_loss(trainer.model, dict(batch))
+    assert len(record) == 8
+    for drawn in record:
+        keep = drawn.keep.reshape(-1, batch["input_ids"].shape[1])
+        for row in keep:
+            for start, length in documents:
+                gone = (~row[start : start + length]).nonzero().flatten().tolist()
+                assert len(gone) == int(length * 0.4 + 0.5)
+                assert gone == list(range(gone[0], gone[0] + len(gone))) if gone else True
+
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    other = batch["input_ids"].clone()
+    start, length = documents[1]
+    other[0, start : start + length] = 3 + (other[0, start : start + length] + 11) % 60
+    with draws(monkeypatch, replay=record):
+        one = trainer.model(**inputs).logits
+    with draws(monkeypatch, replay=record):
+        two = trainer.model(**{**inputs, "input_ids": other}).logits
+    changed = (one != two).any(-1)[0]
+    assert changed[start : start + length].any()
+    changed[start : start + length] = False
+    assert not changed.any()
+    assert torch.isfinite(one).all()
+
+
+def dpo(folder, recipe, *, reference="disabled", cls=DropDPO, **options):
+    """reference: the adapter disabled, a copy of it, or another model."""
+    model = adapted() if reference == "copy" else make("llama")
+    extra = {"recipe": recipe} if issubclass(cls, hiddenkey.ConsistencyMixin) else {}
+    if reference == "disabled":
+        import peft
+
+        extra["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = cls(
+        model=model,
+        ref_model=make("llama") if reference == "model" else None,
+        args=trl.DPOConfig(output_dir=str(folder), **{**SETTINGS, **options}),
+        train_dataset=texts("preference", 16),
+        processing_class=tokenizer(),
+        **extra,
+    )
+    if "recipe" not in extra:
+        hiddenkey.attach(trainer.model, recipe)
+    return trainer
+
+
+def log_probabilities(logits, labels):
+    """(B,) summed over the labels, and per token."""
+    valid = labels[:, 1:] != -100
+    values = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (values * valid).sum(-1)
+
+
+def reference_logits(trainer, inputs):
+    from contextlib import nullcontext
+
+    model = trainer.ref_model or trainer.model
+    model.eval()
+    adapters = getattr(model, "peft_config", {})
+    context = trainer.model.disable_adapter() if adapters and "ref" not in adapters else nullcontext()
+    if "ref" in adapters:
+        model.set_adapter("ref")
+    with context, torch.no_grad():
+        logits = model(**inputs).logits
+    if "ref" in adapters:
+        model.set_adapter("default")
+    trainer.model.train()
+    return logits
+
+
+@pytest.mark.parametrize("reference", ("disabled", "copy", "model"))
+@pytest.mark.parametrize("consistency", ("kl", "kl-rdrop"))
+def test_dpo_is_the_policys_two_views_at_the_completions(consistency, reference, tmp_path, monkeypatch):
+    recipe = f"{DROPS} ~ {consistency}*{WEIGHT}"
+    trainer = dpo(tmp_path, recipe, reference=reference, gradient_checkpointing=False)
+    batch = first_batch(trainer)
+    with draws(monkeypatch) as record:
+        loss, ours = loss_and_gradients(trainer, batch)
+    assert len(record) == 8, "two views of two layers with two drops; none in the reference"
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    first, second = views_by_hand(trainer.model, inputs, consistency)
+    base = log_probabilities(reference_logits(trainer, inputs), labels)
+
+    def task(policy):
+        chosen, rejected = (log_probabilities(policy, labels) - base).chunk(2)
+        return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+    values = divergence("kl", first[:, :-1], second[:, :-1])
+    valid = labels[:, 1:] != -100
+    term = ((values * valid).sum(-1) / valid.sum(-1)).mean()
+    assert term > 0.05
+    learned = (task(first) + task(second)) / 2 if consistency == "kl-rdrop" else task(first)
+    total = learned + WEIGHT * term
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(ours, gradients(trainer.model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reference", ("disabled", "copy"))
+def test_the_reference_of_a_stock_dpo_trainer_has_no_drops(reference, tmp_path):
+    trainer = dpo(tmp_path, DROPS, reference=reference, cls=trl.DPOTrainer)
+    batch = first_batch(trainer)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    found = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(found, log_probabilities(reference_logits(trainer, inputs), labels))
+    assert trainer.model.training
+    assert all(module.training for module in trainer.model.modules())
+    before = dict(hiddenkey.find_attachment(trainer.model).rates())
+    trainer.train()
+    assert str(hiddenkey.find_attachment(trainer.model).rates()) != str(before)
+
+
+def test_disable_dropout_leaves_the_drops(tmp_path):
+    """DPO sets every nn.Dropout to 0; ours are none, and lora_dropout, which is one, goes."""
+    trainer = dpo(tmp_path, DROPS, cls=trl.DPOTrainer, disable_dropout=True)
+    trainer.train()
+    rates = hiddenkey.find_attachment(trainer.model).rates()
+    assert len(rates) == 4
+    assert all(0.1 < rate < 0.5 for rate in rates.values())
+
+
+@pytest.mark.parametrize("make_trainer", (sft, dpo))
+@pytest.mark.parametrize("recipe", (DROPS, f"{DROPS} ~ kl*0.5"))
+def test_a_run_logs_its_parts_and_saves_its_recipe(make_trainer, recipe, tmp_path):
+    trainer = make_trainer(tmp_path, recipe, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert {"entropy", "num_tokens", "drop_rate/logits", "drop_rate/hidden"} <= set(entry)
+        term = entry.get("consistency_loss", 0.0)
+        assert (term > 0) is ("~" in recipe)
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * term, rel=1e-4)
+    assert hiddenkey.load_recipe(tmp_path / "checkpoint-2") == hiddenkey.parse(recipe)
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("make_trainer", (sft, dpo))
+def test_a_stock_trainer_drops_or_says_what_it_misses(make_trainer, tmp_path):
+    cls = trl.SFTTrainer if make_trainer is sft else trl.DPOTrainer
+    make_trainer(tmp_path, DROPS, cls=cls).train()
+    with pytest.raises(ValueError, match=r"has a consistency.*ConsistencyMixin.*attach 'logits:column@0\.3"):
+        make_trainer(tmp_path, f"{DROPS} ~ kl", cls=cls).train()
+
+
+@pytest.mark.parametrize("recipe", ("output:element@0.1", "output:element@0.1 ~ kl"))
+def test_a_drop_that_the_fused_head_passes_by(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"'output:element@0\.1' dropped nothing.*lm_head.*TRL"):
+        sft(tmp_path, recipe).train()
+
+
+def test_a_trainer_without_labels(tmp_path):
+    model = adapted()
+
+    class Rewards(hiddenkey.ConsistencyMixin, trl.SFTTrainer):
+        def get_batch_samples(self, *args):
+            batches, count = super().get_batch_samples(*args)
+            return [{"chosen_ids": batch["input_ids"]} for batch in batches], count
+
+    with pytest.raises(ValueError, match=r"'labels' or 'completion_mask'.*Rewards has chosen_ids"):
+        sft(tmp_path, f"{DROPS} ~ kl", model, cls=Rewards).train()
+
+
+def test_a_consistency_of_predictions(tmp_path):
+    with pytest.raises(ValueError, match=r"'mse' compares predictions.*use 'kl'"):
+        sft(tmp_path, f"{DROPS} ~ mse").train()

@@ -1,0 +1,153 @@
+"""What is trained is what the recipe says, or it is said: a missed consistency, evaluation mode, references."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hiddenkey
+
+from .test_trainer import Rows, arguments, drop_trainer, model_of
+from .tiny import batch, make
+from .tools import attached, draws, logits_of, lora, quiet
+
+TIED = "hiddenkey@0.3 ~ kl*0.5"
+FREE = "hiddenkey-@0.3"
+MISSED = r"has a consistency, but this loss.*DropTrainer.*ConsistencyMixin.*consistency_step.*attach 'logits"
+
+
+@pytest.mark.parametrize("family", ("bert", "llama", "t5"))
+def test_a_loss_without_the_consistency(family):
+    model = attached(family, TIED)
+    loss = model(**batch(family)).loss
+    assert loss.isfinite()
+    with pytest.raises(ValueError, match=MISSED):
+        loss.backward()
+    assert hiddenkey.consistency_step(model, batch(family)).total.backward() is None
+    with pytest.raises(ValueError, match=MISSED):
+        (model(**batch(family)).logits.sum() * 2).backward()
+    attached(family, FREE)(**batch(family)).loss.backward()
+
+
+def test_a_stock_trainer(tmp_path):
+    model = model_of("bert")
+    hiddenkey.attach(model, TIED)
+    with pytest.raises(ValueError, match=MISSED):
+        Trainer(model=model, args=arguments(tmp_path), train_dataset=Rows("bert", 8)).train()
+
+
+def test_the_mixin_in_the_wrong_place(tmp_path):
+    class Overruled(Trainer, hiddenkey.ConsistencyMixin):
+        """The mixin comes too late: the trainer's own compute_loss wins."""
+
+    with pytest.raises(ValueError, match=MISSED):
+        drop_trainer("bert", tmp_path, TIED, cls=Overruled).train()
+
+
+@pytest.mark.parametrize("recipe", ("hiddenkey@0 ~ kl", "baseline"))
+def test_nothing_to_drop_is_nothing_to_miss(recipe):
+    model = attached("bert", recipe)
+    model(**batch("bert")).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**batch("bert")).loss.backward()
+
+
+def test_a_backward_pass_in_evaluation_mode_is_a_warning():
+    """Attribution does it on purpose."""
+    model = attached("bert", FREE).eval()
+    with pytest.warns(UserWarning, match=r"drops nothing.*evaluation mode.*model\.train\(\)"):
+        model(**batch("bert")).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch("bert")).loss.backward()
+        with torch.no_grad():
+            attached("bert", FREE).eval()(**batch("bert"))
+
+
+def test_an_adapter_in_training_mode_around_a_model_in_evaluation_mode():
+    """As from_pretrained and get_peft_model leave it."""
+    model = lora(make("llama"))
+    model.base_model.eval()
+    hiddenkey.attach(model, FREE)
+    with pytest.raises(ValueError, match=r"drops nothing.*from_pretrained leaves it.*model\.train\(\)"):
+        model(**batch("llama")).loss.backward()
+
+
+@pytest.mark.parametrize("recipe", (TIED, FREE))
+def test_a_step_in_evaluation_mode(recipe):
+    with pytest.raises(ValueError, match=r"training step of.*evaluation mode.*model\.train\(\)"):
+        hiddenkey.consistency_step(attached("bert", recipe).eval(), batch("bert"))
+
+
+def test_a_drop_whose_module_is_never_called():
+    model = attached("llama", f"{FREE} + output:element@0.3")
+    model.lm_head.forward = None
+    states = model.model(**{k: v for k, v in batch("llama").items() if k != "labels"})[0]
+    model.forward = lambda **_: {"logits": states @ model.lm_head.weight.T}
+    with pytest.raises(ValueError, match=r"'output:element@0\.3' dropped nothing.*lm_head is never called"):
+        model()["logits"].sum().backward()
+
+
+def reference(model, inputs):
+    """In training mode, without gradient, with the adapter disabled: as DPO does it."""
+    with torch.no_grad(), model.disable_adapter():
+        return logits_of(model, inputs)
+
+
+@pytest.mark.parametrize("recipe", (TIED, FREE))
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_a_reference_pass_is_the_plain_models(family, recipe, monkeypatch):
+    inputs, model = batch(family), lora(make(family), lora_dropout=0.5)
+    hiddenkey.attach(model, recipe)
+    modes = [module.training for module in model.modules()]
+    with draws(monkeypatch) as record:
+        found = reference(model, inputs)
+    assert not record
+    assert torch.equal(found, logits_of(quiet(family).eval(), inputs))
+    assert [module.training for module in model.modules()] == modes
+    with draws(monkeypatch) as record, torch.no_grad():
+        logits_of(model, inputs)
+    assert record, "a second view, or Monte Carlo dropout"
+
+
+def test_a_reference_pass_under_another_adapter(monkeypatch):
+    model = lora(make("llama"))
+    model.add_adapter("ref", model.peft_config["default"])
+    hiddenkey.attach(model, FREE)
+    model.set_adapter("ref")
+    with draws(monkeypatch) as record:
+        with torch.no_grad():
+            logits_of(model, batch("llama"))
+        assert not record
+        logits_of(model, batch("llama"))
+        assert record, "this one learns"
+    with draws(monkeypatch) as record, torch.no_grad():
+        logits_of(model, batch("llama"))
+    assert record, "since it learned, it is no reference"
+
+
+def test_modes_are_given_back_after_an_error():
+    model = lora(make("llama"))
+    hiddenkey.attach(model, FREE)
+    with pytest.raises((TypeError, ValueError)), torch.no_grad(), model.disable_adapter():
+        model(nonsense=1)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("clone", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))))
+def test_a_copy_is_watched_too(clone):
+    with pytest.raises(ValueError, match=MISSED):
+        clone(attached("bert", TIED))(**batch("bert")).loss.backward()
+
+
+def test_a_detached_model_is_free():
+    model = make("bert")
+    with hiddenkey.attach(model, TIED):
+        pass
+    model(**batch("bert")).loss.backward()
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks

@@ -1,0 +1,81 @@
+"""Every example runs on a tiny model: it drops, compares the two views, and saves a plain adapter with its recipe."""
+
+import importlib
+import inspect
+import math
+import os
+import re
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+from transformers import Trainer
+
+import hiddenkey
+
+from .lab.tiny import save_bert, save_llama
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "sample_texts")
+CLASSIFIERS = ("trainer", "accelerate_loop")
+NEEDS = {"sft": "trl", "dpo": "trl", "lightning_loop": "pytorch_lightning"}
+RECIPE = "hiddenkey@0.3"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name):
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
+        monkeypatch.delitem(importlib.sys.modules, name, raising=False)
+        return importlib.import_module(name)
+
+    yield load
+    for name in (*NAMES, "sample_texts"):
+        importlib.sys.modules.pop(name, None)
+
+
+def test_there_is_one_for_every_trainer():
+    assert NAMES == ["accelerate_loop", "dpo", "lightning_loop", "plain_loop", "sft", "trainer"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_on_a_screen(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 66
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example(name, load, tmp_path, capsys):
+    example = load(name)
+    model = (save_bert if name in CLASSIFIERS else save_llama)(tmp_path / "model")
+    length = "epochs" if "epochs" in inspect.signature(example.main).parameters else "steps"
+    done = example.main(str(model), out=str(tmp_path / "out"), recipe=RECIPE, **{length: 2})
+
+    attachment = find(done)
+    rates = attachment.rates()
+    assert rates
+    assert all(0.1 < rate < 0.5 for rate in rates.values())
+    losses = consistencies(done, capsys.readouterr().out)
+    assert losses
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert hiddenkey.load_recipe(tmp_path / "out") == hiddenkey.parse(RECIPE)
+
+
+def find(done):
+    if isinstance(done, hiddenkey.Attachment):
+        return done
+    return hiddenkey.find_attachment(done.model)
+
+
+def consistencies(done, printed):
+    """The consistency losses that were logged or printed."""
+    if isinstance(done, Trainer):
+        return [entry["consistency_loss"] for entry in done.state.log_history if "consistency_loss" in entry]
+    if isinstance(done, hiddenkey.Attachment):
+        return [float(value) for value in re.findall(r"consistency ([\d.]+)", printed)]
+    return [float(done.callback_metrics["consistency_loss"])]
