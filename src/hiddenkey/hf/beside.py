@@ -97,7 +97,7 @@ class Pass:
                 handle.remove()
 
     def logits(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Tensor:
-        """The model's logits (B, T, V) from these states, by its own code after the decoder, caps and scales included."""
+        """The model's logits (B, T, V) from these states, by its own code after the decoder: caps, scales and all."""
         earlier = vars(self.decoder).get("forward")
         self.decoder.forward = lambda *args, **kwargs: self.output
         try:
