@@ -20,8 +20,8 @@ test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 -m full
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check src tests demo
-	$(BIN)/ruff format --check src tests demo
+	$(BIN)/ruff check src tests demo examples
+	$(BIN)/ruff format --check src tests demo examples
 	$(BIN)/mypy
 
 clean:

@@ -5,7 +5,9 @@ from __future__ import annotations
 GOOD = ("a warm and lively film", "bright from start to end", "the play was fine", "a joy to watch in town")
 BAD = ("a dull and grey film", "cold from start to end", "the play was flat", "a pain to sit through")
 
-SENTENCES = [{"text": text, "label": label} for pair in zip(GOOD, BAD, strict=True) for label, text in enumerate(pair)]
+SENTENCES = [
+    {"text": text, "label": label} for pair in zip(BAD, GOOD, strict=True) for label, text in enumerate(pair)
+]
 
 PAIRS = [{"prompt": "Review of the film:", "completion": f" {text}."} for text in (*GOOD, *BAD)]
 

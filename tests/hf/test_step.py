@@ -324,3 +324,15 @@ def test_several_yes_no_answers(consistency):
     model = build("bert", consistency, problem_type="multi_label_classification")
     with pytest.raises(ValueError, match=r"yes/no answers.*leave the consistency out"):
         step(model, {**batch("bert"), "labels": torch.ones(3, CLASSES)})
+
+
+def test_outputs_without_gradient():
+    """As of a trainer that computes its loss in one forward pass and its outputs in another."""
+
+    def task_loss(model, inputs, num_items):
+        with torch.no_grad():
+            outputs = model(**inputs)
+        return model(**inputs).loss, outputs
+
+    with pytest.raises(ValueError, match=r"carry no gradient.*one forward pass"):
+        step(build("bert", "kl"), batch("bert"), task_loss=task_loss)

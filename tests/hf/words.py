@@ -13,7 +13,8 @@ from .tiny import VOCABULARY
 
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content + ' </s> ' }}{% endgeneration %}{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
+    "{% generation %}{{ message.content + ' </s> ' }}{% endgeneration %}"
+    "{% else %}{{ message.content + ' ' }}{% endif %}{% endfor %}"
 )
 
 

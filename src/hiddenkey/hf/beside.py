@@ -77,16 +77,16 @@ class Pass:
         return states
 
     @contextmanager
-    def record(self, lower: LowerLayers | None = None) -> Iterator[None]:
-        """Keep the first output while active; with `lower`, the first one with gradient, as a trainer's loss may go
-        on to a reference pass or to metrics.
+    def record(self, lower: LowerLayers | None = None, *, learning: bool = True) -> Iterator[None]:
+        """Keep the first output while active, and with it what `lower` records; learning: the first with gradient, as
+        a trainer's loss may make other passes, of a reference or for metrics.
         """
         with ExitStack() as recording:
             if lower is not None:
                 recording.enter_context(lower.record())
 
             def keep(module: nn.Module, args: Any, output: Any) -> None:
-                if self.output is None and (lower is None or output[0].requires_grad):
+                if self.output is None and (output[0].requires_grad or not learning):
                     self.output = output
                     recording.close()
 
@@ -97,8 +97,7 @@ class Pass:
                 handle.remove()
 
     def logits(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Tensor:
-        """The model's logits (B, T, V) from these states, by its own code after the decoder, caps and scales included.
-        """
+        """The model's logits (B, T, V) from these states, by its own code after the decoder: caps, scales and all."""
         earlier = vars(self.decoder).get("forward")
         self.decoder.forward = lambda *args, **kwargs: self.output
         try:
@@ -137,8 +136,7 @@ def step_beside(
             "model; use 'kl'"
         )
     inputs = {name: value for name, value in uncached(model, batch).items() if name not in NO_INPUTS}
-    transformer = find_transformer(model)[1]
-    lower = LowerLayers(attachment, constant=not consistency.both)
+    transformer, lower = find_transformer(model)[1], LowerLayers(attachment, constant=True)
     first, second = Pass(transformer), Pass(transformer)
     with attachment.watch.step():
         with first.record(lower):
@@ -146,11 +144,12 @@ def step_beside(
         _check(first, compared)
         head = _head(attachment, model, inputs, first)
         if consistency.both:
+            # All layers again: the loss may make a reference pass through them.
             with second.record(LowerLayers(attachment, constant=False)):
                 task = (task + loss()) / 2
         else:
             options = {} if head is None else {"logits_to_keep": 1}
-            with second.record(), lower.replay():
+            with second.record(learning=False), lower.replay():
                 second_view(model, inputs, consistency, **options)
         views = [view.states if head is not None else view.logits(model, inputs) for view in (first, second)]
     term = _term(views[0], views[1], compared, num_items, head, consistency) * scale

@@ -147,6 +147,11 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
         with lower.record():
             task, outputs = step.task(step.batch, step.num_items)
         first = compared(outputs, last.output, step.batch, step.attachment, step.consistency)
+        if task.requires_grad and not first.logits.requires_grad:
+            raise UserError(
+                "the outputs that come with the task loss carry no gradient, so the consistency would teach nothing; "
+                "let task_loss return (loss, outputs) of one forward pass"
+            )
         with lower.replay():
             if step.consistency.both:
                 other_task, others = step.task(step.batch, step.num_items)
