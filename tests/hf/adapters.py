@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,21 @@ TUNERS = {
     "prefix tuning": prompt("PrefixTuningConfig", num_virtual_tokens=5),
     "cartridges": prompt("CartridgeConfig", num_virtual_tokens=5),
 }
-PAIRS = [(tuner, family) for tuner, case in TUNERS.items() for family in case.families]
+# Tuners of linear maps: on the encoder, where the site is the adapter's layer itself; the others on the decoder.
+BOTH = ("LoRA", "LoRA on feed-forward", "LoRA on all-linear", "prefix tuning", FULL)
+
+
+def pairs(tuners: Iterable[str]) -> list[Any]:
+    """Each tuner with one family, and with the other in the long tests."""
+    found = []
+    for tuner in tuners:
+        case = TUNERS.get(tuner)
+        families = case.families if case else tuple(TASK)
+        first = families[0] if case and case.targets is LINEARS else families[-1]
+        for family in families:
+            marks = () if family == first or tuner in BOTH else pytest.mark.full
+            found.append(pytest.param(tuner, family, marks=marks, id=f"{tuner} {family}"))
+    return found
 
 
 def adapt(model: Any, tuner: str, family: str, *, dropout: float = 0.0, **options: Any) -> Any:

@@ -7,15 +7,15 @@ import torch
 
 import hiddenkey
 
-from .adapters import FULL, PAIRS, TUNERS, batch_for, build
+from .adapters import FULL, TUNERS, batch_for, build, pairs
 from .tiny import DEPTH
 from .tools import logits_of, same_state, sites_of, snapshot
 
 INSIDE = "logits[:]:column@0.4 + weights[:]:element@0.3 + hidden[:]:element@0.3"
 EVERYWHERE = f"input:element@0.2 + {INSIDE}"
 STEP = "logits[1:]:column@0.3 + hidden[1:]:element@0.3 ~ kl*1.0"
-ALL_PAIRS = [(FULL, "bert"), (FULL, "llama"), *PAIRS]
-MERGEABLE = [(tuner, family) for tuner, family in PAIRS if TUNERS[tuner].mergeable]
+ALL_PAIRS = pairs((FULL, *TUNERS))
+MERGEABLE = pairs(tuner for tuner, case in TUNERS.items() if case.mergeable)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -34,7 +34,9 @@ def test_the_sites_are_those_of_the_plain_model(tuner, family):
     plan = hiddenkey.plan(build(tuner, family), EVERYWHERE)
     for position in ("input", "logits", "weights", "hidden"):
         found = [site.path for site in plan.sites if site.drop.position == position]
-        assert sorted(found) == sorted(inside(path, tuner, plan.structure.root) for path in sites_of(family, position))
+        assert sorted(found) == sorted(
+            inside(path, tuner, plan.structure.root) for path in sites_of(family, position)
+        )
     assert plan.own_dropouts == ()
     assert plan.adapter_dropouts == ()
 

@@ -179,7 +179,9 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize(("family", "names"), [(family, names) for family in SAVED for names in SAVED[family]], ids=str)
+@pytest.mark.parametrize(
+    ("family", "names"), [(family, names) for family in SAVED for names in SAVED[family]], ids=str
+)
 def test_modules_to_save(family, names):
     """PEFT trains a copy and keeps the original beside it: the drop is at work on the one that is called."""
     targets = {"bert": ["query"], "llama": ["up_proj"] if names == ["self_attn"] else ["q_proj"]}[family]
