@@ -105,20 +105,39 @@ TUNERS = {
     "prefix tuning": prompt("PrefixTuningConfig", num_virtual_tokens=5),
     "cartridges": prompt("CartridgeConfig", num_virtual_tokens=5),
 }
-# Tuners of linear maps: on the encoder, where the site is the adapter's layer itself; the others on the decoder.
-BOTH = ("LoRA", "LoRA on feed-forward", "LoRA on all-linear", "prefix tuning", FULL)
+# Two families in `make test`; every other tuner has its second family in the long tests.
+BOTH = ("LoRA", "LoRA on feed-forward", "prefix tuning", FULL)
+# What `make test` looks at from every side; of the others it takes a step and looks where the site is.
+COMMON = (
+    *BOTH,
+    "LoRA on all-linear",
+    "DoRA",
+    "AdaLoRA",
+    "IA3",
+    "VeRA",
+    "PVeRA",
+    "LoHa",
+    "LoKr",
+    "OFT",
+    "Poly",
+    "CPT",
+)
+COMMON = (*COMMON, "LN tuning", "trainable tokens", "adaption prompt", "ShadowPEFT", "prompt tuning", "P-tuning")
 
 
-def pairs(tuners: Iterable[str]) -> list[Any]:
-    """Each tuner with one family, and with the other in the long tests."""
+def pairs(tuners: Iterable[str], common: tuple[str, ...] = COMMON) -> list[Any]:
+    """Each tuner with one family; what is not common, and the other family, is left to the long tests.
+
+    Tuners of linear maps come on the encoder, where the site is the adapter's layer itself, the others on the decoder.
+    """
     found = []
     for tuner in tuners:
         case = TUNERS.get(tuner)
         families = case.families if case else tuple(TASK)
         first = families[0] if case and case.targets is LINEARS else families[-1]
         for family in families:
-            marks = () if family == first or tuner in BOTH else pytest.mark.full
-            found.append(pytest.param(tuner, family, marks=marks, id=f"{tuner} {family}"))
+            fast = tuner in common and (family == first or tuner in BOTH)
+            found.append(pytest.param(tuner, family, marks=() if fast else pytest.mark.full, id=f"{tuner} {family}"))
     return found
 
 
