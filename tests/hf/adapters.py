@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,40 @@ TUNERS = {
     "prefix tuning": prompt("PrefixTuningConfig", num_virtual_tokens=5),
     "cartridges": prompt("CartridgeConfig", num_virtual_tokens=5),
 }
-PAIRS = [(tuner, family) for tuner, case in TUNERS.items() for family in case.families]
+# Two families in `make test`; every other tuner has its second family in the long tests.
+BOTH = ("LoRA", "LoRA on feed-forward", "prefix tuning", FULL)
+# What `make test` looks at from every side; of the others it takes a step and looks where the site is.
+COMMON = (
+    *BOTH,
+    "LoRA on all-linear",
+    "DoRA",
+    "AdaLoRA",
+    "IA3",
+    "VeRA",
+    "PVeRA",
+    "LoHa",
+    "LoKr",
+    "OFT",
+    "Poly",
+    "CPT",
+)
+COMMON = (*COMMON, "LN tuning", "trainable tokens", "adaption prompt", "ShadowPEFT", "prompt tuning", "P-tuning")
+
+
+def pairs(tuners: Iterable[str], common: tuple[str, ...] = COMMON) -> list[Any]:
+    """Each tuner with one family; what is not common, and the other family, is left to the long tests.
+
+    Tuners of linear maps come on the encoder, where the site is the adapter's layer itself, the others on the decoder.
+    """
+    found = []
+    for tuner in tuners:
+        case = TUNERS.get(tuner)
+        families = case.families if case else tuple(TASK)
+        first = families[0] if case and case.targets is LINEARS else families[-1]
+        for family in families:
+            fast = tuner in common and (family == first or tuner in BOTH)
+            found.append(pytest.param(tuner, family, marks=() if fast else pytest.mark.full, id=f"{tuner} {family}"))
+    return found
 
 
 def adapt(model: Any, tuner: str, family: str, *, dropout: float = 0.0, **options: Any) -> Any:

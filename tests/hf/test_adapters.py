@@ -7,15 +7,15 @@ import torch
 
 import hiddenkey
 
-from .adapters import FULL, PAIRS, TUNERS, batch_for, build
+from .adapters import FULL, TUNERS, batch_for, build, pairs
 from .tiny import DEPTH
 from .tools import logits_of, same_state, sites_of, snapshot
 
 INSIDE = "logits[:]:column@0.4 + weights[:]:element@0.3 + hidden[:]:element@0.3"
 EVERYWHERE = f"input:element@0.2 + {INSIDE}"
 STEP = "logits[1:]:column@0.3 + hidden[1:]:element@0.3 ~ kl*1.0"
-ALL_PAIRS = [(FULL, "bert"), (FULL, "llama"), *PAIRS]
-MERGEABLE = [(tuner, family) for tuner, family in PAIRS if TUNERS[tuner].mergeable]
+ALL = (FULL, *TUNERS)
+MERGEABLE = pairs(tuner for tuner, case in TUNERS.items() if case.mergeable)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 
@@ -29,12 +29,14 @@ def inside(path: str, tuner: str, root: str) -> str:
     return f"{root}.{path}" if root else path
 
 
-@pytest.mark.parametrize(("tuner", "family"), ALL_PAIRS)
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL))
 def test_the_sites_are_those_of_the_plain_model(tuner, family):
     plan = hiddenkey.plan(build(tuner, family), EVERYWHERE)
     for position in ("input", "logits", "weights", "hidden"):
         found = [site.path for site in plan.sites if site.drop.position == position]
-        assert sorted(found) == sorted(inside(path, tuner, plan.structure.root) for path in sites_of(family, position))
+        assert sorted(found) == sorted(
+            inside(path, tuner, plan.structure.root) for path in sites_of(family, position)
+        )
     assert plan.own_dropouts == ()
     assert plan.adapter_dropouts == ()
 
@@ -44,7 +46,7 @@ def recipe_for(tuner: str) -> str:
     return INSIDE if tuner == "ShadowPEFT" else EVERYWHERE
 
 
-@pytest.mark.parametrize(("tuner", "family"), ALL_PAIRS)
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL))
 def test_training_evaluation_and_detach(tuner, family):
     """Every site drops in training; rate 0, evaluation and a detached model are the plain model."""
     model, inputs = build(tuner, family), batch_for(tuner, family, labels=False)
@@ -66,7 +68,7 @@ def test_training_evaluation_and_detach(tuner, family):
     assert same_state(model, state)
 
 
-@pytest.mark.parametrize(("tuner", "family"), ALL_PAIRS)
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL, ALL))
 def test_the_site_is_at_the_output_of_the_adapted_module(tuner, family):
     """Where everything is dropped, the adapter's part is dropped too."""
     model = build(tuner, family)
@@ -80,7 +82,7 @@ def test_the_site_is_at_the_output_of_the_adapted_module(tuner, family):
     assert not any(output.any() for output in outputs)
 
 
-@pytest.mark.parametrize(("tuner", "family"), ALL_PAIRS)
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL, ALL))
 def test_a_step_reaches_every_weight_that_learns(tuner, family):
     model, inputs = build(tuner, family, own=True), batch_for(tuner, family)
     hiddenkey.attach(model, STEP)
@@ -95,7 +97,7 @@ def test_a_step_reaches_every_weight_that_learns(tuner, family):
     assert [name for name, grad in learning.items() if not grad.any()] == []
 
 
-@pytest.mark.parametrize(("tuner", "family"), ALL_PAIRS)
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL))
 def test_the_task_loss_of_a_step_is_the_models(tuner, family):
     """At rate 0, whatever the tuner adds to the loss or to the sequence; and both views are one."""
     model, inputs = build(tuner, family), batch_for(tuner, family)

@@ -93,7 +93,9 @@ def test_a_regression_compares_the_last_real_token_behind_virtual_ones(monkeypat
     attachment = hiddenkey.attach(model, STEP)
     last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
     found = hiddenkey.hf.views._pooled(last, inputs, attachment)
-    assert found.flatten().tolist() == [row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate((12, 9, 5))]
+    assert found.flatten().tolist() == [
+        row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate((12, 9, 5))
+    ]
     assert hiddenkey.consistency_step(model, inputs).total.isfinite()
 
 

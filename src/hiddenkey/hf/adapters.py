@@ -1,4 +1,4 @@
-"""What PEFT puts into a model: its layers around the model's own, its virtual tokens, its draws, its share of a loss."""
+"""What PEFT puts into a model: layers around the model's own, virtual tokens, draws, a share of the loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def inner(module: nn.Module) -> nn.Module:
 
 
 def works_by_token(module: nn.Module) -> bool:
-    """Whether the module, without adapter or with LoRA, treats each token by itself; of other tuners it isn't known."""
+    """Whether an adapter in the module treats each token by itself: LoRA does, of other tuners it isn't known."""
     while isinstance(module, BaseTunerLayer):
         variants = getattr(module, "lora_variant", {}).values()
         plain = isinstance(module, LoraLayer) and "forward" not in vars(module)  # X-LoRA writes its own there.

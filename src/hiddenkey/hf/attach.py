@@ -200,8 +200,15 @@ class Attachment:
                     f"'{self.recipe}' would be ignored; detach, change it, and attach again"
                 )
         for path, hooked in self._hooked.items():
-            if getattr(self.model.get_submodule(path), "base_layer", None) is hooked:
+            current = self.model.get_submodule(path)
+            if current is hooked:
+                continue
+            if hooked in (getattr(current, "base_layer", None), getattr(current, "original_module", None)):
                 raise RuntimeError(
                     f"an adapter was put around {path} after attach, so '{self.recipe}' would miss its part; "
                     "call get_peft_model first and attach to its result"
                 )
+            raise RuntimeError(
+                f"{path} is another module now, a {type(current).__name__}, so '{self.recipe}' would miss it; "
+                "detach, change the model, and attach again"
+            )

@@ -1,4 +1,4 @@
-"""The dropouts a model brings along: found, set to 0 on attach, given back on detach; those of an adapter are left."""
+"""The dropouts a model brings along: found, set to 0 on attach, given back on detach; an adapter's are left."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class LowerLayers:
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
-        draws = plan.adapter_dropouts or restless(attachment.model) or plan.adapters != tuple(adapters(attachment.model))
+        late = plan.adapters != tuple(adapters(attachment.model))
+        draws = plan.adapter_dropouts or restless(attachment.model) or late
         if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         self.layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers[:shared]]

@@ -19,7 +19,7 @@ def save_recipe(folder: str | os.PathLike[str], recipe: str | Recipe) -> Path:
     path = Path(folder) / FILE
     content = {"format": FORMAT, "recipe": str(parse(recipe)), "hiddenkey": __version__}
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -33,16 +33,19 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: no recipe was saved beside this adapter")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         format_, text = content["format"], content["recipe"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise SavedRecipeError(f"{path} is damaged ({error!r}); write it again with hiddenkey.save_recipe") from error
     if format_ != FORMAT:
         raise SavedRecipeError(
             f"{path} has format {format_!r}, hiddenkey {__version__} reads format {FORMAT}; "
-            f"it was written by hiddenkey {content.get('hiddenkey')}"
+            f"it was written by hiddenkey {content.get('hiddenkey')}: install that version to read it"
         )
     try:
         return parse(text)
     except (RecipeError, TypeError) as error:
-        raise SavedRecipeError(f"{path} holds a recipe this hiddenkey does not know: {error}") from error
+        raise SavedRecipeError(
+            f"{path} holds a recipe this hiddenkey does not know: {error}. A plugin's name is known where the "
+            "plugin is installed"
+        ) from error

@@ -102,8 +102,8 @@ class StreamSite:
     def _drop(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise UserError(
-                f"'{self.drops[0]}' needs a tensor, but a {type(x).__name__} is passed here: an adapter that wraps whole "
-                "layers passes an object of its own between them; leave this position out"
+                f"'{self.drops[0]}' needs a tensor, but a {type(x).__name__} is passed here: an adapter that wraps "
+                "whole layers passes an object of its own between them; leave this position out"
             )
         return drop_stream(x, self.drops[0], self.draw(x))
 

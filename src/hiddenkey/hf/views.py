@@ -119,7 +119,7 @@ def compared(
 
 
 def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
-    """The batch's labels; an adapter's virtual tokens before the sequence get labels (B, length) that do not count."""
+    """The batch's labels, (B, length) where an adapter puts virtual tokens first: these do not count."""
     labels: Tensor = batch["labels"]
     virtual = virtual_tokens(model)
     if labels.dim() == 2 and virtual and labels.shape[1] + virtual == length:
@@ -136,7 +136,7 @@ def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
 
 
 def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
-    """(B, D): the first token of an encoder, the last real token of a decoder; virtual tokens come before the mask's."""
+    """(B, D): the first token of an encoder, the last real token of a decoder, virtual tokens before it or not."""
     assert last is not None
     if not attachment.plan.structure.stacks[-1].latter_half:
         return last[:, 0]
