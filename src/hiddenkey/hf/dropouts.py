@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .switch import DropSwitch
+
 RATE_NAME = re.compile(r"dropout|drop_prob|drop_path|pdrop|layerdrop|droprate")
 ADAPTER_PART = re.compile(r"(^|\.)(lora|vera|adalora)_dropout(\.|$)")
 
@@ -25,7 +27,7 @@ class OwnDropout:
 def own_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
     """Every dropout of the model itself with a rate above 0 (attention, hidden, embedding, classifier, layers)."""
     for path, module in model.named_modules():
-        if ADAPTER_PART.search(path):
+        if ADAPTER_PART.search(path) or isinstance(module, DropSwitch):
             continue
         if isinstance(module, _DropoutNd):
             if module.p > 0:
