@@ -22,8 +22,8 @@ class Pattern:
     """A named way to draw; `needs_segments` when the draw depends on where documents begin and end.
 
     unit: what is drawn by itself, which says how far a realised rate may lie from p: every `entry` of the returned
-    mask, a whole `row` of it (one index of the leading axes; always safe to say), or nothing, because round(p · length)
-    places of every document are dropped: `fixed`.
+    mask; a whole `row` of it, one index of the leading axes, which is always safe to say; or nothing, because
+    round(p · length) places of every document are dropped: `fixed`.
     """
 
     name: str

@@ -68,7 +68,7 @@ class Attachment:
         self.hooked: dict[str, nn.Module] = {}
         self._documents: dict[str, Documents] = {}
         self._configs: list[tuple[Any, str]] = []
-        self._seen = False
+        self.seen = False
         live = [site for site in plan.sites if site.drop.p > 0]
         self._switches = {drop: DropSwitch(drop) for drop in dict.fromkeys(site.drop for site in live)}
         for site in live:
@@ -151,10 +151,10 @@ class Attachment:
 
     def _attach_attention(self, path: str, sites: list[Site]) -> None:
         module = self.model.get_submodule(path)
-        site = AttentionSite([self._switches[site.drop] for site in sites])
+        site = AttentionSite([self._switches[site.drop] for site in sites], uses_interface(module))
         self.sites.append((path, site))
         setattr(module, SITE, site)
-        if uses_interface(module):
+        if site.by_interface:
             self._rename_backend(module.config)
         else:
             own = OwnSoftmax(site)
@@ -221,6 +221,6 @@ class Attachment:
 
     def _look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the first training forward: warn where a site drew nothing in it."""
-        if module.training and not self._seen and not torch.compiler.is_compiling():
-            self._seen = True
+        if module.training and not self.seen and not torch.compiler.is_compiling():
+            self.seen = True
             warn_of_silence(self)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .backend import PREFIX, SITE
 from .sites import AttentionSite
-from .structure import uses_interface
 from .switch import DropSwitch
 
 if TYPE_CHECKING:
@@ -25,16 +24,8 @@ def problems(attachment: Attachment) -> Iterator[str]:
     for path, module in attachment.hooked.items():
         yield from _place(attachment, path, module)
     for path, site in attachment.sites:
-        module = module_at(attachment.model, path)
-        if module is None or not isinstance(site, AttentionSite):
-            continue
-        if vars(module).get(SITE) is not site:
-            yield f"{path} is another module than at attach, so '{recipe}' would miss it; detach and attach again"
-        elif uses_interface(module) and not (module.config._attn_implementation or "").startswith(PREFIX):
-            yield (
-                f"the attention implementation was changed to {module.config._attn_implementation!r} after attach, "
-                f"so '{recipe}' would be ignored; detach, change it, and attach again"
-            )
+        if isinstance(site, AttentionSite):
+            yield from _attention(attachment, path, site)
     for path, handle in attachment.handles:
         hooks = handle.hooks_dict_ref()
         if hooks is None or handle.id not in hooks:
@@ -98,6 +89,21 @@ def silent_sites(attachment: Attachment) -> list[str]:
         for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True)
         if switch.is_on and tally.counts is None
     ]
+
+
+def _attention(attachment: Attachment, path: str, site: AttentionSite) -> Iterator[str]:
+    module: Any = module_at(attachment.model, path)
+    recipe = attachment.recipe
+    if module is None or vars(module).get(SITE) is not site:
+        now = "gone" if module is None else "another module than at attach"
+        yield f"{path} is {now}, so '{recipe}' would miss it; detach, change the model, and attach again"
+        return
+    name = module.config._attn_implementation if site.by_interface else PREFIX
+    if not (name or "").startswith(PREFIX):
+        yield (
+            f"the attention implementation was changed to {name!r} after attach, so '{recipe}' would be ignored; "
+            "detach, change it, and attach again"
+        )
 
 
 def _place(attachment: Attachment, path: str, module: nn.Module) -> Iterator[str]:

@@ -23,12 +23,15 @@ MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
 
 
 class AttentionSite:
-    """The drops inside one attention module, with a tally each."""
+    """The drops inside one attention module, with a tally each.
+
+    by_interface: the module looks its function up in transformers' AttentionInterface; else it has a softmax of its own.
+    """
 
     side: Side = "attention"
 
-    def __init__(self, switches: Sequence[DropSwitch]) -> None:
-        self.switches = tuple(switches)
+    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool) -> None:
+        self.switches, self.by_interface = tuple(switches), by_interface
         self.drops = tuple(switch.drop for switch in switches)
         self.tallies = [Tally() for _ in self.drops]
 

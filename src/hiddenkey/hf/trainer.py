@@ -14,13 +14,15 @@ from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
+from .watch import log_what_is_wrong
 
 
 class ConsistencyMixin:
     """Put before a transformers trainer class: `class MyTrainer(ConsistencyMixin, Trainer)`.
 
     The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
-    gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
+    gets `task_loss`, `consistency_loss` and `drop_rate/<position>`, and a warning where drops are not what the
+    recipe says. Checkpoints carry the recipe, and resuming
     from one of another recipe is a SavedRecipeError.
     """
 
@@ -68,6 +70,7 @@ class ConsistencyMixin:
         if "loss" in logs:
             logs.update(self._parts(logs["loss"]))
             logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
+            log_what_is_wrong(self, self.attachment)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _is_models_own_loss(self) -> bool:
