@@ -51,9 +51,9 @@ def module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 def warn_of_switches(attachment: Attachment) -> None:
     """Warn where a drop is switched off."""
-    for switch in attachment.switches:
-        if not switch.is_on:
-            warnings.warn(switched_off(switch), stacklevel=2)
+    off = [switch for switch in attachment.switches if not switch.is_on]
+    if off:
+        warnings.warn(switched_off(off), stacklevel=2)
 
 
 def warn_of_silence(attachment: Attachment) -> None:
@@ -73,11 +73,11 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def switched_off(switch: DropSwitch) -> str:
-    """What to say of a drop whose switch stands at 0."""
+def switched_off(switches: list[DropSwitch]) -> str:
+    """What to say of drops whose switches stand at 0."""
     return (
-        f"'{switch.drop}' is switched off: its p was set to 0, as TRL's disable_dropout does with every dropout of a "
-        "model; train with disable_dropout=False to keep it"
+        f"switched off: {' + '.join(str(switch.drop) for switch in switches)}: p was set to 0, as TRL's "
+        "disable_dropout does with every dropout of a model; train with disable_dropout=False to keep it"
     )
 
 

@@ -12,10 +12,10 @@ def divergence(rate: float, p: float) -> float:
 
 
 def surprise(rate: float, p: float, draws: float) -> float:
-    """At most so probable is a mean of `draws` independent draws as far from p as `rate`, on either side.
+    """A bound on the probability that the mean of `draws` independent draws at p is as surprising as `rate`, or more.
 
-    exp(-n KL) bounds one tail for n independent variables in [0, 1] with mean p, whatever n is (Hoeffding 1963,
-    Theorem 1); a normal approximation is off by orders of magnitude where n p is small and the level is too.
+    2 exp(-n KL(rate || p)): for n independent variables in [0, 1] with mean p each tail is below exp(-n KL), whatever
+    n is (Hoeffding 1963, Theorem 1). A normal approximation is off by orders of magnitude where n p is small.
     """
     return min(1.0, 2 * math.exp(-draws * divergence(rate, p)))
 

@@ -25,7 +25,7 @@ MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
 class AttentionSite:
     """The drops inside one attention module, with a tally each.
 
-    by_interface: the module looks its function up in transformers' AttentionInterface; else it has a softmax of its own.
+    by_interface: the module asks transformers' AttentionInterface for its function; else it has its own softmax.
     """
 
     side: Side = "attention"

@@ -22,8 +22,7 @@ class ConsistencyMixin:
 
     The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
     gets `task_loss`, `consistency_loss` and `drop_rate/<position>`, and a warning where drops are not what the
-    recipe says. Checkpoints carry the recipe, and resuming
-    from one of another recipe is a SavedRecipeError.
+    recipe says. Checkpoints carry the recipe, and resuming from one of another recipe is a SavedRecipeError.
     """
 
     model: nn.Module

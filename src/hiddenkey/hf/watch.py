@@ -85,9 +85,9 @@ class Watch:
                 yield f"'{drop}' dropped {rate:.4g} since the last log, in {draws:.4g} draws: that is no chance"
 
     def _surroundings(self) -> Iterator[str]:
-        for switch in self.attachment.switches:
-            if not switch.is_on:
-                yield switched_off(switch)
+        off = [switch for switch in self.attachment.switches if not switch.is_on]
+        if off:
+            yield switched_off(off)
         own = [f"{dropout.path}.{dropout.name} {dropout.p:g}" for dropout in own_dropouts(self.attachment.model)]
         if own:
             yield f"dropouts of the model itself were turned on again after attach: {some(own)}"

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
@@ -16,6 +16,8 @@ from ..step import consistency_step
 from .diagnosis import Finding
 from .forward import close, difference
 from .patient import SEED, Patient
+
+OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
 
 
 def check_reach(patient: Patient) -> Iterator[Finding]:
@@ -43,7 +45,7 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
 def check_recompute(patient: Patient) -> Iterator[Finding]:
     """Loss and gradients are the same with activations kept and recomputed, under one random state."""
     transformer = patient.transformer
-    flagged = [module for module in transformer.modules() if "gradient_checkpointing" in vars(module)]
+    flagged = [module for module in transformer.modules() if hasattr(module, "gradient_checkpointing")]
     if not transformer.supports_gradient_checkpointing or not flagged:
         yield Finding("recompute", "skipped", f"{type(transformer).__name__} does not recompute activations")
         return
@@ -56,9 +58,14 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
         for module in flagged:
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    again_loss, again = patient.gradients(patient.model, patient.batch)
-    for module in flagged:
-        module.gradient_checkpointing = False
+    try:
+        again_loss, again = patient.gradients(patient.model, patient.batch)
+    except CheckpointError:
+        yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
+        return
+    finally:  # the other checks look at the plain backward
+        for module in flagged:
+            module.gradient_checkpointing = False
     loss, wanted = patient.gradients(patient.model, patient.batch)
     apart = _apart(again, wanted)
     values = {"loss": difference(again_loss, loss), "gradients": apart}
@@ -67,7 +74,7 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
     if not again:
         reason = f"no gradient comes through activations recomputed {how}: use use_reentrant=False"
     elif not same:
-        reason += ": the second forward draws other masks (is preserve_rng_state off?)"
+        reason += OTHER_MASKS
     yield Finding("recompute", "ok" if same else "wrong", reason, values=values)
 
 

@@ -65,6 +65,8 @@ class Patient:
     def gradients(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, gradients by parameter) of one training step under a seed; leaves no gradient behind."""
         loss = loss_of(self.train(model, batch))
+        if not loss.requires_grad:
+            return loss, {}
         loss.backward()
         found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         for parameter in model.parameters():

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..attach import Attachment, find_attachment
 from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..structure import find_transformer
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -24,6 +25,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # A classifier writes what its first labels look like into its configuration.
+    config = find_transformer(model)[1].config
+    problem_type = getattr(config, "problem_type", None)
     with random_state(model), checkpointing_preserved(model):
         for parameter, _ in gradients:
             parameter.grad = None
@@ -34,6 +38,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            if hasattr(config, "problem_type"):
+                config.problem_type = problem_type
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
@@ -58,14 +64,15 @@ def random_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
     """Give back which modules recompute their activations, and how."""
-    modules = [module for module in model.modules() if CHECKPOINTING[0] in vars(module)]
+    modules = [module for module in model.modules() if hasattr(module, CHECKPOINTING[0])]
     found = [{name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)} for module in modules]
     try:
         yield
     finally:
         for module, values in zip(modules, found, strict=True):
             for name in CHECKPOINTING:
-                vars(module).pop(name, None)
+                if name not in values:
+                    vars(module).pop(name, None)
             vars(module).update(values)
 
 

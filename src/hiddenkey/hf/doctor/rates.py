@@ -117,7 +117,7 @@ def check_rates(patient: Patient, rounds: int) -> Iterator[Finding]:
             where = f"{drop} at {path}"
             record = records[f"{drop.position} {path}"]
             if not switch.is_on:
-                yield Finding("rate", "wrong", switched_off(switch), where)
+                yield Finding("rate", "wrong", switched_off([switch]), where)
             elif record.drawn == 0:
                 yield Finding("rate", "wrong", _why_silent(patient, path), where)
             else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from ...errors import UserError
 from ..dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from ..intact import module_at, problems, some
 from ..step import consistency_step
@@ -117,9 +118,13 @@ def check_cost(patient: Patient) -> Iterator[Finding]:
         yield Finding("cost", "skipped", "no parameter is trainable")
         return
     times: list[list[float]] = [[], []]
-    for _ in range(ROUNDS + 1):
-        for step, taken in zip((_plain_loss, _our_loss), times, strict=True):
-            taken.append(_time(patient, step))
+    try:
+        for _ in range(ROUNDS + 1):
+            for step, taken in zip((_plain_loss, _our_loss), times, strict=True):
+                taken.append(_time(patient, step))
+    except UserError:
+        yield Finding("cost", "skipped", "the recipe's step can't be made with these batches")
+        return
     plain, ours = (median(taken[1:]) for taken in times)
     ratio = ours / plain
     reason = f"a step takes {ratio:.2f} of a plain one, {ours * 1e3:.0f} ms, with batches as small as these"
