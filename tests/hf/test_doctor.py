@@ -2,7 +2,10 @@
 
 import json
 import random
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,6 +219,38 @@ def test_a_compiled_model_is_examined_as_it_is():
     diagnosis = examined(torch.compile(model, backend="eager"))
     torch._dynamo.reset()
     assert diagnosis.ok, str(diagnosis)
+
+
+TWO = """
+import sys, torch
+from torch import distributed
+from tests.hf.tiny import make
+import hiddenkey
+rank, store, apart = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "apart"
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = make("bert")
+hiddenkey.attach(model, "hiddenkey@0.3")
+torch.manual_seed(5 + rank * apart)
+diagnosis = hiddenkey.doctor(model, rounds=1)
+print([finding.verdict for finding in diagnosis.findings if finding.check == "ranks"], diagnosis.ok)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("seeds", "said"), (("apart", "['ok'] True"), ("alike", "['wrong'] False")))
+def test_two_processes(seeds, said, tmp_path):
+    command, root = [sys.executable, "-c", TWO], Path(__file__).parents[2]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), seeds], stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        output, _ = process.communicate(timeout=200)
+        assert output.strip() == said
 
 
 def test_evaluation_after_an_examination():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
-from hiddenkey.cli import main
+from hiddenkey.cli import _parse, main
 
 QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]
 
@@ -77,3 +79,10 @@ def test_mistakes_exit_with_2(bert: Path, arguments: list[str], said: str, capsy
         main(["doctor", *(str(bert) if argument == "BERT" else argument for argument in arguments)])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_parse():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line.split("#")[0].strip() for line in block.splitlines()]
+    assert [_parse(shlex.split(line)[1:]).model for line in lines] == ["MODEL"] * 3

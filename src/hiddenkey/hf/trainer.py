@@ -12,9 +12,9 @@ from transformers import Trainer
 from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
+from .rate_log import log_what_is_wrong
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
-from .watch import log_what_is_wrong
 
 
 class ConsistencyMixin:

@@ -23,7 +23,7 @@ ROUNDS = 5
 def check_attached(patient: Patient) -> Iterator[Finding]:
     """The recipe sits on the model as it did after attach."""
     attachment = patient.attachment
-    found = list(problems(attachment))
+    found = list(dict.fromkeys(problems(attachment)))
     for problem in found:
         yield Finding("attached", "wrong", problem)
     if not found:

@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 def log_what_is_wrong(trainer: Any, attachment: Attachment) -> None:
-    """Warn in the log of what a `Watch` finds; the trainer keeps it, one for every attachment."""
-    watch: Watch | None = vars(trainer).get("_watch")
+    """Warn in the log of what a `RateWatch` finds; the trainer keeps it, one for every attachment."""
+    watch: RateWatch | None = vars(trainer).get("_rate_watch")
     if watch is None or watch.attachment is not attachment:
-        watch = trainer._watch = Watch(attachment)
+        watch = trainer._rate_watch = RateWatch(attachment)
     for sentence in watch.look():
         logger.warning(sentence)
 
 
-class Watch:
+class RateWatch:
     """Looks at the draws since the last look, each time with a smaller share of the false alarms of the run.
 
     The k-th look spends 1 / k(k + 1) of `FALSE_ALARM`, divided by the drops looked at; the shares add up to 1.

@@ -13,7 +13,7 @@ import hiddenkey
 from hiddenkey import attend, dropout
 from hiddenkey.drop import Tally, draw
 from hiddenkey.hf.interval import interval, surprise
-from hiddenkey.hf.watch import FALSE_ALARM, Watch
+from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
 
 from .test_trainer import drop_trainer, training_logs
 from .tiny import batch
@@ -88,7 +88,7 @@ def test_what_is_recomputed_is_counted_once(reentrant):
 
 def watched(recipe=RECIPE):
     model = attached("llama", recipe)
-    return model, Watch(hiddenkey.find_attachment(model))
+    return model, RateWatch(hiddenkey.find_attachment(model))
 
 
 def other_rate(monkeypatch, rate):
