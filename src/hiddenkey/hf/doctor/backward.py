@@ -16,6 +16,7 @@ from ..step import consistency_step
 from .diagnosis import Finding
 from .forward import close, difference
 from .patient import SEED, Patient
+from .preserve import seed_all
 
 OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
 
@@ -87,7 +88,7 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
     if patient.batch.get("labels") is None:
         yield Finding("consistency", "skipped", "the batches have no labels, so there is no loss to add it to")
         return
-    torch.manual_seed(SEED)
+    seed_all(SEED)
     try:
         step = consistency_step(patient.model, patient.batch)
     except UserError as error:
@@ -108,7 +109,7 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
 def _reach_of_the_term(patient: Patient) -> int:
     """How many trainable parameters get a gradient that is not zero from the consistency alone."""
     patient.attachment.dense = True  # in chunks of tokens only the sum has a gradient
-    torch.manual_seed(SEED)
+    seed_all(SEED)
     term = consistency_step(patient.model, patient.batch).consistency
     trained = [p for p in patient.model.parameters() if p.requires_grad]
     if term is None or not term.requires_grad or not trained:

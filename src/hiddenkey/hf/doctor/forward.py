@@ -11,7 +11,7 @@ from torch import Tensor
 from ..views import LastLayer
 from .diagnosis import Finding
 from .patient import SEED, Patient, main_output
-from .preserve import only_our_drops
+from .preserve import only_our_drops, without_our_drops
 from .rates import recorded
 
 TOKENS = 6
@@ -32,25 +32,25 @@ def difference(first: Tensor, second: Tensor) -> float:
 
 
 def check_effect(patient: Patient) -> Iterator[Finding]:
-    """Outputs in training differ from those of evaluation, and from draw to draw."""
+    """Outputs in training differ from those without our drops, and from draw to draw."""
     if not patient.rates:
         yield Finding("effect", "skipped", "no drop of the recipe is on, so there is nothing to see")
         return
     with only_our_drops(patient.attachment.model), torch.no_grad():
         with recorded(patient) as records:
             first, second = (_states(patient, SEED + turn) for turn in (1, 2))
-        with patient.rest():
-            plain = _states(patient, SEED)
+        with without_our_drops(patient.attachment):
+            plain = _states(patient, SEED + 1)
     drawn = [record for record in records.values() if record.drawn]
     if drawn and not any(record.dropped for record in drawn):
         yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
         return
-    apart = {"from inference": difference(first, plain), "from another draw": difference(first, second)}
+    apart = {"without drops": difference(first, plain), "with another draw": difference(first, second)}
     for name, value in apart.items():
         same = value == 0
-        reason = f"the output in training differs {name} by {value:.3g} of its norm"
+        reason = f"the output in training differs from that {name} by {value:.3g} of its norm"
         if same:
-            reason = f"the output in training is the same as {name.removeprefix('from ')}: no drop reaches it"
+            reason = f"the output in training is the same as {name}: no drop reaches it"
         yield Finding("effect", "wrong" if same else "ok", reason, values={"difference": value})
 
 

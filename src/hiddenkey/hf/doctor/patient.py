@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ..attach import Attachment
 from ..structure import find_transformer
 from ..views import inference
-from .preserve import plain_twin
+from .preserve import plain_twin, seed_all
 
 Batch = Mapping[str, Any]
 SEED = 20240301
@@ -50,7 +49,7 @@ class Patient:
 
     def train(self, model: nn.Module, batch: Batch, seed: int = SEED) -> Any:
         """The outputs in the mode the model is in, under a seed."""
-        torch.manual_seed(seed)
+        seed_all(seed)
         return model(**batch)
 
     def rest(self, model: nn.Module | None = None) -> AbstractContextManager[None]:

@@ -61,6 +61,13 @@ def random_state(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numbers)
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch; Python's and numpy's generators, from which models draw what is no drop, always alike."""
+    torch.manual_seed(seed)
+    random.seed(0)
+    numpy.random.seed(0)
+
+
 @contextmanager
 def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
     """Give back which modules recompute their activations, and how."""
@@ -101,6 +108,19 @@ def only_our_drops(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         give_back(model, others)
+
+
+@contextmanager
+def without_our_drops(attachment: Attachment) -> Iterator[None]:
+    """Our drops switched off."""
+    rates = [(switch, switch.p) for switch in attachment.switches]
+    for switch, _ in rates:
+        switch.p = 0.0
+    try:
+        yield
+    finally:
+        for switch, p in rates:
+            switch.p = p
 
 
 def plain_twin(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from ..intact import module_at, problems, some
 from ..step import consistency_step
 from .diagnosis import Finding
 from .patient import SEED, Patient, loss_of, main_output
+from .preserve import seed_all
 
 ROUNDS = 5
 
@@ -142,7 +143,7 @@ def _our_loss(patient: Patient) -> torch.Tensor:
 
 
 def _time(patient: Patient, step: Callable[[Patient], torch.Tensor]) -> float:
-    torch.manual_seed(SEED)
+    seed_all(SEED)
     start = time.perf_counter()
     step(patient).backward()
     if torch.accelerator.is_available():
