@@ -21,6 +21,8 @@ ROOMS = {
     "axes.compensation": ("register_compensation",),
     "hf.plan": ("plan", "Plan"),
     "hf.attach": ("attach", "find_attachment", "Attachment"),
+    "hf.doctor.examine": ("doctor",),
+    "hf.doctor.diagnosis": ("Diagnosis", "Finding"),
     "hf.step": ("consistency_step", "StepLoss"),
     "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
     "hf.saving": ("save_recipe", "load_recipe"),
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from .hf.attach import Attachment as Attachment
     from .hf.attach import attach as attach
     from .hf.attach import find_attachment as find_attachment
+    from .hf.doctor.diagnosis import Diagnosis as Diagnosis
+    from .hf.doctor.diagnosis import Finding as Finding
+    from .hf.doctor.examine import doctor as doctor
     from .hf.plan import Plan as Plan
     from .hf.plan import plan as plan
     from .hf.saving import load_recipe as load_recipe

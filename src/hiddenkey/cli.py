@@ -16,6 +16,7 @@ from .lab.config import TrainConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
+FOUND_WRONG = 1
 LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard")
 
 HEADS = {
@@ -35,6 +36,30 @@ class PlanCommand:
     """For instance hiddenkey@0.1."""
     task: Literal["auto", "classification", "causal-lm"] = "auto"
     """Head of the model; auto takes the published one."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Prove that a recipe is at work on a model: load it, add LoRA, attach, and look. Exit status 0 or 1."""
+
+    model: tyro.conf.Positional[str]
+    """Hub name or local folder of the model, with its weights."""
+    recipe: tyro.conf.Positional[str]
+    """For instance hiddenkey@0.1."""
+    task: Literal["auto", "classification", "causal-lm"] = "auto"
+    """Head of the model; auto takes the published one."""
+    train_args: str = ""
+    """YAML file of `hiddenkey train`, of which LoRA, dtype, attention and gradient checkpointing are taken."""
+    rounds: int = 4
+    """How often each batch is run to count draws."""
+    size: int = 4
+    """Examples in a batch."""
+    length: int = 32
+    """Tokens in an example."""
+    json: bool = False
+    """Print the findings as JSON."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
 
@@ -61,6 +86,26 @@ def run_plan(command: PlanCommand) -> None:
     print(hiddenkey.plan(build_skeleton(command.model, HEADS[command.task], command.trust_remote_code), recipe))
 
 
+def run_doctor(command: DoctorCommand) -> None:
+    """Print the findings; exits with 1 where one is red."""
+    hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
+    from .lab.doctor import examine, show
+
+    diagnosis = examine(
+        command.model,
+        command.recipe,
+        HEADS[command.task],
+        train_args=command.train_args,
+        trust_remote_code=command.trust_remote_code,
+        rounds=command.rounds,
+        size=command.size,
+        length=command.length,
+    )
+    show(diagnosis, as_json=command.json)
+    if not diagnosis.ok:
+        sys.exit(FOUND_WRONG)
+
+
 def run_bench(config: BenchConfig) -> None:
     """Measure, or write the page from what was measured."""
     config.check()
@@ -79,6 +124,7 @@ def run_bench(config: BenchConfig) -> None:
 RUNNERS: dict[type, Callable[[Any], None]] = {
     TrainConfig: run_train,
     PlanCommand: run_plan,
+    DoctorCommand: run_doctor,
     BenchConfig: run_bench,
 }
 
@@ -117,6 +163,7 @@ def _parse(arguments: list[str]) -> Any:
     commands = (
         Annotated[TrainConfig, train]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+        | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
     )
     return tyro.cli(

@@ -73,11 +73,19 @@ def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[
     return drops
 
 
-class Tally:
-    """How many cells were drawn and how many of them were dropped, summed where the masks live.
+def drawn_together(drop: Drop, keep: Tensor, lead: int) -> int:
+    """How many entries of a keep mask one draw decides; lead: the number of its leading axes."""
+    return 1 if PATTERNS[drop.pattern].unit == "entry" else keep.shape[lead:].numel()
 
-    Of a large mask the first 65,536 cells are counted: a count over all of them costs as much as half the draw.
-    Both counts are tensors, because a compiled model would be compiled again for every new number.
+
+class Tally:
+    """How many mask entries were drawn and how many of them dropped, summed where the masks live.
+
+    Of a large mask the first 65,536 entries are counted: a count over all of them costs as much as half the draw.
+    What activation checkpointing recomputes is a draw seen again, and is not counted.
+
+    counts: int (3,): dropped, drawn, and the sum of the squared sizes of what is drawn together, from which
+    `draws` follows. A tensor, because a compiled model would be compiled again for every new number.
     """
 
     LARGEST = 2**16
@@ -85,11 +93,13 @@ class Tally:
     def __init__(self) -> None:
         self.counts: Tensor | None = None
 
-    def add(self, keep: Tensor) -> None:
-        """Count one draw; does not wait for the device."""
+    def add(self, keep: Tensor, together: int = 1) -> None:
+        """Count one draw, of which `together` entries at a time are one; does not wait for the device."""
+        if not torch.compiler.is_compiling() and is_recomputing():
+            return
         keep = keep.flatten()[: self.LARGEST]
         drawn = torch.full((), keep.numel(), device=keep.device)
-        self._sum(torch.stack([drawn - torch.count_nonzero(keep), drawn]))
+        self._sum(torch.stack([drawn - torch.count_nonzero(keep), drawn, drawn * min(together, keep.numel())]))
 
     def merge(self, other: Tally) -> None:
         """Add another tally's counts to this one's."""
@@ -101,8 +111,13 @@ class Tally:
         """The realised drop rate; NaN before the first draw."""
         if self.counts is None:
             return float("nan")
-        dropped, drawn = self.counts.tolist()
+        dropped, drawn, _ = self.counts.tolist()
         return dropped / drawn
 
     def _sum(self, counts: Tensor) -> None:
         self.counts = counts if self.counts is None else self.counts + counts.to(self.counts.device)
+
+
+def is_recomputing() -> bool:
+    """Whether a forward runs inside a backward, as activation checkpointing does it."""
+    return torch._C._current_graph_task_id() != -1

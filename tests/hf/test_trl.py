@@ -260,13 +260,25 @@ def test_the_reference_of_a_stock_dpo_trainer_has_no_drops(reference, tmp_path):
     assert str(hiddenkey.find_attachment(trainer.model).rates()) != str(before)
 
 
-def test_disable_dropout_leaves_the_drops(tmp_path):
-    """DPO sets every nn.Dropout to 0; ours are none, and lora_dropout, which is one, goes."""
-    trainer = dpo(tmp_path, DROPS, cls=trl.DPOTrainer, disable_dropout=True)
-    trainer.train()
-    rates = hiddenkey.find_attachment(trainer.model).rates()
+def test_disable_dropout_switches_off_what_is_attached_before_it(tmp_path):
+    """DPO sets every dropout of the model that it is given to 0; what is attached to its model later stays."""
+    later = dpo(tmp_path, DROPS, cls=trl.DPOTrainer, disable_dropout=True)
+    later.train()
+    rates = hiddenkey.find_attachment(later.model).rates()
     assert len(rates) == 4
     assert all(0.1 < rate < 0.5 for rate in rates.values())
+
+    model = adapted()
+    attachment = hiddenkey.attach(model, DROPS)
+    earlier = trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(output_dir=str(tmp_path), **SETTINGS, disable_dropout=True),
+        train_dataset=texts("preference", 16),
+        processing_class=tokenizer(),
+    )
+    with pytest.warns(UserWarning, match="switched off: .*disable_dropout=False"):
+        earlier.train()
+    assert set(attachment.rates().values()) == {0.0}
 
 
 @pytest.mark.parametrize("make_trainer", (sft, dpo))

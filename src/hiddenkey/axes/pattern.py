@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,29 +15,37 @@ from ..registry import Registry
 from .grid import Grid
 
 Draw = Callable[[Grid, float], Tensor]
+Unit = Literal["entry", "row", "fixed"]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """A named way to draw; `needs_segments` when the draw depends on where documents begin and end."""
+    """A named way to draw; `needs_segments` when the draw depends on where documents begin and end.
+
+    unit: what is drawn by itself, which says how far a realised rate may lie from p: every `entry` of the returned
+    mask; a whole `row` of it, one index of the leading axes, which is always safe to say; or nothing, because
+    round(p · length) places of every document are dropped: `fixed`.
+    """
 
     name: str
     draw: Draw
     needs_segments: bool = False
+    unit: Unit = "row"
 
 
 PATTERNS: Registry[Pattern] = Registry("pattern")
 
 
-def register_pattern(name: str, *, needs_segments: bool = False) -> Callable[[Draw], Draw]:
+def register_pattern(name: str, *, needs_segments: bool = False, unit: Unit = "row") -> Callable[[Draw], Draw]:
     """Decorator: add a pattern under `name`, for every position.
 
     The function takes a `Grid` and the rate p in (0, 1) and returns a boolean mask (True = kept) that
     broadcasts to `grid.shape`. Draw from torch's default generators: activation checkpointing restores those.
+    needs_segments, unit: the fields of `Pattern`.
     """
 
     def add(draw: Draw) -> Draw:
-        PATTERNS.add(name, Pattern(name, draw, needs_segments))
+        PATTERNS.add(name, Pattern(name, draw, needs_segments, unit))
         return draw
 
     return add
@@ -83,19 +92,19 @@ def rare_places(count: int, rate: float) -> Tensor:
     return places[places < count]
 
 
-@register_pattern("element")
+@register_pattern("element", unit="entry")
 def element(grid: Grid, p: float) -> Tensor:
     """Every (query, key) or (token, feature) by itself."""
     return random_keep(grid.shape, p, grid.device)
 
 
-@register_pattern("column")
+@register_pattern("column", unit="entry")
 def column(grid: Grid, p: float) -> Tensor:
     """Every key by itself, for all queries of its head; every token by itself, its whole vector."""
     return grid.lay(random_keep((*grid.lead, grid.places), p, grid.device))
 
 
-@register_pattern("span", needs_segments=True)
+@register_pattern("span", needs_segments=True, unit="fixed")
 def span(grid: Grid, p: float) -> Tensor:
     """One run of round(p * length) places in every document, its start uniform inside the document.
 

@@ -16,11 +16,13 @@ from ..errors import AttachError
 from ..recipe import Recipe
 from .backend import PREFIX, SITE, wrapped_name
 from .dropouts import give_back, silence
+from .intact import module_at, problems, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
-from .structure import Layer, uses_interface
+from .structure import Layer, find_transformer, uses_interface
+from .switch import SWITCHES, DropSwitch
 from .watch import Watch
 
 MARK = "hiddenkey_attachment"
@@ -54,6 +56,7 @@ class Attachment:
     """A recipe at work on a model.
 
     plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
+    switches: one module per drop, found in the model as `hiddenkey_drops`; its `p` set to 0 switches the drop off.
     watch: sees that what is trained is what the recipe says.
     dense: set by the first step of a language model whose loss can't be computed from its last hidden states.
     """
@@ -63,21 +66,29 @@ class Attachment:
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
         self.sites: list[tuple[str, AttentionSite | StreamSite]] = []
+        self.handles: list[tuple[str, RemovableHandle]] = []
+        self.hooked: dict[str, nn.Module] = {}
         self._documents: dict[str, Documents] = {}
-        self._handles: list[RemovableHandle] = []
-        self._hooked: dict[str, nn.Module] = {}
         self._configs: list[tuple[Any, str]] = []
+        self.seen = False
         live = [site for site in plan.sites if site.drop.p > 0]
+        self._switches = {drop: DropSwitch(drop) for drop in dict.fromkeys(site.drop for site in live)}
         for site in live:
             if site.side != "attention":
                 self._attach_stream(site)
         for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
             self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
         self._silenced = silence(model, plan.own_dropouts)
+        transformer = find_transformer(model)[1]
+        if live:
+            transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
+        # PEFT calls the forward of what is inside, so a hook there is not enough; after `unload` only that is left.
+        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
+            self.handles.append((path, module.register_forward_pre_hook(self._verify)))
+            self.handles.append((path, module.register_forward_hook(self._look_back)))
         self.watch = Watch(self)
-        self._handles.append(model.register_forward_pre_hook(self._verify))
-        self._handles.append(model.register_forward_pre_hook(self.watch.before))
-        self._handles.append(model.register_forward_hook(self.watch.after, always_call=True))
+        self.handles.append(("", model.register_forward_pre_hook(self.watch.before)))
+        self.handles.append(("", model.register_forward_hook(self.watch.after, always_call=True)))
         setattr(model, MARK, self)
         ATTACHED.add(self)
 
@@ -85,21 +96,32 @@ class Attachment:
     def recipe(self) -> Recipe:
         return self.plan.recipe
 
+    @property
+    def switches(self) -> tuple[DropSwitch, ...]:
+        """One per drop with a rate above 0."""
+        return tuple(self._switches.values())
+
     def rates(self) -> dict[str, float]:
-        """Realised drop rates since attaching, by site ("position module.path"); NaN before its first draw."""
+        """Realised drop rates since attaching, by site ("position module.path").
+
+        NaN before a site's first draw, 0 while its drop is switched off.
+        """
         return {
-            f"{drop.position} {path}": tally.rate
+            f"{drop.position} {path}": tally.rate if switch.is_on else 0.0
             for path, site in self.sites
-            for drop, tally in zip(site.drops, site.tallies, strict=True)
+            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True)
         }
 
     def position_rates(self) -> dict[str, float]:
-        """Realised drop rates since attaching, by position, over all cells drawn there."""
+        """The same by position, over all entries drawn there by the drops that are switched on."""
         totals: dict[str, Tally] = {}
+        on = {switch.drop.position for switch in self.switches if switch.is_on}
         for _, site in self.sites:
-            for drop, tally in zip(site.drops, site.tallies, strict=True):
-                totals.setdefault(drop.position, Tally()).merge(tally)
-        return {position: tally.rate for position, tally in totals.items()}
+            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True):
+                total = totals.setdefault(drop.position, Tally())
+                if switch.is_on:
+                    total.merge(tally)
+        return {position: tally.rate if position in on else 0.0 for position, tally in totals.items()}
 
     def detach(self) -> None:
         """Take every hook, site and name off the model and give its own dropouts back; again: nothing happens."""
@@ -107,11 +129,13 @@ class Attachment:
             return
         delattr(self.model, MARK)
         ATTACHED.discard(self)
-        for handle in self._handles:
+        for _, handle in self.handles:
             handle.remove()
         for path, site in self.sites:
-            if isinstance(site, AttentionSite):
-                vars(self.model.get_submodule(path)).pop(SITE, None)
+            module = module_at(self.model, path)
+            if module is not None and vars(module).get(SITE) is site:
+                delattr(module, SITE)
+        find_transformer(self.model)[1]._modules.pop(SWITCHES, None)
         for config, name in self._configs:
             shared = any(config is other for attachment in ATTACHED for other, _ in attachment._configs)
             if not shared and config._attn_implementation == PREFIX + name:
@@ -132,15 +156,16 @@ class Attachment:
 
     def _attach_attention(self, path: str, sites: list[Site]) -> None:
         module = self.model.get_submodule(path)
-        site = AttentionSite([site.drop for site in sites])
+        site = AttentionSite([self._switches[site.drop] for site in sites], uses_interface(module))
         self.sites.append((path, site))
         setattr(module, SITE, site)
-        if uses_interface(module):
+        if site.by_interface:
             self._rename_backend(module.config)
         else:
             own = OwnSoftmax(site)
-            self._handles.append(module.register_forward_pre_hook(own.before))
-            self._handles.append(module.register_forward_hook(own.after, always_call=True))
+            self.hooked[path] = module
+            self.handles.append((path, module.register_forward_pre_hook(own.before)))
+            self.handles.append((path, module.register_forward_hook(own.after, always_call=True)))
 
     def _rename_backend(self, config: Any) -> None:
         if not any(config is known for known, _ in self._configs):
@@ -152,16 +177,16 @@ class Attachment:
         module = self.model.get_submodule(planned.path)
         site = self._stream_site(planned, module)
         self.sites.append((planned.path, site))
-        self._hooked[planned.path] = module
+        self.hooked[planned.path] = module
         if planned.side == "output":
-            self._handles.append(module.register_forward_hook(site.after))
+            self.handles.append((planned.path, module.register_forward_hook(site.after)))
         if planned.side == "input" or isinstance(site, TokenSkip):
-            self._handles.append(module.register_forward_pre_hook(site.before, with_kwargs=True))
+            self.handles.append((planned.path, module.register_forward_pre_hook(site.before, with_kwargs=True)))
 
     def _stream_site(self, planned: Site, module: nn.Module) -> StreamSite:
         documents = self._documents_of(planned)
         skips = planned.side == "output" and can_skip(module, planned.drop)
-        return (TokenSkip if skips else StreamSite)(planned.drop, planned.side, documents)
+        return (TokenSkip if skips else StreamSite)(self._switches[planned.drop], planned.side, documents)
 
     def _documents_of(self, site: Site) -> Documents | None:
         """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention."""
@@ -175,8 +200,9 @@ class Attachment:
     def _documents_at(self, key: str, path: str) -> Documents:
         if key not in self._documents:
             self._documents[key] = Documents()
-            hook = self._documents[key].before
-            self._handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
+            module = self.model.get_submodule(path)
+            handle = module.register_forward_pre_hook(self._documents[key].before, with_kwargs=True)
+            self.handles.append((path, handle))
         return self._documents[key]
 
     def _first_layers(self) -> list[str]:
@@ -190,25 +216,16 @@ class Attachment:
         return next(stack for stack in stacks if stack.path == path).layers[index]
 
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Fail loudly where something took us off the model since attach."""
+        """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""
         if not module.training or torch.compiler.is_compiling():
             return
-        for config, name in self._configs:
-            if config._attn_implementation != PREFIX + name:
-                raise RuntimeError(
-                    f"the attention implementation was changed to {config._attn_implementation!r} after attach, so "
-                    f"'{self.recipe}' would be ignored; detach, change it, and attach again"
-                )
-        for path, hooked in self._hooked.items():
-            current = self.model.get_submodule(path)
-            if current is hooked:
-                continue
-            if hooked in (getattr(current, "base_layer", None), getattr(current, "original_module", None)):
-                raise RuntimeError(
-                    f"an adapter was put around {path} after attach, so '{self.recipe}' would miss its part; "
-                    "call get_peft_model first and attach to its result"
-                )
-            raise RuntimeError(
-                f"{path} is another module now, a {type(current).__name__}, so '{self.recipe}' would miss it; "
-                "detach, change the model, and attach again"
-            )
+        problem = next(problems(self), None)
+        if problem is not None:
+            raise RuntimeError(problem)
+        warn_of_switches(self)
+
+    def _look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the first training forward: warn where a site drew nothing in it."""
+        if module.training and not self.seen and not torch.compiler.is_compiling():
+            self.seen = True
+            warn_of_silence(self)

@@ -63,7 +63,7 @@ def sdpa_forward(
         query,
         key,
         value,
-        site.drops,
+        site.active,
         keeps,
         mask=mask,
         bias=bias,
@@ -138,7 +138,9 @@ def wrapped_name(name: str | None) -> str:
 
 
 def _site(module: nn.Module) -> AttentionSite | None:
-    return vars(module).get(SITE) if module.training else None
+    """The module's site where it drops now: the module is training and a drop is switched on."""
+    site: AttentionSite | None = vars(module).get(SITE)
+    return site if site is not None and module.training and site.active else None
 
 
 AttentionInterface.register(PREFIX + "sdpa", sdpa_forward)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .adapters import is_wrapper, modules
+from .switch import DropSwitch
 
 RATE_NAME = re.compile(r"dropout|drop_prob|drop_path|pdrop|layerdrop|droprate")
 
@@ -29,7 +30,7 @@ Silenced = Sequence[tuple[nn.Module, OwnDropout]]
 def own_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
     """Every dropout of the model itself with a rate above 0 (attention, hidden, embedding, classifier, layers)."""
     for path, module, brought in modules(model):
-        if not brought and not is_wrapper(module):
+        if not brought and not is_wrapper(module) and not isinstance(module, DropSwitch):
             yield from (OwnDropout(path, name, p) for name, p in _rates(module))
 
 

@@ -12,29 +12,40 @@ from torch import Tensor, nn
 from ..attend import draw_keeps
 from ..axes.pattern import PATTERNS
 from ..axes.position import Side
-from ..drop import Tally
+from ..drop import Tally, drawn_together
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
 from ..masks import Mask, Shape, documents_in, read_mask
 from ..recipe import Drop
+from .switch import DropSwitch
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
 
 
 class AttentionSite:
-    """The drops inside one attention module, with a tally each."""
+    """The drops inside one attention module, with a tally each.
+
+    by_interface: the module asks transformers' AttentionInterface for its function; else it has its own softmax.
+    """
 
     side: Side = "attention"
 
-    def __init__(self, drops: Sequence[Drop]) -> None:
-        self.drops = tuple(drops)
+    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool) -> None:
+        self.switches, self.by_interface = tuple(switches), by_interface
+        self.drops = tuple(switch.drop for switch in switches)
         self.tallies = [Tally() for _ in self.drops]
 
+    @property
+    def active(self) -> tuple[Drop, ...]:
+        """The drops that are switched on."""
+        return tuple(switch.drop for switch in self.switches if switch.is_on)
+
     def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
-        """One keep mask per drop over (B, Hkv, Q, K), counted."""
-        keeps = draw_keeps(self.drops, shape, device, mask)
-        for keep, tally in zip(keeps, self.tallies, strict=True):
-            tally.add(keep)
+        """One keep mask per active drop over (B, Hkv, Q, K), counted."""
+        keeps = draw_keeps(self.active, shape, device, mask)
+        tallies = [tally for tally, switch in zip(self.tallies, self.switches, strict=True) if switch.is_on]
+        for keep, tally, drop in zip(keeps, tallies, self.active, strict=True):
+            tally.add(keep, drawn_together(drop, keep, lead=2))
         return keeps
 
 
@@ -64,13 +75,18 @@ class Documents:
 class StreamSite:
     """One drop at the input or output of a module."""
 
-    def __init__(self, drop: Drop, side: Side, documents: Documents | None) -> None:
-        self.drops, self.side, self.documents = (drop,), side, documents
+    def __init__(self, switch: DropSwitch, side: Side, documents: Documents | None) -> None:
+        self.switches, self.drops = (switch,), (switch.drop,)
+        self.side, self.documents = side, documents
         self.tallies = [Tally()]
+
+    def is_active(self, module: nn.Module) -> bool:
+        """Whether it drops now: the module is training and the drop is switched on."""
+        return module.training and self.switches[0].is_on
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: drop from the output, or from the first of several."""
-        if not module.training:
+        if not self.is_active(module):
             return output
         if isinstance(output, tuple):
             return (self._drop(output[0]), *output[1:])
@@ -80,7 +96,7 @@ class StreamSite:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook with keywords: drop from the first argument, or from `hidden_states`."""
-        if not module.training:
+        if not self.is_active(module):
             return args, kwargs
         if args:
             return (self._drop(args[0]), *args[1:]), kwargs
@@ -96,7 +112,7 @@ class StreamSite:
                 "here; use the pattern element or column"
             )
         keep = draw_stream(folded, drop, None if known is None else known.segments)
-        self.tallies[0].add(keep)
+        self.tallies[0].add(keep, drawn_together(drop, keep, lead=1))
         return keep if folded is x else keep.view(x.shape[0], -1)
 
     def _drop(self, x: Tensor) -> Tensor:

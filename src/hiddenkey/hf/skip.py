@@ -44,7 +44,8 @@ class TokenSkip(StreamSite):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook with keywords."""
         self.rows = self.keep = None
-        if not module.training or len(args) != 1 or kwargs or args[0].dim() != 3 or torch.compiler.is_compiling():
+        whole = len(args) == 1 and not kwargs and args[0].dim() == 3
+        if not self.is_active(module) or not whole or torch.compiler.is_compiling():
             return args, kwargs
         x = args[0]
         self.keep = self.draw(x)

@@ -52,7 +52,7 @@ class DropAtSoftmax(TorchFunctionMode):
         shape = (batch, self.kv_heads or heads, queries, keys)
         keeps = self.site.draw(shape, logits.device, Mask(full=visible[..., :keys]))
         keeps = [F.pad(spread(keep, heads), (0, columns - keys), value=True) for keep in keeps]
-        return drop_weights(logits, visible, self.site.drops, keeps)
+        return drop_weights(logits, visible, self.site.active, keeps)
 
 
 class OwnSoftmax:
@@ -64,7 +64,7 @@ class OwnSoftmax:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
-        mode = DropAtSoftmax(self.site) if module.training else None
+        mode = DropAtSoftmax(self.site) if module.training and self.site.active else None
         self.active.append(mode)
         if mode is not None:
             mode.__enter__()

@@ -13,6 +13,7 @@ from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
 from .beside import compared_in, step_beside
+from .rate_log import log_what_is_wrong
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
 
@@ -22,8 +23,9 @@ class ConsistencyMixin:
 
     recipe: attached to the trainer's model; None where the model has one attached, or gets one before `train()`.
     In training, the loss becomes task + weight * consistency, for DPO with the policy's two views compared at the
-    tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints
-    carry the recipe, and resuming from one of another recipe is a SavedRecipeError.
+    tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`, and a warning
+    where drops are not what the recipe says. Checkpoints carry the recipe, and resuming from one of another recipe is
+    a SavedRecipeError.
     """
 
     model: nn.Module
@@ -92,6 +94,7 @@ class ConsistencyMixin:
         if "loss" in logs:
             logs.update(self._parts(logs["loss"]))
             logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
+            log_what_is_wrong(self, self.attachment)
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _is_models_own_loss(self) -> bool:

@@ -90,9 +90,9 @@ class Watch:
         paths: dict[str, str] = {}
         drawn: set[str] = set()
         for path, site in self.attachment.sites:
-            for drop, tally in zip(site.drops, site.tallies, strict=True):
+            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True):
                 paths.setdefault(str(drop), path)
-                if tally.counts is not None:
+                if tally.counts is not None or not switch.is_on:
                     drawn.add(str(drop))
         return next((UNREACHED.format(drop=drop, path=paths[drop]) for drop in paths if drop not in drawn), "")
 

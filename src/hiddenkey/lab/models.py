@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TrainConfig
 from .errors import ConfigError
-from .tasks import Task
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 # The names of query and value in transformers, then of projections that hold both in one; the first found wins.
 QUERY_AND_VALUE = (
@@ -71,13 +73,22 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
     )
     if model.config.pad_token_id is None:  # a classifier on a decoder finds the last token by it
         model.config.pad_token_id = tokenizer.pad_token_id
+    return add_lora(model, config, task.peft_type, loading["missing_keys"])
+
+
+def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_keys: set[str]) -> PeftModel:
+    """LoRA around a model, in float32; missing_keys: what its checkpoint lacks, which is trained whole.
+
+    Raises:
+        ConfigError: no module to put LoRA on.
+    """
     lora = LoraConfig(
-        task_type=task.peft_type,
+        task_type=task_type,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=find_targets(model, config.target_modules),
-        modules_to_save=_new_modules(loading["missing_keys"]),
+        modules_to_save=_new_modules(missing_keys),
     )
     peft_model = get_peft_model(model, lora)
     for parameter in peft_model.parameters():

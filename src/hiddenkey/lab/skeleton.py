@@ -23,7 +23,7 @@ def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False,
         ConfigError: the model cannot be built with that head.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    auto = getattr(transformers, model_class or _published_class(config))
+    auto = getattr(transformers, model_class or published_class(config))
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     with torch.device("meta"):
         try:
@@ -32,7 +32,8 @@ def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False,
             raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {error}") from error
 
 
-def _published_class(config: Any) -> str:
+def published_class(config: Any) -> str:
+    """The class a model was published as, or a sequence classifier where that has no head."""
     published = (config.architectures or [""])[0]
     headless = not hasattr(transformers, published) or published.endswith("Model")
     return "AutoModelForSequenceClassification" if headless else published

@@ -1,0 +1,1 @@
+"""Proof that a recipe is at work on a model: `hiddenkey.doctor`."""

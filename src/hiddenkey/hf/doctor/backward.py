@@ -1,0 +1,132 @@
+"""What can be seen in gradients: recomputed draws are the same, every parameter is reached, two views are tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+from ...consistency import CONSISTENCIES
+from ...errors import UserError
+from ..intact import some
+from ..step import consistency_step
+from .diagnosis import Finding
+from .forward import close, difference
+from .patient import SEED, Patient
+from .preserve import seed_all
+
+OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
+
+
+def check_reach(patient: Patient) -> Iterator[Finding]:
+    """Every trainable parameter gets a finite gradient, but for those that get none in the plain model either."""
+    trained = [name for name, p in patient.model.named_parameters() if p.requires_grad]
+    if not trained:
+        yield Finding("gradients", "wrong", "no parameter is trainable; add an adapter, or unfreeze something")
+        return
+    _, found = patient.gradients(patient.model, patient.batch)
+    _, plain = patient.gradients(patient.twin, patient.batch)
+    lost = [name for name in trained if name not in found]
+    ours = [name for name in lost if _inner(name) in plain]
+    infinite = [name for name in found if not found[name].isfinite().all()]
+    if ours:
+        yield Finding("gradients", "wrong", f"none reaches {some(ours)}, which the plain model does reach")
+    if infinite:
+        yield Finding("gradients", "wrong", f"not finite in {some(infinite)}")
+    if not ours and not infinite:
+        yield Finding("gradients", "ok", f"finite in {len(found)} of {len(trained)} trainable parameters")
+    rest = [name for name in lost if name not in ours]
+    if rest:
+        yield Finding("gradients", "note", f"none reaches {some(rest)}, nor does it without the recipe")
+
+
+def check_recompute(patient: Patient) -> Iterator[Finding]:
+    """Loss and gradients are the same with activations kept and recomputed, under one random state."""
+    transformer = patient.transformer
+    flagged = [module for module in transformer.modules() if hasattr(module, "gradient_checkpointing")]
+    if not transformer.supports_gradient_checkpointing or not flagged:
+        yield Finding("recompute", "skipped", f"{type(transformer).__name__} does not recompute activations")
+        return
+    if not any(p.requires_grad for p in patient.model.parameters()):
+        yield Finding("recompute", "skipped", "no parameter is trainable")
+        return
+    how = "as the model is set to"
+    if not any(module.gradient_checkpointing for module in flagged):
+        how = "with use_reentrant=False"
+        for module in flagged:
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        again_loss, again = patient.gradients(patient.model, patient.batch)
+    except CheckpointError:
+        yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
+        return
+    finally:  # the other checks look at the plain backward
+        for module in flagged:
+            module.gradient_checkpointing = False
+    loss, wanted = patient.gradients(patient.model, patient.batch)
+    apart = _apart(again, wanted)
+    values = {"loss": difference(again_loss, loss), "gradients": apart}
+    same = values["loss"] <= close(loss.dtype) and apart <= 10 * close(loss.dtype)
+    reason = f"gradients recomputed {how} differ by {apart:.2g} of their norm from those without"
+    if not again:
+        reason = f"no gradient comes through activations recomputed {how}: use use_reentrant=False"
+    elif not same:
+        reason += OTHER_MASKS
+    yield Finding("recompute", "ok" if same else "wrong", reason, values=values)
+
+
+def check_consistency(patient: Patient) -> Iterator[Finding]:
+    """The two views differ, and the term that ties them has a gradient."""
+    recipe = patient.attachment.recipe
+    if recipe.consistency is None:
+        yield Finding("consistency", "skipped", "the recipe has none")
+        return
+    if patient.batch.get("labels") is None:
+        yield Finding("consistency", "skipped", "the batches have no labels, so there is no loss to add it to")
+        return
+    seed_all(SEED)
+    try:
+        step = consistency_step(patient.model, patient.batch)
+    except UserError as error:
+        yield Finding("consistency", "wrong", str(error))
+        return
+    assert step.consistency is not None
+    value = float(step.consistency)
+    name = f"{recipe.consistency}*{recipe.weight:g}"
+    if not value > 0:
+        yield Finding("consistency", "wrong", f"{name} is {value:g}: the two views are the same")
+        return
+    reach = _reach_of_the_term(patient)
+    kind = "inference" if CONSISTENCIES[recipe.consistency].clean else "another draw"
+    reason = f"{name}: the view differs from {kind}, the term is {value:.4g} and reaches {reach} parameters"
+    yield Finding("consistency", "ok" if reach else "wrong", reason, values={"term": value, "parameters": reach})
+
+
+def _reach_of_the_term(patient: Patient) -> int:
+    """How many trainable parameters get a gradient that is not zero from the consistency alone."""
+    patient.attachment.dense = True  # in chunks of tokens only the sum has a gradient
+    seed_all(SEED)
+    term = consistency_step(patient.model, patient.batch).consistency
+    trained = [p for p in patient.model.parameters() if p.requires_grad]
+    if term is None or not term.requires_grad or not trained:
+        return 0
+    found = torch.autograd.grad(term, trained, allow_unused=True)
+    return sum(gradient is not None and bool(gradient.any()) for gradient in found)
+
+
+def _inner(name: str) -> str:
+    """A parameter's name without the prefixes of compilers and data-parallel wrappers."""
+    return name.removeprefix("module.").removeprefix("_orig_mod.")
+
+
+def _apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The relative difference of all gradients together; infinite where one set lacks a parameter."""
+    if set(found) != set(wanted) or not wanted:
+        return float("inf")
+    square = sum(float((found[name] - value).float().square().sum()) for name, value in wanted.items())
+    norm = sum(float(value.float().square().sum()) for value in wanted.values())
+    return (square / max(norm, 1e-60)) ** 0.5

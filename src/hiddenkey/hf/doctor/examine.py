@@ -1,0 +1,121 @@
+"""`hiddenkey.doctor`: every check, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ...errors import AttachError, UserError
+from ...recipe import Recipe, parse
+from ..attach import Attachment, attach, find_attachment
+from ..structure import find_transformer
+from .backward import check_consistency, check_reach, check_recompute
+from .batches import make_batches
+from .diagnosis import Diagnosis, Finding
+from .forward import check_causality, check_effect, check_evaluation
+from .patient import Patient, warnings_hidden
+from .preserve import fresh_counts, preserved
+from .rates import check_rates
+from .surroundings import (
+    check_attached,
+    check_cost,
+    check_keys,
+    check_mode,
+    check_other_dropouts,
+    check_ranks,
+    random_states,
+)
+
+Check = Callable[[Patient], Iterator[Finding]]
+CHECKS: tuple[Check, ...] = (
+    check_effect,
+    check_recompute,
+    check_evaluation,
+    check_reach,
+    check_causality,
+    check_other_dropouts,
+    check_keys,
+    check_consistency,
+)
+
+
+def doctor(
+    model: nn.Module,
+    recipe: str | Recipe | None = None,
+    batches: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    rounds: int = 4,
+    size: int = 4,
+    length: int = 32,
+) -> Diagnosis:
+    """Whether `recipe` really is at work on `model`: one finding per check, green or red, with the reason.
+
+    recipe: None where one is attached already; otherwise it is attached for the examination, in training mode.
+    batches: the model's keyword arguments, on its device; None: two made up from its configuration, of `size`
+    examples of `length` tokens. rounds: how often each batch is run to count draws.
+
+    The model is left as it was: weights, buffers, gradients, modes, random states, hooks, counts of draws.
+
+    Raises AttachError where no recipe is given or attached, or another one than given is; UserError where no batch
+    can be made, or the model is sharded; and what `plan` raises. What is wrong with the drops is a finding, no
+    exception.
+    """
+    _refuse_sharded(model)
+    attachment = find_attachment(model)
+    if attachment is not None:
+        if recipe is not None and parse(recipe) != attachment.recipe:
+            raise AttachError(
+                f"the recipe '{attachment.recipe}' is attached to this model, not '{parse(recipe)}': leave the "
+                "recipe out, or detach first"
+            )
+        return _examine(model, attachment, batches, rounds, size, length)
+    if recipe is None:
+        raise AttachError("no recipe is attached to this model; name one: hiddenkey.doctor(model, 'hiddenkey@0.1')")
+    with preserved(model), attach(model, recipe) as own:
+        model.train()
+        return _examine(model, own, batches, rounds, size, length)
+
+
+def _examine(
+    model: nn.Module,
+    attachment: Attachment,
+    batches: Sequence[Mapping[str, Any]] | None,
+    rounds: int,
+    size: int,
+    length: int,
+) -> Diagnosis:
+    states = random_states(model)
+    with preserved(model), fresh_counts(attachment), warnings_hidden():
+        if batches is None:
+            batches = make_batches(find_transformer(model)[1], 2, size, length)
+        if not batches:
+            raise UserError("batches is empty; give at least one batch, or None to have some made")
+        patient = Patient(model, attachment, batches)
+        findings = tuple(_findings(patient, states, rounds))
+    return Diagnosis(str(attachment.recipe), attachment.plan.model, findings)
+
+
+def _findings(patient: Patient, states: dict[str, Any], rounds: int) -> Iterator[Finding]:
+    attached = list(check_attached(patient))
+    yield from attached
+    yield from check_mode(patient)
+    if any(finding.verdict == "wrong" for finding in attached):
+        yield Finding("the rest", "skipped", "a training forward would stop at the above; mend that first")
+        return
+    if not patient.model.training:
+        patient.model.train()  # one cause, one red line: the rest is told as it would be in training
+    yield from check_rates(patient, rounds)
+    for check in CHECKS:
+        yield from check(patient)
+    yield from check_ranks(patient, states)
+    yield from check_cost(patient)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
+        raise UserError("the doctor needs whole parameters; examine the model before it is sharded")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise UserError("the doctor runs the model, and this one has no weights; load it with from_pretrained")

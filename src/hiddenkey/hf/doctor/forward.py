@@ -1,0 +1,130 @@
+"""What can be seen in outputs: drops have an effect, evaluation has none of it, and no output looks ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..views import LastLayer
+from .diagnosis import Finding
+from .patient import SEED, Patient, main_output
+from .preserve import only_our_drops, without_our_drops
+from .rates import recorded
+
+TOKENS = 6
+# Kernels may add up in another order when a later token differs, so equal means equal to so many digits.
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ROUGH = 3e-2
+
+
+def close(dtype: torch.dtype) -> float:
+    """The relative difference below which two tensors of a dtype are the same."""
+    return CLOSE.get(dtype, ROUGH)
+
+
+def difference(first: Tensor, second: Tensor) -> float:
+    """|a - b| / |b| in the Euclidean norm."""
+    first, second = first.float(), second.float()
+    return float((first - second).norm() / second.norm().clamp(min=1e-30))
+
+
+def check_effect(patient: Patient) -> Iterator[Finding]:
+    """Outputs in training differ from those without our drops, and from draw to draw."""
+    if not patient.rates:
+        yield Finding("effect", "skipped", "no drop of the recipe is on, so there is nothing to see")
+        return
+    with only_our_drops(patient.attachment.model), torch.no_grad():
+        with recorded(patient) as records:
+            first, second = (_states(patient, SEED + turn) for turn in (1, 2))
+        with without_our_drops(patient.attachment):
+            plain = _states(patient, SEED + 1)
+    drawn = [record for record in records.values() if record.drawn]
+    if drawn and not any(record.dropped for record in drawn):
+        yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
+        return
+    apart = {"without drops": difference(first, plain), "with another draw": difference(first, second)}
+    for name, value in apart.items():
+        same = value == 0
+        reason = f"the output in training differs from that {name} by {value:.3g} of its norm"
+        if same:
+            reason = f"the output in training is the same as {name}: no drop reaches it"
+        yield Finding("effect", "wrong" if same else "ok", reason, values={"difference": value})
+
+
+def check_evaluation(patient: Patient) -> Iterator[Finding]:
+    """In evaluation mode the attached model gives, bit for bit, what the plain one gives; `generate` too."""
+    ours, plain = (patient.evaluate(model, patient.batch) for model in (patient.attachment.model, patient.twin))
+    same = torch.equal(ours, plain)
+    reason = "outputs are bit for bit those of the plain model"
+    if not same:
+        reason = f"outputs differ from the plain model's by {difference(ours, plain):.3g} of their norm"
+    yield Finding("evaluation", "ok" if same else "wrong", reason)
+    yield _check_generate(patient)
+
+
+def _check_generate(patient: Patient) -> Finding:
+    transformer = patient.transformer
+    if not transformer.can_generate() or transformer.main_input_name != "input_ids":
+        return Finding("generate", "skipped", "this model generates no text")
+    prompt = {name: patient.batch[name][:1] for name in ("input_ids", "attention_mask") if name in patient.batch}
+    # Forced on, or an early end mark would compare nothing.
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    texts = []
+    for model in (patient.attachment.model, patient.twin):
+        with patient.rest(model):
+            texts.append(model.generate(**prompt, **options))  # type: ignore[operator]
+    same = torch.equal(*texts)
+    reason = f"{TOKENS} tokens are those of the plain model" if same else "tokens differ from the plain model's"
+    return Finding("generate", "ok" if same else "wrong", reason)
+
+
+def check_causality(patient: Patient) -> Iterator[Finding]:
+    """With the same draws, another later token leaves the earlier outputs as they are."""
+    stacks = patient.attachment.plan.structure.stacks
+    if not stacks or not stacks[-1].causal:
+        yield Finding("causality", "skipped", "the model is not causal")
+        return
+    changed = _later_tokens_changed(patient)
+    if changed is None:
+        yield Finding("causality", "skipped", "the batch has no text of which a later token could be changed")
+        return
+    batch, place = changed
+    with torch.no_grad(), only_our_drops(patient.attachment.model):
+        before, after = (_last_layer(patient, inputs) for inputs in (patient.batch, batch))
+    apart = difference(after[:, :place], before[:, :place])
+    moved = difference(after[:, place:], before[:, place:])
+    same = apart <= close(before.dtype)
+    reason = f"other tokens from place {place} on change the states there by {moved:.3g}, before it by {apart:.3g}"
+    yield Finding("causality", "ok" if same else "wrong", reason, values={"before": apart, "after": moved})
+
+
+def _later_tokens_changed(patient: Patient) -> tuple[dict[str, Any], int] | None:
+    """The batch with other tokens in the last third of the decoder's text, taken from the text itself."""
+    batch = dict(patient.batch)
+    pair = patient.transformer.config.is_encoder_decoder
+    name = next((n for n in (("decoder_input_ids", "labels") if pair else ("input_ids",)) if n in batch), None)
+    if name is None or "pixel_values" in batch or batch[name].dim() != 2:
+        return None
+    ids = batch[name]
+    # The labels of an encoder-decoder model enter its decoder one place later.
+    place = ids.shape[1] - max(ids.shape[1] // 3, 1)
+    later = torch.roll(ids[:, place:], 1, dims=1)
+    if torch.equal(later, ids[:, place:]):
+        return None
+    batch[name] = torch.cat([ids[:, :place], later], 1)
+    return batch, place
+
+
+def _last_layer(patient: Patient, batch: Any) -> Tensor:
+    with LastLayer(patient.attachment) as last:
+        patient.train(patient.model, batch)
+    assert last.output is not None
+    return last.output
+
+
+def _states(patient: Patient, seed: int) -> Tensor:
+    """What the model puts out for the first batch, in the mode it is in."""
+    return main_output(patient.train(patient.model, patient.batch, seed))

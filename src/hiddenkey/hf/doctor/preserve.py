@@ -1,0 +1,133 @@
+"""A model that is looked at and left exactly as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from ..attach import Attachment, find_attachment
+from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..structure import find_transformer
+
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Give back at the end: random states, training modes, gradients, buffers, and how activations are kept."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    # A classifier writes what its first labels look like into its configuration.
+    config = find_transformer(model)[1].config
+    problem_type = getattr(config, "problem_type", None)
+    with random_state(model), checkpointing_preserved(model):
+        for parameter, _ in gradients:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            if hasattr(config, "problem_type"):
+                config.problem_type = problem_type
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+@contextmanager
+def random_state(model: nn.Module) -> Iterator[None]:
+    """Give back the states of Python's, numpy's and torch's generators, on the CPU and on the model's devices."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    indices = [device.index or 0 for device in devices]
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(indices, device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch; Python's and numpy's generators, from which models draw what is no drop, always alike."""
+    torch.manual_seed(seed)
+    random.seed(0)
+    numpy.random.seed(0)
+
+
+@contextmanager
+def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
+    """Give back which modules recompute their activations, and how."""
+    modules = [module for module in model.modules() if hasattr(module, CHECKPOINTING[0])]
+    found = [{name: vars(module)[name] for name in CHECKPOINTING if name in vars(module)} for module in modules]
+    try:
+        yield
+    finally:
+        for module, values in zip(modules, found, strict=True):
+            for name in CHECKPOINTING:
+                if name not in values:
+                    vars(module).pop(name, None)
+            vars(module).update(values)
+
+
+@contextmanager
+def fresh_counts(attachment: Attachment) -> Iterator[None]:
+    """The draws inside do not count for the user's rates."""
+    tallies = [tally for _, site in attachment.sites for tally in site.tallies]
+    counts, dense, seen = [tally.counts for tally in tallies], attachment.dense, attachment.seen
+    for tally in tallies:
+        tally.counts = None
+    attachment.seen = True
+    try:
+        yield
+    finally:
+        for tally, count in zip(tallies, counts, strict=True):
+            tally.counts = count
+        attachment.dense, attachment.seen = dense, seen
+
+
+@contextmanager
+def only_our_drops(model: nn.Module) -> Iterator[None]:
+    """Every other dropout off: the model's own, where one is on, and the adapter's."""
+    others = (*own_dropouts(model), *adapter_dropouts(model))
+    silenced = silence(model, others)
+    try:
+        yield
+    finally:
+        give_back(silenced)
+
+
+@contextmanager
+def without_our_drops(attachment: Attachment) -> Iterator[None]:
+    """Our drops switched off."""
+    rates = [(switch, switch.p) for switch in attachment.switches]
+    for switch, _ in rates:
+        switch.p = 0.0
+    try:
+        yield
+    finally:
+        for switch, p in rates:
+            switch.p = p
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy of an attached model with the same tensors, without the recipe."""
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    attachment = find_attachment(twin)
+    if attachment is not None:
+        attachment.detach()
+    return twin

@@ -1,0 +1,158 @@
+"""What is around the drops: hooks and modes, other dropouts, saved keys, other processes, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from ...errors import UserError
+from ..dropouts import OwnDropout, adapter_dropouts, own_dropouts
+from ..intact import module_at, problems, some
+from ..step import consistency_step
+from .diagnosis import Finding
+from .patient import SEED, Patient, loss_of, main_output
+from .preserve import seed_all
+
+ROUNDS = 5
+
+
+def check_attached(patient: Patient) -> Iterator[Finding]:
+    """The recipe sits on the model as it did after attach."""
+    attachment = patient.attachment
+    found = list(dict.fromkeys(problems(attachment)))
+    for problem in found:
+        yield Finding("attached", "wrong", problem)
+    if not found:
+        count = sum(len(site.drops) for _, site in attachment.sites)
+        yield Finding("attached", "ok", f"{count} sites, every hook and name in its place")
+
+
+def check_mode(patient: Patient) -> Iterator[Finding]:
+    """The model is in training mode, and so is every module that drops."""
+    if not patient.model.training:
+        reason = "the model is in evaluation mode, in which nothing is dropped: call model.train()"
+        yield Finding("training mode", "wrong", reason)
+        return
+    model = patient.attachment.model
+    sites = [(path, module_at(model, path)) for path, _ in patient.attachment.sites]
+    still = [path for path, module in sites if module is not None and not module.training]
+    if still:
+        yield Finding("training mode", "wrong", f"in evaluation mode: {some(still)}; call model.train()")
+    else:
+        yield Finding("training mode", "ok", "the model and every module that drops")
+
+
+def check_other_dropouts(patient: Patient) -> Iterator[Finding]:
+    """The model's own dropouts are off; the adapter's are the user's choice."""
+    own = list(own_dropouts(patient.attachment.model))
+    silenced = len(patient.attachment.plan.own_dropouts)
+    if own:
+        yield Finding("own dropouts", "wrong", f"turned on again after attach: {_list(own)}; set them to 0")
+    else:
+        reason = f"{silenced} set to 0 by attach, none on" if silenced else "the model has none"
+        yield Finding("own dropouts", "ok", reason)
+    adapter = list(adapter_dropouts(patient.attachment.model))
+    if adapter:
+        yield Finding("adapter", "note", f"{len(adapter)} dropouts of the adapter are on: {_list(adapter)}")
+
+
+def check_keys(patient: Patient) -> Iterator[Finding]:
+    """What is saved has the names it has without us."""
+    ours, plain = (list(model.state_dict()) for model in (patient.attachment.model, patient.twin))
+    same = ours == plain
+    reason = f"{len(ours)} keys, those of the plain model"
+    if not same:
+        reason = f"other keys than the plain model's: {some(sorted(set(ours) ^ set(plain)))}"
+    yield Finding("saved keys", "ok" if same else "wrong", reason)
+    if hasattr(patient.attachment.model, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        adapters = [list(get_peft_model_state_dict(m)) for m in (patient.attachment.model, patient.twin)]
+        same = adapters[0] == adapters[1]
+        reason = f"{len(adapters[0])} keys of a plain PEFT adapter" if same else "keys that plain PEFT does not write"
+        yield Finding("adapter keys", "ok" if same else "wrong", reason)
+
+
+def check_ranks(patient: Patient, states: dict[str, Any]) -> Iterator[Finding]:
+    """Processes that share the data draw different masks. states: the random states the doctor found."""
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        yield Finding("ranks", "skipped", "one process: torch.distributed is not initialised")
+        return
+    restore_random(states)
+    with torch.no_grad():
+        output = main_output(patient.model(**patient.batch)).double()
+    seen: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(seen, float(output.square().sum()))
+    same = len(set(seen)) < len(seen)
+    reason = f"{len(set(seen))} different draws in {len(seen)} processes"
+    if same:
+        reason += ": give every data-parallel rank its own seed, torch.manual_seed(seed + rank)"
+    yield Finding("ranks", "wrong" if same else "ok", reason)
+
+
+def random_states(model: nn.Module) -> dict[str, Any]:
+    """The states of torch's generators of the CPU and the model's first device."""
+    device = next(model.parameters()).device
+    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[str(device)] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def restore_random(states: dict[str, Any]) -> None:
+    """Set them again."""
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(torch.device(name)).set_rng_state(state, torch.device(name))
+
+
+def check_cost(patient: Patient) -> Iterator[Finding]:
+    """The time of a step against a plain one: medians of interleaved rounds. Never red."""
+    if not any(p.requires_grad for p in patient.model.parameters()):
+        yield Finding("cost", "skipped", "no parameter is trainable")
+        return
+    times: list[list[float]] = [[], []]
+    try:
+        for _ in range(ROUNDS + 1):
+            for step, taken in zip((_plain_loss, _our_loss), times, strict=True):
+                taken.append(_time(patient, step))
+    except UserError:
+        yield Finding("cost", "skipped", "the recipe's step can't be made with these batches")
+        return
+    plain, ours = (median(taken[1:]) for taken in times)
+    ratio = ours / plain
+    reason = f"a step takes {ratio:.2f} of a plain one, {ours * 1e3:.0f} ms, with batches as small as these"
+    yield Finding("cost", "note", reason, values={"ratio": ratio, "seconds": ours})
+
+
+def _plain_loss(patient: Patient) -> torch.Tensor:
+    return loss_of(patient.twin(**patient.batch))
+
+
+def _our_loss(patient: Patient) -> torch.Tensor:
+    if patient.attachment.recipe.consistency is None or patient.batch.get("labels") is None:
+        return loss_of(patient.model(**patient.batch))
+    return consistency_step(patient.model, patient.batch).total
+
+
+def _time(patient: Patient, step: Callable[[Patient], torch.Tensor]) -> float:
+    seed_all(SEED)
+    start = time.perf_counter()
+    step(patient).backward()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    taken = time.perf_counter() - start
+    for parameter in patient.model.parameters():
+        parameter.grad = None
+    return taken
+
+
+def _list(dropouts: list[OwnDropout]) -> str:
+    return some([f"{own.path}.{own.name} {own.p:g}" for own in dropouts])

@@ -1,0 +1,108 @@
+"""What a trainer says in its log when drops are not what the recipe says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..axes.pattern import PATTERNS
+from ..recipe import Drop
+from .attach import Attachment
+from .dropouts import own_dropouts
+from .intact import some, switched_off
+from .interval import surprise
+
+# Over a whole run, however often it is looked at, the probability of a warning by chance.
+FALSE_ALARM = 1e-6
+
+Counts = list[int]
+logger = logging.getLogger(__name__)
+
+
+def log_what_is_wrong(trainer: Any, attachment: Attachment) -> None:
+    """Warn in the log of what a `RateWatch` finds; the trainer keeps it, one for every attachment."""
+    watch: RateWatch | None = vars(trainer).get("_rate_watch")
+    if watch is None or watch.attachment is not attachment:
+        watch = trainer._rate_watch = RateWatch(attachment)
+    for sentence in watch.look():
+        logger.warning(sentence)
+
+
+class RateWatch:
+    """Looks at the draws since the last look, each time with a smaller share of the false alarms of the run.
+
+    The k-th look spends 1 / k(k + 1) of `FALSE_ALARM`, divided by the drops looked at; the shares add up to 1.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.looks = 0
+        self.seen: list[Counts] = []
+        self.said: set[str] = set()
+
+    def look(self) -> list[str]:
+        """What is wrong and was not said before, one sentence each.
+
+        Call it where training steps were made since the last look; the first one looks back to attach.
+        """
+        self.looks += 1
+        now = self._counts()
+        before = self.seen or [[0, 0, 0] for _ in now]
+        fresh = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(now, before, strict=True)]
+        self.seen = now
+        found = [*self._silent(fresh), *self._off_rate(fresh), *self._surroundings()]
+        new = [sentence for sentence in found if sentence not in self.said]
+        self.said.update(new)
+        return new
+
+    def _silent(self, fresh: list[Counts]) -> Iterator[str]:
+        sites = [
+            f"{drop.position} {path}"
+            for (path, drop, is_on), (_, drawn, _) in zip(self._sites(), fresh, strict=True)
+            if is_on and drawn == 0
+        ]
+        if sites:
+            yield (
+                f"{some(sites)} drew nothing since the last log: something bypasses these modules, or put them in "
+                "evaluation mode; hiddenkey.doctor(model) tells more"
+            )
+
+    def _off_rate(self, fresh: list[Counts]) -> Iterator[str]:
+        """Rates that chance does not explain, over all sites of a drop."""
+        totals: dict[Drop, Counts] = {}
+        for (_, drop, _), counts in zip(self._sites(), fresh, strict=True):
+            total = totals.setdefault(drop, [0, 0, 0])
+            total[:] = [a + b for a, b in zip(total, counts, strict=True)]
+        level = FALSE_ALARM / (self.looks * (self.looks + 1) * max(len(totals), 1))
+        for drop, (dropped, drawn, squares) in totals.items():
+            if drawn == 0 or PATTERNS[drop.pattern].unit == "fixed":
+                continue
+            rate, draws = dropped / drawn, drawn**2 / squares
+            if surprise(rate, drop.p, draws) < level:
+                yield f"'{drop}' dropped {rate:.4g} since the last log, in {draws:.4g} draws: that is no chance"
+
+    def _surroundings(self) -> Iterator[str]:
+        off = [switch for switch in self.attachment.switches if not switch.is_on]
+        if off:
+            yield switched_off(off)
+        own = [f"{dropout.path}.{dropout.name} {dropout.p:g}" for dropout in own_dropouts(self.attachment.model)]
+        if own:
+            yield f"dropouts of the model itself were turned on again after attach: {some(own)}"
+
+    def _sites(self) -> list[tuple[str, Drop, bool]]:
+        return [
+            (path, drop, switch.is_on)
+            for path, site in self.attachment.sites
+            for drop, switch in zip(site.drops, site.switches, strict=True)
+        ]
+
+    def _counts(self) -> list[Counts]:
+        """[dropped, drawn, squares] of every site and drop, with one wait for the device."""
+        counts = [tally.counts for _, site in self.attachment.sites for tally in site.tallies]
+        device = next((count.device for count in counts if count is not None), torch.device("cpu"))
+        none = torch.zeros(3, dtype=torch.long, device=device)
+        rows = [none if count is None else count.to(device) for count in counts]
+        return torch.stack(rows).tolist() if rows else []

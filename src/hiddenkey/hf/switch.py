@@ -1,0 +1,29 @@
+"""The rate of a drop as a module of the model, so that whoever turns its dropouts off turns ours off too."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..recipe import Drop
+
+SWITCHES = "hiddenkey_drops"
+
+
+class DropSwitch(nn.Dropout):
+    """One drop of the attached recipe: an `nn.Dropout` that stands in the model and is never called.
+
+    All sites of the drop look at its `p`. Code that walks over the modules and sets every dropout to 0 (TRL's
+    `disable_dropout`, for reproducible log-probabilities) turns the drop off; p put back turns it on again. It has
+    no parameters and no buffers, so `state_dict` does not know it.
+    """
+
+    def __init__(self, drop: Drop) -> None:
+        super().__init__(drop.p)
+        self.drop = drop
+
+    @property
+    def is_on(self) -> bool:
+        return self.p > 0
+
+    def extra_repr(self) -> str:
+        return f"{self.drop}{'' if self.is_on else ', switched off'}"

@@ -1,0 +1,97 @@
+"""`hiddenkey doctor`: the model as `hiddenkey train` would train it, under examination."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+from transformers import AutoConfig
+
+import hiddenkey
+
+from .config import TrainConfig
+from .config_file import read_fields
+from .errors import ConfigError
+from .models import add_lora
+from .skeleton import published_class
+
+TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+STYLES = {"ok": "green", "wrong": "bold red", "skipped": "dim", "note": "default"}
+
+
+def examine(
+    name: str,
+    recipe: str,
+    model_class: str,
+    *,
+    train_args: str,
+    trust_remote_code: bool,
+    rounds: int,
+    size: int,
+    length: int,
+) -> hiddenkey.Diagnosis:
+    """Load the model, put LoRA on it, and let `hiddenkey.doctor` look at it with `recipe`.
+
+    model_class: an Auto class of transformers; empty: the published one. train_args: a YAML file of
+    `hiddenkey train`, or nothing.
+
+    Raises:
+        OSError: no such model or file.
+        UserError: the file, the recipe or the model does not fit.
+    """
+    for option, value in {"rounds": rounds, "size": size, "length": length}.items():
+        if value < 1:
+            raise ConfigError(f"{option} = {value} is not allowed: it is 1 or more.")
+    given = read_fields(train_args) if train_args else {}
+    settings: dict[str, Any] = {"data": "none", "out": "none", **given, "model": name, "recipe": recipe}
+    if trust_remote_code:
+        settings["trust_remote_code"] = True
+    config = TrainConfig(**settings)
+    config.check()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b.*")
+    return hiddenkey.doctor(load(config, model_class), recipe, rounds=rounds, size=size, length=length)
+
+
+def load(config: TrainConfig, model_class: str) -> nn.Module:
+    """The pretrained model with LoRA, and activation checkpointing where the configuration wants it."""
+    torch.manual_seed(config.seed)
+    published = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    auto = getattr(transformers, model_class or published_class(published))
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model, loading = auto.from_pretrained(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        **attention,
+    )
+    kind = type(model).__name__
+    task_type = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), None)
+    adapted = add_lora(model, config, task_type, loading["missing_keys"])
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return adapted
+
+
+def show(diagnosis: hiddenkey.Diagnosis, as_json: bool) -> None:
+    """Print the findings: JSON, or a line each, in colour on a terminal."""
+    if as_json:
+        print(json.dumps(diagnosis.to_dict(), indent=2))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"recipe  {diagnosis.recipe}\nmodel   {diagnosis.model}\n", markup=False)
+    for finding in diagnosis.findings:
+        console.print(str(finding), style=STYLES[finding.verdict], markup=False)
+    console.print(f"\n{diagnosis.summary}", style=STYLES["ok" if diagnosis.ok else "wrong"], markup=False)

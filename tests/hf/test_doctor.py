@@ -1,0 +1,259 @@
+"""The doctor: green where all is well, and the model is as it was before."""
+
+import json
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import hiddenkey
+from hiddenkey.axes.pattern import PATTERNS, random_keep, register_pattern
+from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
+
+from .tiny import FAMILIES, batch, make
+from .tools import ALL, attached, inputs_for, logits_of, lora, same_state, snapshot
+
+QUICK = {"rounds": 1, "size": 3, "length": 12}
+FEW = ("bert", "llama", "t5", "vit", "mpnet")
+SPANS = "hidden[:]:span@0.3 + logits[:]:span@0.3"
+
+
+def examined(model, recipe=None, **options):
+    return hiddenkey.doctor(model, recipe, **{**QUICK, **options})
+
+
+def verdicts(diagnosis, check):
+    return [finding.verdict for finding in diagnosis.findings if finding.check == check]
+
+
+def reason(diagnosis, check):
+    return "; ".join(finding.reason for finding in diagnosis.findings if finding.check == check)
+
+
+@pytest.mark.parametrize("family", [f if f in FEW else pytest.param(f, marks=pytest.mark.full) for f in FAMILIES])
+@pytest.mark.parametrize("recipe", ("hiddenkey[:]@0.3", f"{ALL} ~ js"), ids=("hiddenkey", "all"))
+def test_every_family_is_green(family, recipe):
+    if family != "llama" and recipe != "hiddenkey[:]@0.3":
+        pytest.skip("once is enough")
+    diagnosis = examined(lora(make(family)), recipe)
+    assert diagnosis.ok, str(diagnosis)
+    plan = hiddenkey.plan(make(family), recipe)
+    assert len(verdicts(diagnosis, "rate")) == len(plan.sites)
+    for check in ("effect", "evaluation", "gradients", "saved keys", "adapter keys", "consistency"):
+        assert set(verdicts(diagnosis, check)) == {"ok"}, (check, str(diagnosis))
+    causal = hiddenkey.plan(make(family), recipe).structure.stacks[-1].causal
+    assert verdicts(diagnosis, "recompute") == ["skipped" if family == "mpnet" else "ok"]
+    assert verdicts(diagnosis, "causality") == ["ok" if causal else "skipped"]
+    assert verdicts(diagnosis, "generate") == ["ok" if causal else "skipped"]
+
+
+def count_training(module, args, output):
+    if module.training:
+        module.running += 1
+
+
+@pytest.mark.parametrize("adapter", (False, True), ids=("plain", "lora"))
+@pytest.mark.parametrize("before", (False, True), ids=("attaches", "attached"))
+@pytest.mark.parametrize("family", ("llama", "vit"))
+def test_the_model_is_left_as_it_was(family, before, adapter):
+    model = lora(make(family)) if adapter else make(family)
+    model.register_buffer("running", torch.zeros(3))
+    model.register_forward_hook(count_training)
+    attachment = hiddenkey.attach(model, "hiddenkey@0.3") if before else None
+    inputs = batch(family)
+    model(**inputs).loss.backward()
+    next(iter(model.children())).eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    shot, rates = snapshot(model), attachment.rates() if before else None
+    randoms = torch.get_rng_state(), random.getstate()
+    diagnosis = examined(model, None if before else "hiddenkey@0.3")
+    assert len(diagnosis.findings) > 10
+    assert torch.equal(torch.get_rng_state(), randoms[0])
+    assert random.getstate() == randoms[1]
+    assert snapshot(model) == shot
+    assert same_state(model, state)
+    assert [module.training for module in model.modules()] == modes
+    for name, parameter in model.named_parameters():
+        grad, value = gradients[name]
+        assert parameter.grad is grad
+        assert grad is None or torch.equal(grad, value)
+    assert hiddenkey.find_attachment(model) is attachment
+    if before:
+        assert attachment.rates() == rates
+        assert not attachment.dense
+
+
+def test_the_model_is_left_as_it_was_after_an_error():
+    model = attached("llama", "hiddenkey@0.3")
+    model.model.layers[0].eval()
+    shot, state = snapshot(model), torch.get_rng_state()
+    with pytest.raises(IndexError):
+        hiddenkey.doctor(model, batches=[{"input_ids": torch.tensor([[999_999]])}])
+    assert snapshot(model) == shot
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_own_batches_are_used():
+    model, seen = attached("bert", "hiddenkey@0.3"), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    assert hiddenkey.doctor(model, batches=[batch("bert")], rounds=1).ok
+    assert set(seen) <= {(3, 12), (6, 12)}
+    with pytest.raises(hiddenkey.UserError, match="batches is empty"):
+        hiddenkey.doctor(model, batches=[])
+
+
+@pytest.mark.parametrize("pattern", ("element", "column", "span"))
+def test_what_is_counted(pattern):
+    """Draws: every entry, every key of a head, or, for spans, a fixed number of places."""
+    diagnosis = examined(make("llama"), f"logits[:]:{pattern}@0.3", size=3, length=12, rounds=2)
+    finding = next(f for f in diagnosis.findings if f.check == "rate")
+    forwards, kv_heads = 2 * 2, 2
+    if pattern == "span":
+        lengths = (12, 12, 9)
+        assert finding.values["must"] == sum(int(n * 0.3 + 0.5) for n in lengths) / sum(lengths)
+        assert finding.values["rate"] == finding.values["must"]
+    else:
+        queries = 12 if pattern == "element" else 1
+        assert finding.values["draws"] == forwards * 3 * kv_heads * queries * 12
+        assert finding.values["low"] < 0.3 < finding.values["high"]
+
+
+def test_a_pattern_of_somebody_else_counts_rows():
+    @register_pattern("all-or-nothing")
+    def all_or_nothing(grid, p):
+        return grid.lay(random_keep((*grid.lead, 1), p, grid.device).expand(*grid.lead, grid.places))
+
+    try:
+        diagnosis = examined(make("llama"), "hidden[:]:all-or-nothing@0.5", rounds=8)
+        finding = next(f for f in diagnosis.findings if f.check == "rate")
+        assert finding.values["draws"] == 8 * 2 * 3
+        assert diagnosis.ok, str(diagnosis)
+    finally:
+        PATTERNS.remove("all-or-nothing")
+
+
+def test_adapter_dropouts_are_named():
+    diagnosis = examined(lora(make("llama"), ["q_proj"], lora_dropout=0.05), "hiddenkey@0.3")
+    assert diagnosis.ok, str(diagnosis)
+    assert "4 dropouts of the adapter are on" in reason(diagnosis, "adapter")
+
+
+def test_a_parameter_that_nobody_reaches_is_no_fault_of_ours():
+    model = make("llama")
+    model.unused = nn.Parameter(torch.ones(2))
+    diagnosis = examined(model, "hiddenkey@0.3")
+    assert diagnosis.ok
+    assert verdicts(diagnosis, "gradients") == ["ok", "note"]
+    assert "unused, nor does it without the recipe" in reason(diagnosis, "gradients")
+
+
+@pytest.mark.parametrize("recipe", ("baseline", "hiddenkey-@0", "hidden[:]:span@0.01"))
+def test_recipes_that_drop_nothing(recipe):
+    diagnosis = examined(make("llama"), recipe)
+    assert diagnosis.ok, str(diagnosis)
+    assert verdicts(diagnosis, "effect") == ["skipped"]
+    assert verdicts(diagnosis, "consistency") == ["skipped"]
+
+
+def test_the_report():
+    diagnosis = examined(make("bert"), "hiddenkey@0.3")
+    plain = json.loads(json.dumps(diagnosis.to_dict()))
+    assert plain["ok"] is True
+    assert plain["recipe"] == "logits:column@0.3 + hidden:element@0.3 ~ kl*1.0"
+    assert len(plain["findings"]) == len(diagnosis.findings)
+    text = str(diagnosis)
+    assert "none red" in text
+    assert "RED" not in text
+    assert len(text.splitlines()) == len(diagnosis.findings) + 5
+
+
+def test_what_is_refused():
+    with pytest.raises(hiddenkey.AttachError, match="no recipe is attached"):
+        hiddenkey.doctor(make("bert"))
+    with pytest.raises(hiddenkey.AttachError, match=r"'logits:column@0\.3.*not 'baseline'"):
+        hiddenkey.doctor(attached("bert", "hiddenkey@0.3"), "baseline")
+    assert hiddenkey.doctor(attached("bert", "hiddenkey@0.3"), "hiddenkey@0.3", **QUICK).ok
+    with torch.device("meta"):
+        empty = FAMILIES["bert"]()
+    with pytest.raises(hiddenkey.UserError, match="no weights"):
+        hiddenkey.doctor(empty, "hiddenkey@0.3")
+
+
+def test_a_model_whose_inputs_are_unknown():
+    model = make("bert")
+    type(model).main_input_name, kept = "smells", type(model).main_input_name
+    try:
+        with pytest.raises(hiddenkey.UserError, match=r"takes 'smells'.*batches="):
+            hiddenkey.doctor(model, "hiddenkey@0.3")
+    finally:
+        type(model).main_input_name = kept
+
+
+@pytest.mark.parametrize(("others", "verdict"), (([], "wrong"), ([0.25], "ok")))
+def test_ranks(others, verdict, monkeypatch):
+    """One process plays two: its peer's output is the same, or another one."""
+    model = attached("bert", "hiddenkey@0.3")
+    patient = types.SimpleNamespace(model=model, batch=batch("bert"))
+
+    def gather(into, value):
+        into[:] = [value, *(others or [value])]
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    (finding,) = check_ranks(patient, random_states(model))
+    assert finding.verdict == verdict
+
+
+@pytest.mark.full
+def test_a_compiled_model_is_examined_as_it_is():
+    torch._dynamo.reset()
+    model = attached("bert", "hiddenkey@0.3")
+    diagnosis = examined(torch.compile(model, backend="eager"))
+    torch._dynamo.reset()
+    assert diagnosis.ok, str(diagnosis)
+
+
+TWO = """
+import sys, torch
+from torch import distributed
+from tests.hf.tiny import make
+import hiddenkey
+rank, store, apart = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "apart"
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+model = make("bert")
+hiddenkey.attach(model, "hiddenkey@0.3")
+torch.manual_seed(5 + rank * apart)
+diagnosis = hiddenkey.doctor(model, rounds=1)
+print([finding.verdict for finding in diagnosis.findings if finding.check == "ranks"], diagnosis.ok)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("seeds", "said"), (("apart", "['ok'] True"), ("alike", "['wrong'] False")))
+def test_two_processes(seeds, said, tmp_path):
+    command, root = [sys.executable, "-c", TWO], Path(__file__).parents[2]
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), seeds], stdout=subprocess.PIPE, text=True, cwd=root
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        output, _ = process.communicate(timeout=200)
+        assert output.strip() == said
+
+
+def test_evaluation_after_an_examination():
+    model, inputs = attached("llama", "hiddenkey@0.3"), inputs_for("llama", "right")
+    examined(model)
+    assert torch.equal(logits_of(model.eval(), inputs), logits_of(make("llama").eval(), inputs))

@@ -1,0 +1,191 @@
+"""The statistics behind red lines and warnings, and what a trainer's log says when drops are lost."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+import hiddenkey
+from hiddenkey import attend, dropout
+from hiddenkey.drop import Tally, draw
+from hiddenkey.hf.interval import interval, surprise
+from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
+
+from .test_trainer import drop_trainer, training_logs
+from .tiny import batch
+from .tools import attached
+
+RECIPE = "hiddenkey-[:]@0.3"
+
+
+def binomial(draws, p):
+    """P(X = k) of k = 0 … n."""
+    return [math.comb(draws, k) * p**k * (1 - p) ** (draws - k) for k in range(draws + 1)]
+
+
+@pytest.mark.parametrize("p", (0.01, 0.1, 0.5))
+@pytest.mark.parametrize("draws", (1, 7, 40, 400))
+def test_a_small_surprise_is_as_rare_as_it_says(draws, p):
+    values = [surprise(dropped / draws, p, draws) for dropped in range(draws + 1)]
+    chances = binomial(draws, p)
+    for value in values:
+        true = sum(chance for chance, other in zip(chances, values, strict=True) if other <= value * (1 + 1e-9))
+        assert true <= value * (1 + 1e-9)
+    assert surprise(p, p, draws) == 1
+
+
+def test_a_normal_approximation_would_not_do():
+    """Six dropped of a hundred at p = 0.01: five standard deviations, and yet one case in 2000."""
+    true = sum(binomial(100, 0.01)[6:])
+    normal = math.erfc((0.06 - 0.01) / math.sqrt(0.01 * 0.99 / 100) / math.sqrt(2))
+    assert normal < 1e-6 < 5e-4 < true < surprise(0.06, 0.01, 100)
+
+
+@pytest.mark.parametrize("rate", (0.0, 0.1, 0.7, 1.0))
+def test_the_interval_ends_where_the_surprise_begins(rate):
+    low, high = interval(rate, 200, 1e-3)
+    assert 0 <= low <= rate <= high <= 1
+    for end in (low, high):
+        if end not in (0.0, 1.0):
+            assert surprise(rate, end, 200) == pytest.approx(1e-3, rel=1e-3)
+    wide, narrow = interval(rate, 200, 1e-6), interval(rate, 20_000, 1e-3)
+    assert wide[1] - wide[0] > high - low > narrow[1] - narrow[0]
+
+
+def test_false_alarms_of_a_run_add_up_to_less_than_promised():
+    assert sum(FALSE_ALARM / (k * (k + 1)) for k in range(1, 100_000)) < FALSE_ALARM
+
+
+def test_a_tally_knows_what_is_drawn_together():
+    tally = Tally()
+    tally.add(torch.tensor([[True, False, False, True]]))
+    assert tally.counts.tolist() == [2, 4, 4]
+    tally.add(torch.ones(2, 5, dtype=torch.bool), together=5)
+    assert tally.counts.tolist() == [2, 14, 4 + 2 * 25]
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_what_is_recomputed_is_counted_once(reentrant):
+    counts = []
+    for checkpointing in (False, True):
+        model = attached("llama", RECIPE)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        model(**batch("llama")).loss.backward()
+        sites = hiddenkey.find_attachment(model).sites
+        counts.append([tally.counts.tolist() for _, site in sites for tally in site.tallies])
+    assert counts[0] == counts[1]
+
+
+# The watch by itself.
+
+
+def watched(recipe=RECIPE):
+    model = attached("llama", recipe)
+    return model, RateWatch(hiddenkey.find_attachment(model))
+
+
+def other_rate(monkeypatch, rate):
+    for module in (dropout, attend):
+        monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
+
+
+@pytest.mark.parametrize("pattern", ("element", "column", "span"))
+def test_all_is_well(pattern):
+    model, watch = watched(f"logits[:]:{pattern}@0.3 + hidden[:]:{pattern}@0.3")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model(**batch("llama"))
+        assert watch.look() == []
+
+
+@pytest.mark.parametrize("pattern", ("element", "column"))
+def test_a_rate_that_is_no_chance(pattern, monkeypatch):
+    model, watch = watched(f"logits[:]:{pattern}@0.3 + hidden[:]:{pattern}@0.3")
+    model(**batch("llama"))
+    assert watch.look() == []
+    other_rate(monkeypatch, 0.6)
+    for _ in range(2):
+        model(**batch("llama"))
+    said = watch.look()
+    assert len(said) == 2
+    assert all("that is no chance" in sentence for sentence in said)
+
+
+def test_few_draws_prove_little(monkeypatch):
+    """Three examples, one vector each: nine draws at twice the rate may be chance."""
+    model, watch = watched("output:column@0.3")
+    other_rate(monkeypatch, 0.6)
+    model(**{name: value[:, :3] for name, value in batch("llama").items()})
+    assert watch.look() == []
+
+
+def test_silence_is_told_once_and_only_since_the_last_look():
+    model, watch = watched()
+    model(**batch("llama"))
+    assert watch.look() == []
+    model.model.layers[1].mlp.eval()
+    model(**batch("llama"))
+    (sentence,) = watch.look()
+    assert sentence.startswith("hidden model.layers.1.mlp drew nothing since the last log")
+    model(**batch("llama"))
+    assert watch.look() == []
+
+
+# In the log of a trainer.
+
+
+@pytest.fixture
+def said(caplog):
+    caplog.set_level(logging.WARNING, logger="hiddenkey")
+    return caplog
+
+
+def test_a_trainer_with_nothing_to_say(said, tmp_path):
+    drop_trainer("llama", tmp_path).train()
+    assert not said.records
+
+
+def test_a_trainer_that_loses_a_site_on_the_way(said, tmp_path):
+    """From the third step on a layer's drop is left out; the log of the fourth says so."""
+
+    class Bypass(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                (dense,) = (m for name, m in model.named_modules() if name.endswith("layer.1.output.dense"))
+                dense.eval()
+                dense.train = lambda mode=True: dense
+
+    trainer = drop_trainer("bert", tmp_path)
+    trainer.add_callback(Bypass())
+    trainer.train()
+    (record,) = said.records
+    assert "layer.1.output.dense drew nothing since the last log" in record.message
+
+
+@pytest.mark.filterwarnings("ignore:switched off")
+def test_a_trainer_whose_dropouts_are_disabled(said, tmp_path):
+    trainer = drop_trainer("llama", tmp_path)
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    trainer.train()
+    (record,) = said.records
+    assert record.message.startswith("switched off: logits:column@0.2 + hidden:element@0.2")
+    for entry in training_logs(trainer):
+        assert entry["drop_rate/logits"] == entry["drop_rate/hidden"] == 0.0
+
+
+def test_a_trainer_whose_own_dropouts_are_back(said, tmp_path):
+    trainer = drop_trainer("bert", tmp_path)
+    dropouts = [m for name, m in trainer.model.named_modules() if name.endswith("embeddings.dropout")]
+    dropouts[0].p = 0.1
+    trainer.train()
+    (record,) = said.records
+    assert "bert.embeddings.dropout.p 0.1" in record.message

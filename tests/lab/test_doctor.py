@@ -1,0 +1,88 @@
+"""`hiddenkey doctor` from the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey.cli import _parse, main
+
+QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]
+
+
+@pytest.fixture
+def broken():
+    """A pattern that keeps everything, whatever its rate."""
+
+    @register_pattern("broken", unit="entry")
+    def keep_all(grid, p):
+        import torch
+
+        return torch.ones(grid.shape, dtype=torch.bool)
+
+    yield "hidden[:]:broken@0.5"
+    PATTERNS.remove("broken")
+
+
+@pytest.mark.parametrize("name", ("bert", "llama"))
+def test_a_model_that_is_well(name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]):
+    main(["doctor", str(request.getfixturevalue(name)), "hiddenkey[:]@0.3", *QUICK])
+    said = capsys.readouterr().out
+    assert "none red: 'logits[:]:column@0.3 + hidden[:]:element@0.3 ~ kl*1.0' is on" in said
+    assert "RED" not in said
+
+
+def test_red_lines_exit_with_1(bert: Path, broken: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(bert), broken, *QUICK])
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert said.count("RED  rate") == 2
+    assert "2 of 10 checks are red" in said
+
+
+def test_json(bert: Path, broken: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["doctor", str(bert), broken, "--json", *QUICK])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert found["recipe"] == "hidden[:]:broken@0.5"
+    assert {"check", "verdict", "reason", "where", "values"} == set(found["findings"][0])
+
+
+def test_the_arguments_of_a_training_run(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: mine.csv\nlora_dropout: 0.1\nattn_implementation: eager\ngradient_checkpointing: true\n")
+    main(["doctor", str(llama), "hiddenkey@0.3", "--train-args", str(path), *QUICK])
+    said = capsys.readouterr().out
+    assert "8 dropouts of the adapter are on" in said
+    assert "recomputed as the model is set to" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["BERT", "hiddenkie@0.1"], "Did you mean"),
+        (["/no/such/model", "hiddenkey@0.1"], "/no/such/model"),
+        (["BERT", "hiddenkey@0.1", "--train-args", "gone.yaml"], "gone.yaml"),
+        (["BERT", "hiddenkey@0.1", "--rounds", "0"], "rounds = 0"),
+        (["BERT", "logits[9:]:column@0.1"], "finds no site"),
+    ],
+)
+def test_mistakes_exit_with_2(bert: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", *(str(bert) if argument == "BERT" else argument for argument in arguments)])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_parse():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = [line.split("#")[0].strip() for line in block.splitlines()]
+    assert [_parse(shlex.split(line)[1:]).model for line in lines] == ["MODEL"] * 3
