@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self.learning = active_adapters(attachment.model)
-        self._in_step = self._drawn = self._warned = False
+        self._in_step = self._aside = self._drawn = self._warned = False
         self._modes: dict[int, Modes] = {}
 
     @contextmanager
@@ -39,13 +39,22 @@ class Watch:
 
         Raises UserError where the model is in evaluation mode.
         """
-        if self._in_evaluation():
+        if self._in_evaluation() and not self._aside:
             raise UserError(f"a training step of '{self.attachment.recipe}' {EVALUATION}")
         self._in_step, before = True, self._in_step
         try:
             yield
         finally:
             self._in_step = before
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around passes that nobody learns from, as a doctor makes them: nothing is an error in them."""
+        self._aside, before = True, self._aside
+        try:
+            yield
+        finally:
+            self._aside = before
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
@@ -61,7 +70,7 @@ class Watch:
         if torch.compiler.is_compiling():
             return
         give_back_modes(self._modes.pop(id(module), []))
-        if not torch.is_grad_enabled() or not self.attachment.sites:
+        if self._aside or not torch.is_grad_enabled() or not self.attachment.sites:
             return
         action = self._action(module)
         if action is not None:

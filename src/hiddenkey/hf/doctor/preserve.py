@@ -85,14 +85,15 @@ def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fresh_counts(attachment: Attachment) -> Iterator[None]:
-    """The draws inside do not count for the user's rates."""
+    """The draws inside do not count for the user's rates, and the passes for what is learned from."""
     tallies = [tally for _, site in attachment.sites for tally in site.tallies]
     counts, dense, seen = [tally.counts for tally in tallies], attachment.dense, attachment.seen
     for tally in tallies:
         tally.counts = None
     attachment.seen = True
     try:
-        yield
+        with attachment.watch.aside():
+            yield
     finally:
         for tally, count in zip(tallies, counts, strict=True):
             tally.counts = count
