@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import distributed, nn
 
 import hiddenkey
@@ -50,6 +51,43 @@ def test_every_family_is_green(family, recipe):
     assert verdicts(diagnosis, "recompute") == ["skipped" if family == "mpnet" else "ok"]
     assert verdicts(diagnosis, "causality") == ["ok" if causal else "skipped"]
     assert verdicts(diagnosis, "generate") == ["ok" if causal else "skipped"]
+
+
+def whisper():
+    """It hears, and has no function of its own to shift labels with."""
+    config = hf.WhisperConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=40,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return hf.WhisperForConditionalGeneration(config)
+
+
+def clip():
+    """It sees and reads, and has no loss without being asked."""
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**size, "vocab_size": 64, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 4}))
+
+
+@pytest.mark.parametrize("build", (whisper, clip))
+def test_sounds_and_images(build):
+    diagnosis = examined(build(), "hiddenkey[:]@0.3")
+    assert diagnosis.ok, str(diagnosis)
+    assert verdicts(diagnosis, "consistency") == ["ok" if build is whisper else "skipped"]
+    assert verdicts(diagnosis, "recompute") == ["ok"]
 
 
 def count_training(module, args, output):

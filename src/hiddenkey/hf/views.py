@@ -69,7 +69,7 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
     inputs = {name: value for name, value in uncached(model, batch).items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
     if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = transformer.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
     if consistency.clean:
         with inference(model):
             return model(**inputs)
@@ -157,3 +157,13 @@ def tie(consistency: Consistency, first: Compared, second: Compared, num_items: 
         return consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid)
     total = consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid, reduction="sum")
     return total / num_items
+
+
+def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder model reads for these labels: (B, T), one place later than they are."""
+    prepare = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)
+    config = transformer.config
+    later = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return later.masked_fill(later == IGNORED, config.pad_token_id)

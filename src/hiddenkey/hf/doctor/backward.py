@@ -45,7 +45,8 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
 
 def check_recompute(patient: Patient) -> Iterator[Finding]:
     """Loss and gradients are the same with activations kept and recomputed, under one random state."""
-    transformer = patient.transformer
+    # Not what was compiled around it: that draws in another way, and recomputes as the compiler likes.
+    model, transformer = patient.attachment.model, patient.transformer
     flagged = [module for module in transformer.modules() if hasattr(module, "gradient_checkpointing")]
     if not transformer.supports_gradient_checkpointing or not flagged:
         yield Finding("recompute", "skipped", f"{type(transformer).__name__} does not recompute activations")
@@ -60,14 +61,14 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
             module.gradient_checkpointing = True
             module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
-        again_loss, again = patient.gradients(patient.model, patient.batch)
+        again_loss, again = patient.gradients(model, patient.batch)
     except CheckpointError:
         yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
         return
     finally:  # the other checks look at the plain backward
         for module in flagged:
             module.gradient_checkpointing = False
-    loss, wanted = patient.gradients(patient.model, patient.batch)
+    loss, wanted = patient.gradients(model, patient.batch)
     apart = _apart(again, wanted)
     values = {"loss": difference(again_loss, loss), "gradients": apart}
     same = values["loss"] <= close(loss.dtype) and apart <= 10 * close(loss.dtype)

@@ -31,7 +31,8 @@ class Patient:
 
     @property
     def batch(self) -> Batch:
-        return self.batches[0]
+        """A copy of the first one."""
+        return copied(self.batches[0])
 
     @property
     def transformer(self) -> Any:
@@ -50,7 +51,7 @@ class Patient:
     def train(self, model: nn.Module, batch: Batch, seed: int = SEED) -> Any:
         """The outputs in the mode the model is in, under a seed."""
         seed_all(seed)
-        return model(**batch)
+        return model(**copied(batch))
 
     def rest(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
         """The model, or another, in evaluation mode without gradient, for a while."""
@@ -71,6 +72,11 @@ class Patient:
         for parameter in model.parameters():
             parameter.grad = None
         return loss.detach(), found
+
+
+def copied(batch: Batch) -> dict[str, Any]:
+    """A batch that may be written into, as some models do."""
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def loss_of(outputs: Any) -> Tensor:
