@@ -107,7 +107,7 @@ TUNERS = {
 }
 # Two families in `make test`; every other tuner has its second family in the long tests.
 BOTH = ("LoRA", "LoRA on feed-forward", "prefix tuning", FULL)
-# What `make test` looks at from every side; of the others it takes a step and looks where the site is.
+# What `make test` looks at from every side; of the others it takes a step.
 COMMON = (
     *BOTH,
     "LoRA on all-linear",
@@ -128,7 +128,7 @@ COMMON = (*COMMON, "LN tuning", "trainable tokens", "adaption prompt", "ShadowPE
 def pairs(tuners: Iterable[str], common: tuple[str, ...] = COMMON) -> list[Any]:
     """Each tuner with one family; what is not common, and the other family, is left to the long tests.
 
-    Tuners of linear maps come on the encoder, where the site is the adapter's layer itself, the others on the decoder.
+    Tuners of linear maps come on the encoder, where the site is the adapter's layer itself; others on the decoder.
     """
     found = []
     for tuner in tuners:
