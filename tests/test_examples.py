@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import math
-import os
 import re
 from pathlib import Path
 
@@ -20,7 +19,6 @@ NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "samp
 CLASSIFIERS = ("trainer", "accelerate_loop")
 NEEDS = {"sft": "trl", "dpo": "trl", "lightning_loop": "pytorch_lightning"}
 RECIPE = "hiddenkey@0.3"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """However a batch is cut, padded or counted, a step is that of one big batch: task and consistency, every trainer."""
 
-import os
-
 import pytest
 import torch
 from transformers import Trainer
@@ -192,7 +190,6 @@ def test_a_stock_trainer_still_drops(tmp_path):
 
 def trl_windows(kind, folder, micro, accumulation):
     trl = pytest.importorskip("trl")
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from datasets import Dataset
 
     from .words import texts, tokenizer
