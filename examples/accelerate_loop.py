@@ -38,7 +38,7 @@ def main(
                 accelerator.backward(loss.total)
                 optimizer.step()
                 optimizer.zero_grad()
-        consistency = "" if loss.consistency is None else f", consistency {loss.consistency:.4f}"
+        consistency = "" if loss.consistency is None else f", consistency {loss.consistency:.3g}"
         accelerator.print(f"epoch {epoch + 1}: task {loss.task:.4f}{consistency}")
 
     accelerator.print(attachment.rates())

@@ -39,7 +39,7 @@ def main(model: str, out: str = "out/plain", recipe: str = "hiddenkey@0.1", step
             loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
-        consistency = "" if loss.consistency is None else f", consistency {loss.consistency:.4f}"
+        consistency = "" if loss.consistency is None else f", consistency {loss.consistency:.3g}"
         print(f"step {step + 1}: task {loss.task:.4f}{consistency}")
 
     print(attachment.rates())

@@ -1,7 +1,5 @@
 """TRL's trainers: what is dropped, compared and refused, against hand computation."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,6 @@ from .tools import assert_same_gradients, draws, gradients, lora
 from .words import texts, tokenizer
 
 trl = pytest.importorskip("trl")
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 WEIGHT = 0.7
 DROPS = "logits:column@0.3 + hidden:element@0.3"

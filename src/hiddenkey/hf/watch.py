@@ -91,8 +91,8 @@ class Watch:
 
     def _in_evaluation(self) -> bool:
         """Whether there is something to drop, but nowhere in training mode."""
-        modules = [self.attachment.model.get_submodule(path) for path, _ in self.attachment.sites]
-        return bool(modules) and not any(module.training for module in modules)
+        model, sites = self.attachment.model, self.attachment.sites
+        return bool(sites) and not any(model.get_submodule(path).training for path, _ in sites)
 
     def _undrawn(self) -> str:
         """What is wrong where a drop was never drawn, or nothing."""
