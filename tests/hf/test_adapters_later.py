@@ -18,7 +18,7 @@ FAMILIES = ("bert", "llama")
 
 
 def config(family, **options):
-    return peft.LoraConfig(**{"r": 2, "target_modules": LINEARS[family], **options})
+    return peft.LoraConfig(**{"r": 2, "target_modules": LINEARS.get(family), **options})
 
 
 def two(family):
@@ -175,6 +175,7 @@ def test_a_mixed_model():
 
 SAVED = {
     "bert": (["output.dense"], ["intermediate.dense", "output.dense"], ["classifier"], ["word_embeddings"]),
+    "gpt2": (["c_proj"],),
     "llama": (["down_proj"], ["mlp"], ["lm_head"], ["embed_tokens"], ["norm"], ["self_attn"]),
 }
 
@@ -184,7 +185,7 @@ SAVED = {
 )
 def test_modules_to_save(family, names):
     """PEFT trains a copy and keeps the original beside it: the drop is at work on the one that is called."""
-    targets = {"bert": ["query"], "llama": ["up_proj"] if names == ["self_attn"] else ["q_proj"]}[family]
+    targets = {"bert": ["query"], "gpt2": ["c_attn"], "llama": ["q_proj"]}[family]
     if names == ["self_attn"]:
         targets = ["gate_proj"]
     model = moved(peft.get_peft_model(quiet(family), config(family, target_modules=targets, modules_to_save=names)))
@@ -231,6 +232,13 @@ def test_lora_on_the_experts():
     assert sum("experts" in name and "lora_B" in name for name in reached) == 8
     with hiddenkey.attach(model, ZEROS):
         assert not any(output.any() for output in feed_forward_outputs(model, "llama"))
+
+
+def test_experts_in_modules_to_save():
+    """The site is PEFT's wrapper of the block, whichever copy it calls."""
+    model = peft.get_peft_model(mixtral(), config("llama", target_modules=["q_proj"], modules_to_save=["mlp"]))
+    plan = hiddenkey.plan(model, "hidden[:]:element@0.1")
+    assert [site.path for site in plan.sites] == [f"base_model.model.model.layers.{i}.mlp" for i in range(4)]
 
 
 def test_a_tied_head_under_trainable_tokens():
