@@ -13,6 +13,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
+from .ranks import check_wrapper
 from .structure import counts_items, find_transformer
 from .token_loss import Head
 from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
@@ -80,7 +81,8 @@ def consistency_step(
     A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
     tensor is built, and its layers below the first drop once for both views.
 
-    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing.
+    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing,
+    and for gradient from both views through DistributedDataParallel and reentrant checkpoints.
     """
     attachment = find_attachment(model)
     if attachment is None:
@@ -94,6 +96,7 @@ def consistency_step(
     if batch.get("labels") is None:
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
     step = Step(model, dict(batch), num_items, task_loss, attachment, CONSISTENCIES[recipe.consistency])
+    check_wrapper(model, step.consistency)
     head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
     if head is not None and not attachment.dense:
         chunked = _chunked(step, head)

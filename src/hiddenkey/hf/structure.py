@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
@@ -95,8 +97,20 @@ def uses_own_softmax(module: nn.Module) -> bool:
 
 
 def counts_items(model: nn.Module) -> bool:
-    """Whether the model divides its summed loss over tokens by `num_items_in_batch`, as transformers' losses do."""
-    return "loss_function" in _names(model)
+    """Whether the model divides its summed loss by `num_items_in_batch`: a loss of transformers that is given it.
+
+    Many classifiers call the loss without their keyword arguments, and so take the mean.
+    """
+    if "loss_function" not in _names(model):
+        return False
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(model).forward))))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(
+        isinstance(call.func, ast.Attribute)
+        and call.func.attr == "loss_function"
+        and any(keyword.arg is None for keyword in call.keywords)
+        for call in calls
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from transformers import Trainer
 from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
+from .ranks import RankSeed
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
 
@@ -21,7 +22,8 @@ class ConsistencyMixin:
 
     The model must have a recipe attached. In training, the loss becomes task + weight * consistency; the log
     gets `task_loss`, `consistency_loss` and `drop_rate/<position>`. Checkpoints carry the recipe, and resuming
-    from one of another recipe is a SavedRecipeError.
+    from one of another recipe is a SavedRecipeError. In several processes, each that sees other data draws masks
+    of its own.
     """
 
     model: nn.Module
@@ -31,6 +33,11 @@ class ConsistencyMixin:
     compute_loss_func: Any
     label_smoother: Any
     get_tp_size: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        trainer.add_callback(RankSeed(self.get_tp_size))
 
     @property
     def attachment(self) -> Attachment:
@@ -100,11 +107,11 @@ class ConsistencyMixin:
                 window.setdefault(name, []).append(value.detach())
 
     def _parts(self, loss: float) -> dict[str, float]:
-        """The parts of the logged loss since the last log, in its scale: transformers sums some losses over the
-        forward passes of a step and averages others.
+        """The parts of the logged loss since the last log, over all processes, in its scale: transformers sums some
+        losses over the forward passes of a step and averages others.
         """
         window: dict[str, list[Tensor]] = vars(self).pop("_window", {})
-        means = {name: float(torch.stack(values).mean()) for name, values in window.items()}
+        means = {name: float(self.accelerator.gather(torch.stack(v).mean()).mean()) for name, v in window.items()}
         total = means.pop("total", 0.0)
         return {name: value * loss / total if total else value for name, value in means.items()}
 

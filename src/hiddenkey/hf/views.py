@@ -112,7 +112,7 @@ def compared(
             f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
             f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
         )
-    return Compared(logits, None)
+    return Compared(logits, labels != IGNORED if labels.shape == logits.shape[:-1] else None)
 
 
 def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
