@@ -51,17 +51,25 @@ def frozen_head(attachment: Attachment) -> Head | None:
     fits = (
         type(transformer).__name__.endswith(CLASSES)
         and "logits_to_keep" in inspect.signature(transformer.forward).parameters
-        and type(head) is nn.Linear
+        and getattr(type(head), "forward", None) is nn.Linear.forward
+        and head.weight.shape == (head.out_features, head.in_features)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not any(site.drop.position == "output" for site in attachment.plan.sites)
         and not getattr(transformer.config, "output_router_logits", False)
         and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
     )
-    return Head(head.weight, head.bias) if fits else None
+    return Head(whole(head.weight), whole(head.bias)) if fits else None
+
+
+def whole(parameter: Any) -> Any:
+    """A frozen parameter as a plain tensor, gathered where processes hold a part of it each (FSDP2, tensor parallel)."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
-    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between."""
+    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between, one device."""
+    if states.device != head.weight.device:
+        return False
     ours = head.logits(states[:, -1].detach())
     return torch.allclose(ours, logits[:, -1].to(ours.dtype), rtol=1e-2, atol=1e-2)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -61,3 +61,14 @@ def check_wrapper(model: nn.Module, consistency: Consistency) -> None:
             "does not add up under reentrant activation checkpointing; enable checkpointing with "
             "use_reentrant=False, or use 'kl'"
         )
+
+
+def everywhere(model: nn.Module, answer: bool) -> bool:
+    """Whether all processes that train this model together say so: if they parted ways they would wait forever."""
+    parameters = list(model.parameters())
+    together = isinstance(model, DistributedDataParallel) or any(hasattr(p, "full_tensor") for p in parameters)
+    if not together or not distributed.is_initialized():
+        return answer
+    verdict = torch.tensor(answer, dtype=torch.int32, device=parameters[0].device)
+    distributed.all_reduce(verdict, distributed.ReduceOp.MIN)
+    return bool(verdict)

@@ -13,7 +13,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
-from .ranks import check_wrapper
+from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
 from .token_loss import Head
 from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
@@ -117,7 +117,8 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
-    if first is None or not agrees(head, first, outputs["logits"]):
+    fits = first is not None and agrees(head, first, outputs["logits"])
+    if first is None or not everywhere(step.model, fits):
         step.attachment.dense = True
         return None
     second: Tensor | None
