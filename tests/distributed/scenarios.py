@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hiddenkey
 from hiddenkey import attend, drop, dropout
 from hiddenkey.axes.grid import Grid
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
 from tests.hf.test_trainer import Rows, arguments, training_logs
 from tests.hf.tiny import CLASSES, make
@@ -75,25 +78,41 @@ def recorded() -> Iterator[list[str]]:
             module.draw = drop.draw
 
 
-def build(family: str, whole: bool = False) -> Any:
+def build(family: str, all_trained: bool = False) -> Any:
     """The same model in every process, in float64, with LoRA on all its linear layers or trained whole."""
     if family == "llama-classifier":
         model = make("llama", head="ForSequenceClassification", num_labels=CLASSES)
     else:
         model = make(family)
-    return (model if whole else lora(model)).double()
+    return (model if all_trained else lora(model)).double()
 
 
 def trainer(
-    folder: Path, family: str, recipe: str, ranks: int, *, model: Any = None, rows: int = 24, **options: Any
-) -> InOrder:
+    folder: Path,
+    family: str,
+    recipe: str,
+    ranks: int,
+    *,
+    model: Any = None,
+    rows: int = 24,
+    cls: Any = InOrder,
+    **options: Any,
+) -> Any:
     """A trainer whose step holds four examples of float64, whatever the number of ranks."""
     model = build(family) if model is None else model
     if "by-length" in recipe:
         find_transformer(model)[1].register_forward_pre_hook(Views().before)
-    settings = {"optim": "sgd", "max_steps": 6, "logging_steps": 1, "max_grad_norm": 100.0, "per_device_train_batch_size": 4 // ranks}
+    settings = {
+        "optim": "sgd",
+        "max_steps": 6,
+        "logging_steps": 1,
+        "max_grad_norm": 100.0,
+        "per_device_train_batch_size": 4 // ranks,
+    }
     args = arguments(folder, **{**settings, **options})
-    return InOrder(model=model, args=args, train_dataset=Rows("bert" if "class" in family else family, rows), recipe=recipe)
+    return cls(
+        model=model, args=args, train_dataset=Rows("bert" if "class" in family else family, rows), recipe=recipe
+    )
 
 
 def curve(folder: Path, family: str, recipe: str, ranks: int, **options: Any) -> dict[str, Any]:
@@ -104,7 +123,7 @@ def curve(folder: Path, family: str, recipe: str, ranks: int, **options: Any) ->
     names = ("loss", "task_loss", "consistency_loss", "grad_norm")
     return {
         "losses": [{name: entry[name] for name in names if name in entry} for entry in training_logs(made)],
-        "weights": {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad},
+        "weights": {name: whole(p.detach()).clone() for name, p in made.model.named_parameters() if p.requires_grad},
         "masks": masks,
         "rates": made.attachment.position_rates(),
         "wrapper": type(made.model_wrapped).__name__,
@@ -148,11 +167,14 @@ def by_hand(consistency: str, ranks: int = RANKS) -> dict[str, Any]:
         waits = ranks > 1 and batch is not parts[-1]
         with wrapped.no_sync() if waits else nullcontext():
             hiddenkey.consistency_step(wrapped, batch, num_items=items, scale=ranks).total.backward()
-    return {"gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, "exchanges": exchanges}
+    return {
+        "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        "exchanges": exchanges,
+    }
 
 
 def averaged(exchanges, bucket):
-    """What DistributedDataParallel does by itself, counted (torch reads annotations, and takes none that are texts)."""
+    """What DistributedDataParallel does by itself, counted. torch reads annotations, and would not take texts."""
     exchanges.append(bucket.index())
     total = distributed.all_reduce(bucket.buffer().div_(RANKS), async_op=True).get_future()
     return total.then(lambda future: future.value()[0])
@@ -221,7 +243,6 @@ def ddp_variants(out: Path) -> dict[str, Any]:
     return {name: variant(out / name, name, RANKS) for name in VARIANTS}
 
 
-
 def plain(out: Path) -> dict[str, Any]:
     """Losses at rate 0, and those of transformers' Trainer."""
     found = {}
@@ -255,3 +276,36 @@ def seeds(out: Path) -> list[float]:
     """The same in two processes."""
     found: list[float] = final_losses(out, RANKS).tolist()
     return found
+
+
+KILLED_AT = 5
+
+
+class Killer(TrainerCallback):
+    """Kills one of the ranks in the middle of training; torchrun ends the other."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The signal that nothing can catch."""
+        if state.global_step == KILLED_AT and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumable(out: Path, mode: str) -> dict[str, Any]:
+    """A training with shuffled examples and drawn masks: whole, killed, or resumed after that."""
+    made = trainer(
+        out / ("whole" if mode == "whole" else "cut"),
+        "llama",
+        "hiddenkey@0.3",
+        RANKS,
+        cls=hiddenkey.DropTrainer,
+        optim="adamw_torch",
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=9,
+    )
+    if mode == "killed":
+        made.add_callback(Killer())
+    with recorded() as masks:
+        made.train(resume_from_checkpoint=mode == "resumed")
+    weights = {name: p.detach() for name, p in made.model.named_parameters() if p.requires_grad}
+    return {"weights": weights, "masks": masks, "losses": [entry["loss"] for entry in training_logs(made)]}

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tests.distributed import scenarios
+from tests.distributed import scenarios, sharded
 
 
 def main() -> None:
     """One rank."""
     scenario, out, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
-    found = getattr(scenarios, scenario)(Path(out), *arguments)
+    room = scenarios if hasattr(scenarios, scenario) else sharded
+    found = getattr(room, scenario)(Path(out), *arguments)
     torch.save(found, Path(out) / f"rank{rank}.pt")
     if distributed.is_initialized():
         distributed.destroy_process_group()

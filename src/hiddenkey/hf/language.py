@@ -62,7 +62,7 @@ def frozen_head(attachment: Attachment) -> Head | None:
 
 
 def whole(parameter: Any) -> Any:
-    """A frozen parameter as a plain tensor, gathered where processes hold a part of it each (FSDP2, tensor parallel)."""
+    """A frozen parameter as a plain tensor, gathered where processes hold a part each (FSDP2, tensor parallel)."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 

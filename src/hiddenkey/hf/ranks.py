@@ -25,9 +25,7 @@ class RankSeed(TrainerCallback):
     def __init__(self, tp_size: Callable[[], int]) -> None:
         self.tp_size = tp_size
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seeds, where there are several processes."""
         if args.world_size > 1:
             seed_device(args.device, rank_seed(args.seed, args.process_index // self.tp_size()))
