@@ -87,7 +87,15 @@ def test_the_end_of_an_epoch_is_saved_with_its_evaluation(
     assert run.train(config).epochs == whole.epochs
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json", "adapter_model.safetensors", "complete"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optimizer.pt",
+        "complete",
+        pytest.param("trainer_state.json", marks=pytest.mark.full),
+        pytest.param("adapter_model.safetensors", marks=pytest.mark.full),
+    ],
+)
 def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
     config: TrainConfig,  # noqa: F811
     tmp_path: Path,
@@ -137,7 +145,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [512, 6000])
+@pytest.mark.parametrize("size", [6000, pytest.param(512, marks=pytest.mark.full)])
 def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_later(
     config: TrainConfig,  # noqa: F811
     tmp_path: Path,
