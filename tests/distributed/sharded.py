@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor, distributed
 from torch.distributed.fsdp import fully_shard
@@ -16,7 +17,6 @@ import hiddenkey
 from hiddenkey.hf.attach import find_attachment
 from hiddenkey.hf.structure import find_transformer
 from tests.distributed.scenarios import RANKS, Views, batches, build, curve, same
-from tests.hf.tools import lora
 
 SHARDED = [
     (whole, consistency, first, checkpointing)
@@ -77,7 +77,7 @@ def loaded(folder: Path, whole: bool, **sizes: int) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
     if whole:
         return model.train()
-    model = lora(model, ["q_proj", "v_proj"]).double()
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).double().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -102,14 +102,18 @@ def tensor_parallel_step(out: Path, whole: bool, **sizes: int) -> dict[str, Any]
     return step(model, batches(0, 1, 1)[0], 1.0)
 
 
-def trainers(out: Path) -> dict[str, Any]:
-    """Curves through DropTrainer."""
-    found = {}
-    for name, sizes, ranks in (("fsdp", {"fsdp_size": RANKS}, RANKS), ("tp", {"tp_size": RANKS}, 1)):
-        model = loaded(out / "model", whole=False, **sizes)
-        found[f"{name} same"] = curve(out / name, "llama", same("kl"), ranks, model=model)
-        model = loaded(out / "model", whole=False, **sizes)
-        found[f"{name} drawn"] = curve(
-            out / f"{name}-drawn", "llama", "hiddenkey@0.3", ranks, model=model, max_steps=2
+def fsdp_trainer(out: Path) -> dict[str, Any]:
+    """Curves through DropTrainer, of a model that transformers sharded."""
+    cases = {"same": (same("kl"), 6), "drawn": ("hiddenkey@0.3", 2)}
+    return {
+        name: curve(
+            out / name,
+            "llama",
+            recipe,
+            RANKS,
+            model=loaded(out / "model", False, fsdp_size=RANKS),
+            max_steps=steps,
+            max_grad_norm=0.0,
         )
-    return found
+        for name, (recipe, steps) in cases.items()
+    }

@@ -43,14 +43,10 @@ def test_tensor_parallel(folder: Path):
         assert_same_step(sharded.tensor_parallel_step(folder, whole), [rank[str(whole)] for rank in ranks])
 
 
-def test_trainers(folder: Path):
-    ranks = launch.run("trainers", folder)
-    one = scenarios.curve(
-        folder / "one", "llama", scenarios.same("kl"), 1, model=sharded.loaded(folder / "model", False)
-    )
-    for name in ("fsdp same", "tp same"):
-        assert_same_curve(one, [rank[name] for rank in ranks])
-    first, second = (rank["fsdp drawn"]["masks"] for rank in ranks)
+def test_fsdp2_by_transformers_in_the_trainer(folder: Path):
+    ranks = launch.run("fsdp_trainer", folder)
+    model = sharded.loaded(folder / "model", False)
+    one = scenarios.curve(folder / "one", "llama", scenarios.same("kl"), 1, model=model, max_grad_norm=0.0)
+    assert_same_curve(one, [rank["same"] for rank in ranks])
+    first, second = (rank["drawn"]["masks"] for rank in ranks)
     assert not set(first) & set(second)
-    assert ranks[0]["tp drawn"]["masks"] == ranks[1]["tp drawn"]["masks"]
-    assert len(set(ranks[0]["tp drawn"]["masks"])) == 16
