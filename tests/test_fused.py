@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiddenkey import causal, fused
+from hiddenkey import causal, cells, flash, fused
 from hiddenkey.attend import attend, reference
 from hiddenkey.masks import Mask
 from hiddenkey.recipe import parse
@@ -67,6 +67,21 @@ def assert_equal_paths(tensors, keep, mask, bias=None, **tolerance):
         outcome(attend, tensors, keep, mask, bias), outcome(reference, tensors, keep, mask, bias), strict=True
     ):
         torch.testing.assert_close(fast, slow, **tolerance)
+
+
+@pytest.mark.parametrize("few", (0, 4, 32))
+@pytest.mark.parametrize("largest", (1, 2 * LENGTH**2, 8 * LENGTH**2))
+@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+@pytest.mark.parametrize("mask", MASKS)
+def test_cells_in_parts_of_any_size(mask, kv_heads, largest, few, monkeypatch):
+    """One head, two heads, two examples at a time; rows mended before the kernel runs, and after it."""
+    monkeypatch.setattr(cells, "LARGEST", largest)
+    monkeypatch.setattr(cells, "FEW", few)
+    for keep_heads in {kv_heads, 4}:
+        tensors, keep = inputs(torch.float64, kv_heads), some_keep("cell", keep_heads)
+        before = keep.clone()
+        assert_equal_paths(tensors, keep, MASKS[mask](), rtol=1e-10, atol=1e-10)
+        assert keep.equal(before)
 
 
 @pytest.mark.parametrize("small", (True, False))
@@ -140,31 +155,35 @@ def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded,
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.integers(1, 16 * LENGTH**2),
     st.integers(0, 2**16),
 )
-def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias, small, kernel, seed):
+def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias, small, kernel, largest, seed):
     torch.manual_seed(seed)
     tensors, keep = inputs(torch.float64, kv_heads, 8, value_width), some_keep(kind, kv_heads)
     bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "SMALL", 2**22 if small else 0)
-        patch.setattr(causal, "_has_kernel", lambda: kernel)
+        patch.setattr(flash, "_has_kernel", lambda: kernel)
+        patch.setattr(cells, "LARGEST", largest)
         assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
 
 
 def test_the_paths_that_are_meant_are_taken(monkeypatch):
     taken = []
-    for module, name in ((causal, "attend_causal"), (fused, "_unmasked"), (fused, "attend_cells"), (fused, "folded")):
+    paths = (causal, "attend_causal"), (cells, "attend_parts"), (fused, "_unmasked"), (fused, "folded")
+    for module, name in paths:
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (taken.append(name), real(*a))[1])
     tensors, keep = inputs(torch.float32, 2), some_keep("key", 2)
     for mask in ("causal", "causal, left padding", "everything", "right padding", "window"):
         attend(*tensors, DROPS, [keep], mask=MASKS[mask]())
+    attend(*tensors, DROPS, [some_keep("cell", 2)], mask=Mask(causal=True))
     monkeypatch.setattr(fused, "SMALL", 0)
     attend(*tensors, DROPS, [keep], mask=sliding_window())
-    monkeypatch.setattr(causal, "_has_kernel", lambda: False)
+    monkeypatch.setattr(flash, "_has_kernel", lambda: False)
     attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
-    assert taken == ["attend_causal"] * 2 + ["_unmasked"] * 2 + ["attend_cells", "folded", "folded"]
+    assert taken == ["attend_causal"] * 2 + ["_unmasked"] * 2 + ["attend_parts"] * 2 + ["folded"] * 2
 
 
 def test_nothing_of_queries_times_keys_is_saved():
@@ -178,3 +197,14 @@ def test_nothing_of_queries_times_keys_is_saved():
         attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
     assert sizes
     assert max(sizes) <= 2 * length * 8 * 4
+
+
+def test_one_byte_a_cell_is_saved():
+    """Of a draw over cells the backward pass keeps the bool mask, never floats."""
+    length, sizes = 256, []
+    tensors = [torch.randn(2, 2, length, 8, requires_grad=True) for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (sizes.append(x.untyped_storage().nbytes()), x)[1], lambda x: x
+    ):
+        attend(*tensors, DROPS, [torch.rand(2, 2, length, length) > 0.1], mask=Mask())
+    assert max(sizes) == 2 * 2 * length * length

@@ -13,17 +13,19 @@ import hiddenkey
 ROOT = Path(hiddenkey.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# errors <- registry <- axes, consistency <- recipe <- drop <- causal <- fused <- attend, dropout <- hf <- lab <- cli
+# errors <- registry <- axes, consistency <- recipe <- drop <- causal, cells <- fused <- attend <- hf <- lab <- cli
 RANKS = {
     "errors": 0,
     "presets": 0,
     "masks": 0,
+    "flash": 0,
     "registry": 1,
     "axes": 2,
     "consistency": 2,
     "recipe": 3,
     "drop": 4,
     "causal": 5,
+    "cells": 5,
     "fused": 6,
     "attend": 7,
     "dropout": 7,
@@ -31,7 +33,7 @@ RANKS = {
     "lab": 9,
     "cli": 10,
 }
-CORE = {"torch", *sys.stdlib_module_names}
+CORE = {"torch", "numpy", *sys.stdlib_module_names}
 HUGGING_FACE = {"transformers", "peft"}
 
 

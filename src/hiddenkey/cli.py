@@ -11,7 +11,7 @@ import tyro
 
 import hiddenkey
 
-from .lab.bench_config import BenchConfig
+from .lab.bench.config import BenchConfig
 from .lab.config import TrainConfig
 
 INTERRUPTED = 130
@@ -65,11 +65,11 @@ def run_bench(config: BenchConfig) -> None:
     """Measure, or write the page from what was measured."""
     config.check()
     if config.page:
-        from .lab.performance import write_page
+        from .lab.bench.page import write_page
 
         print(write_page(config))
         return
-    from .lab.bench import bench
+    from .lab.bench.run import bench
     from .lab.quiet import quieten
 
     quieten()

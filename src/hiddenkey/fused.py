@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import causal
+from . import causal, cells, flash
 from .drop import guard, spread
 from .masks import Mask
 
@@ -37,7 +37,7 @@ def attend_keys(
     if mask.full is None and bias is None:
         if not mask.causal:
             return _unmasked(query, key, value, keep, mask, scale)
-        if causal.available(query, value):
+        if flash.available(query, value):
             kept, keys = _kept(keep, mask)
             return causal.attend_causal(query, key, value, kept, keys, scale)
     elif query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= SMALL:
@@ -54,7 +54,10 @@ def attend_cells(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """The same with a keep mask per query and key: (B, Hkv or H, Q, K). The mask is built, the weights are not."""
+    """The same with a keep mask per query and key: (B, Hkv or H, Q, K). The weights are never built."""
+    query, key, value = _as_autocast(query, key, value)
+    if bias is None and flash.available(query, value):
+        return cells.attend_parts(query, key, value, keep, mask, scale)
     visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
     allowed = guard(spread(keep, query.shape[1]), visible)
     if bias is not None:

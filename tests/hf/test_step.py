@@ -62,7 +62,7 @@ def check(model, inputs, consistency, by_hand, **options):
     torch.testing.assert_close(found.task, task)
     torch.testing.assert_close(found.consistency, term, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.total, task + WEIGHT * term)
-    assert term > 1e-3
+    assert term > 1e-4
     assert_same_gradients(ours, gradients(model), rtol=1e-3, atol=1e-4)
 
 
@@ -188,28 +188,18 @@ def test_token_classification_without_a_shift(family):
     check(model, inputs, "kl", by_hand)
 
 
-def halves(record, which):
-    """The masks of one half of a doubled batch."""
-    from dataclasses import replace
-
-    return [replace(drawn, keep=drawn.keep.chunk(2)[which]) for drawn in record]
-
-
 @pytest.mark.parametrize("num_items", (None, 50))
 @pytest.mark.parametrize("family", ("bert", "llama", "t5"))
-def test_rdrop_is_two_forwards_with_gradient(family, num_items, monkeypatch):
+def test_rdrop_is_two_forwards_with_gradient(family, num_items):
     if num_items and family != "llama":
         pytest.skip("its loss is a mean")
     model, inputs = build(family, "kl-rdrop"), batch(family)
-    with draws(monkeypatch) as record:
-        found = step(model, inputs, num_items=num_items)
+    found = step(model, inputs, num_items=num_items)
     found.total.backward()
     ours = gradients(model)
     model.zero_grad()
-    outputs = []
-    for which in (0, 1):
-        with draws(monkeypatch, replay=halves(record, which)):
-            outputs.append(model(**inputs))
+    torch.manual_seed(5)
+    outputs = [model(**inputs), model(**inputs)]
     first, second = (out.logits for out in outputs)
     tasks = [out.loss for out in outputs]
     if family == "llama":
@@ -234,10 +224,9 @@ def test_which_views_are_drawn(family, consistency, monkeypatch):
     model = build(family, consistency)
     with draws(monkeypatch) as record:
         step(model, batch(family))
-    wanted = {"kl": 2 * SITES, "kl-rdrop": SITES}.get(consistency, SITES)
-    assert len(record) == wanted
-    assert all(drawn.grid.shape[0] == (6 if consistency == "kl-rdrop" else 3) for drawn in record)
-    if consistency == "kl":
+    assert len(record) == (SITES if consistency in CLEAN else 2 * SITES)
+    assert all(drawn.grid.shape[0] == 3 for drawn in record)
+    if consistency not in CLEAN:
         pairs = zip(record[:SITES], record[SITES:], strict=True)
         assert not all(torch.equal(one.keep, two.keep) for one, two in pairs)
 

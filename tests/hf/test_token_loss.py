@@ -139,7 +139,7 @@ def test_lower_layers_run_once(family):
     assert "forward" not in vars(model.get_submodule(stack[0].path))
 
 
-@pytest.mark.parametrize("consistency", ("kl", "kl-clean", "js"))
+@pytest.mark.parametrize("consistency", ("kl", "kl-clean", "kl-rdrop", "js"))
 @pytest.mark.parametrize("family", ("llama", "bert", "mistral", "gpt2", "opt"))
 def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
     model, inputs, recipe = make(family), batch(family), f"hiddenkey[1/2:]@0.2 ~ {consistency}"
@@ -147,7 +147,8 @@ def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
     monkeypatch.setattr(lower.LowerLayers, "_keep", lambda *_: None)
     twice, theirs, _ = one_step(model, recipe, inputs)
     torch.testing.assert_close(shared.consistency, twice.consistency)
-    assert_same_gradients(ours, theirs)
+    # With gradient in both views the lower layers' is summed in another order.
+    assert_same_gradients(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +165,10 @@ def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
 )
 def test_how_many_layers_are_shared(family, recipe, shared):
     with hiddenkey.attach(make(family), recipe) as attachment:
-        assert len(lower.LowerLayers(attachment).layers) == shared
+        assert len(lower.LowerLayers(attachment, constant=True).layers) == shared
 
 
 def test_an_adapter_that_draws_shares_nothing():
     model = lora(make("llama"), ["q_proj"], lora_dropout=0.1)
     with hiddenkey.attach(model, "hiddenkey@0.2") as attachment:
-        assert lower.LowerLayers(attachment).layers == []
+        assert lower.LowerLayers(attachment, constant=True).layers == []

@@ -13,15 +13,16 @@ import torch
 
 import hiddenkey
 from hiddenkey.cli import main
-from hiddenkey.lab import bench, performance
-from hiddenkey.lab.bench_attention import RIVALS
-from hiddenkey.lab.bench_config import BenchConfig
-from hiddenkey.lab.bench_measure import interleave, order
-from hiddenkey.lab.bench_memory import peak_memory
-from hiddenkey.lab.bench_providers import PROVIDERS
-from hiddenkey.lab.bench_record import Case, Record, Row, read_record, write_record
+from hiddenkey.lab.bench import page as performance
+from hiddenkey.lab.bench import run as bench
+from hiddenkey.lab.bench.attention import RIVALS
+from hiddenkey.lab.bench.config import BenchConfig
+from hiddenkey.lab.bench.measure import interleave, order
+from hiddenkey.lab.bench.memory import peak_memory
+from hiddenkey.lab.bench.providers import PROVIDERS
+from hiddenkey.lab.bench.record import Case, Record, Row, read_record, write_record
+from hiddenkey.lab.bench.targets import TARGETS, Target, growth, over_sum, ratio
 from hiddenkey.lab.errors import RunError
-from hiddenkey.lab.performance_targets import TARGETS, Target, growth, over_sum, ratio
 
 CPU = torch.device("cpu")
 
@@ -163,6 +164,15 @@ def test_the_small_suites_run(suite: str, tmp_path: Path):
     assert all(case.ratio(case.reference) == 1 for case in found.cases)
     if suite == "startup":
         assert found.facts["loaded"]["hiddenkey --help"] == []
+
+
+def test_modes_run_each_against_its_own_plain(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="aot_eager"))
+    (path,) = bench.bench(BenchConfig(suite="modes", model=(str(llama),), out=str(tmp_path), quick=True, rounds=1))
+    cases = read_record(path).cases
+    assert [case.name for case in cases] == ["checkpointed", "compiled", "compiled and checkpointed"]
+    assert all([row.name for row in case.rows] == ["plain", "hiddenkey-[:]@0.1"] for case in cases)
 
 
 def test_attention_runs(tmp_path: Path):

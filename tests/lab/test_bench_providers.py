@@ -11,12 +11,12 @@ from torch import nn
 import hiddenkey
 from hiddenkey.hf.attach import find_attachment
 from hiddenkey.hf.dropouts import ADAPTER_PART
-from hiddenkey.lab import bench_textbook
-from hiddenkey.lab.bench_attention import RIVALS, Tensors
-from hiddenkey.lab.bench_config import BenchConfig
-from hiddenkey.lab.bench_models import StepCase, load_case
-from hiddenkey.lab.bench_providers import RECIPES, Step, choose
-from hiddenkey.lab.bench_step import work_of
+from hiddenkey.lab.bench import textbook
+from hiddenkey.lab.bench.attention import RIVALS, Tensors
+from hiddenkey.lab.bench.config import BenchConfig
+from hiddenkey.lab.bench.models import StepCase, load_case
+from hiddenkey.lab.bench.providers import RECIPES, Step, choose
+from hiddenkey.lab.bench.step import work_of
 
 CPU = torch.device("cpu")
 
@@ -91,12 +91,12 @@ def test_textbook_dropkey_is_dropkey(causal: bool):
     keep |= torch.eye(8, dtype=torch.bool)  # no row emptied: the textbook has no answer there
     mask = torch.full((8, 8), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1) if causal else None
     ours = hiddenkey.attention(q, k, v, "logits:element@0.3", is_causal=causal, keep=keep)
-    textbook = bench_textbook.dropkey(q, k, v, mask, keep)
-    torch.testing.assert_close(textbook, ours, rtol=1e-6, atol=1e-6)  # its softmax is float32
+    theirs = textbook.dropkey(q, k, v, mask, keep)
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)  # its softmax is float32
 
 
 def test_textbook_dropkey_draws_at_its_rate():
-    keep = bench_textbook.bernoulli_keep(torch.empty(4, 4, 64, 8), torch.empty(4, 4, 64, 8), 0.1)
+    keep = textbook.bernoulli_keep(torch.empty(4, 4, 64, 8), torch.empty(4, 4, 64, 8), 0.1)
     assert abs(1 - keep.float().mean().item() - 0.1) < 0.01
 
 
@@ -163,9 +163,9 @@ def test_rivals_of_attention_leave_plain_attention_where_all_is_kept(
 ):
     x = Tensors(*(torch.randn(1, 2, 8, 16) for _ in range(3)), causal)
     keep_all = lambda shape, *_: torch.ones(shape, dtype=torch.bool)  # noqa: E731
-    monkeypatch.setattr("hiddenkey.lab.bench_attention.random_keep", keep_all)
+    monkeypatch.setattr("hiddenkey.lab.bench.attention.random_keep", keep_all)
     monkeypatch.setattr(
-        "hiddenkey.lab.bench_attention.bernoulli_keep", lambda q, k, _: keep_all((*q.shape[:3], k.shape[2]))
+        "hiddenkey.lab.bench.attention.bernoulli_keep", lambda q, k, _: keep_all((*q.shape[:3], k.shape[2]))
     )
     torch.testing.assert_close(RIVALS[name].attend(x), RIVALS["plain sdpa"].attend(x))
 

@@ -48,6 +48,27 @@ def test_rates_at_both_ends(p):
     assert low <= kept <= high
 
 
+@pytest.mark.parametrize("p", (0.003, 0.0055, 0.1, 0.5, 0.998))
+def test_cells_fall_independently(p):
+    """Of every eight neighbours as many fall as of eight coins, whether bytes decide, gaps, or both."""
+    kept = hiddenkey.StructuredDropout(f"hidden:element:none@{p}")(torch.ones(1, 2000, 2000)).view(-1, 8)
+    counts = torch.bincount((8 - kept.sum(-1)).long(), minlength=9).double()
+    wanted = torch.from_numpy(binom.pmf(range(9), 8, p)) * len(kept)
+    common = wanted > 20
+    pooled = [torch.cat([x[common], x[~common].sum().view(1)]) for x in (counts, wanted)]
+    assert chisquare(pooled[0] + 1e-9, pooled[1] + 1e-9).pvalue > 1e-5
+
+
+def test_the_seed_decides_the_draw():
+    drop, x = hiddenkey.StructuredDropout("hidden:element@0.3"), torch.ones(2, 50, 50)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append(drop(x))
+    assert draws[0].equal(draws[1])
+    assert not draws[0].equal(draws[2])
+
+
 def cells_for(p):
     """Enough cells for `assert_rate`."""
     return int(64 * (1 - p) / (0.01 * p))

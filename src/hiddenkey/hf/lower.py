@@ -15,10 +15,11 @@ class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
     `layers` is empty where nothing can be shared: several stacks, drops from the start, or an adapter dropout,
-    which draws in every layer.
+    which draws in every layer. constant: the second view gets no gradient; otherwise both views' meets in them.
     """
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attachment, *, constant: bool) -> None:
+        self.constant = constant
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
@@ -54,7 +55,7 @@ class LowerLayers:
                 del layer.forward
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.output = detached(output)
+        self.output = detached(output) if self.constant else output
 
     def _return(self, *args: Any, **kwargs: Any) -> Any:
         return self.output

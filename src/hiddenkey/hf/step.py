@@ -16,7 +16,7 @@ from .lower import LowerLayers
 from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
 from .token_loss import Head
-from .views import Batch, Compared, LastLayer, compared, second_view, tie, twice
+from .views import Batch, LastLayer, compared, second_view, tie
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -103,7 +103,7 @@ def consistency_step(
         if chunked is not None:
             total, task, term, outputs = chunked
             return StepLoss(total * scale, task * scale, term * scale, outputs)
-    task, term, outputs = _both(step) if step.consistency.both else _first_and_constant(step)
+    task, term, outputs = _dense(step)
     task, term = task * own, term.to(task.device) * scale
     return StepLoss(task + recipe.weight * term, task, term, outputs)
 
@@ -111,9 +111,8 @@ def consistency_step(
 def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
     """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
     hidden = HiddenStates(find_transformer(step.model)[1])
-    batch = twice(step.batch) if step.consistency.both else step.batch
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    lower = LowerLayers(step.attachment)
+    inputs = {name: value for name, value in step.batch.items() if name != "labels"}
+    lower = LowerLayers(step.attachment, constant=not step.consistency.both)
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
@@ -121,36 +120,27 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     if first is None or not everywhere(step.model, fits):
         step.attachment.dense = True
         return None
-    second: Tensor | None
-    if step.consistency.both:
-        first, second = first.chunk(2)
-    else:
-        with hidden.record(), lower.replay():
-            second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
-        second = hidden.take()
+    with hidden.record(), lower.replay():
+        second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
+    second = hidden.take()
     assert second is not None
     weight = step.attachment.recipe.weight
     losses = token_losses(first, second, step.batch["labels"], head, step.consistency, weight, step.num_items)
     return *losses, outputs
 
 
-def _first_and_constant(step: Step) -> tuple[Tensor, Tensor, Any]:
-    lower = LowerLayers(step.attachment)
+def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
+    """(task, consistency, outputs) from the model's own loss and logits."""
+    lower = LowerLayers(step.attachment, constant=not step.consistency.both)
     with LastLayer(step.attachment) as last:
         with lower.record():
             task, outputs = step.task(step.batch, step.num_items)
         first = compared(outputs, last.output, step.batch, step.attachment, step.consistency)
         with lower.replay():
-            constant = second_view(step.model, step.batch, step.consistency)
-        second = compared(constant, last.output, step.batch, step.attachment, step.consistency)
-    return task, tie(step.consistency, first, second, step.items), outputs
-
-
-def _both(step: Step) -> tuple[Tensor, Tensor, Any]:
-    doubled = twice(step.batch)
-    with LastLayer(step.attachment) as last:
-        task, outputs = step.task(doubled, None if step.num_items is None else step.num_items * 2)
-        views = compared(outputs, last.output, doubled, step.attachment, step.consistency)
-    halves = zip(views.logits.chunk(2), (None, None) if views.valid is None else views.valid.chunk(2), strict=True)
-    first, second = (Compared(logits, valid) for logits, valid in halves)
+            if step.consistency.both:
+                other_task, others = step.task(step.batch, step.num_items)
+                task = (task + other_task) / 2
+            else:
+                others = second_view(step.model, step.batch, step.consistency)
+        second = compared(others, last.output, step.batch, step.attachment, step.consistency)
     return task, tie(step.consistency, first, second, step.items), outputs

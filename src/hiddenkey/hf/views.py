@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ class LastLayer:
 
 
 def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **options: Any) -> Any:
-    """The outputs of the second view, held constant: the inference pass, or another draw.
+    """The outputs of the second view: the inference pass, or another draw, held constant unless both get gradient.
 
     options: further arguments of the model.
     """
@@ -74,19 +74,8 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
     if consistency.clean:
         with inference(model):
             return model(**inputs)
-    with torch.no_grad():
+    with nullcontext() if consistency.both else torch.no_grad():
         return model(**inputs)
-
-
-def twice(batch: Batch) -> dict[str, Any]:
-    """The batch stacked on itself: two views in one forward, each example with its own draws."""
-    size = batch["labels"].shape[0]
-    return {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size
-        else value
-        for name, value in batch.items()
-    }
 
 
 def compared(

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .. import attach, consistency_step, parse
-from ..errors import UserError
-from ..hf.views import IGNORED
-from ..registry import unknown
-from .bench_models import StepCase
-from .bench_textbook import DROPKEY, rdrop_loss
-from .errors import ConfigError
+from ... import attach, consistency_step, parse
+from ...errors import UserError
+from ...hf.views import IGNORED
+from ...registry import unknown
+from ..errors import ConfigError
+from .models import StepCase
+from .textbook import DROPKEY, rdrop_loss
 
 RATE = 0.1
 CHUNK = 128

@@ -8,20 +8,23 @@ from typing import Any
 
 import torch
 
-from . import bench_memory
-from .bench_attention import attention_cases
-from .bench_config import BenchConfig
-from .bench_measure import TIME, machine
-from .bench_models import RANDOM
-from .bench_parts import draw_cases, loss_cases
-from .bench_record import Case, Record, write_record
-from .bench_report import bar_chart, print_case
-from .bench_startup import startup_case
-from .bench_step import step_case
-from .errors import ConfigError, RunError
-from .provenance import commit, versions
+from ..errors import ConfigError, RunError
+from ..provenance import commit, versions
+from . import memory as bench_memory
+from .attention import attention_cases
+from .config import WITH_MODEL, BenchConfig
+from .measure import TIME, machine
+from .models import RANDOM
+from .modes import mode_cases
+from .parts import draw_cases, loss_cases
+from .record import Case, Record, write_record
+from .report import bar_chart, print_case
+from .startup import startup_case
+from .step import step_cases
 
 TITLES = {
+    "step": "LoRA step",
+    "modes": "Compiled and checkpointed",
     "attention": "Attention alone, forward and backward",
     "draw": "Drawing and dropping alone",
     "loss": "Losses of a language model alone",
@@ -56,8 +59,8 @@ def find_device(name: str) -> torch.device:
 
 
 def _run(suite: str, config: BenchConfig, device: torch.device, folder: Path) -> list[Path]:
-    if suite == "step":
-        return [_step(model, config, device, folder) for model in config.model]
+    if suite in WITH_MODEL:
+        return [_of_model(suite, model, config, device, folder) for model in config.model]
     record = _blank(suite, TITLES[suite], suite, config, device)
     facts: dict[str, Any] = {}
     if suite == "startup":
@@ -68,15 +71,15 @@ def _run(suite: str, config: BenchConfig, device: torch.device, folder: Path) ->
     return [_finish(record, cases, facts, folder)]
 
 
-def _step(model: str, config: BenchConfig, device: torch.device, folder: Path) -> Path:
-    record = _blank(f"step-{Path(model).name}", f"LoRA step, {Path(model).name}", "step", config, device)
+def _of_model(suite: str, model: str, config: BenchConfig, device: torch.device, folder: Path) -> Path:
+    record = _blank(f"{suite}-{Path(model).name}", f"{TITLES[suite]}, {Path(model).name}", suite, config, device)
     try:
-        case = step_case(model, config, device)
+        cases = list({"step": step_cases, "modes": mode_cases}[suite](model, config, device))
     except OSError as error:
         raise ConfigError(
             f"the model {model!r} cannot be loaded; give a hub name, a folder, or {', '.join(RANDOM)}: {error}"
         ) from error
-    return _finish(record, [case], {}, folder)
+    return _finish(record, cases, {}, folder)
 
 
 def _blank(name: str, title: str, suite: str, config: BenchConfig, device: torch.device) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from .bench_config import BenchConfig
-from .bench_measure import interleave
-from .bench_record import Case, Row
+from .config import BenchConfig
+from .measure import interleave
+from .record import Case, Row
 
 ROUNDS = 15
 NOTHING = "nothing"

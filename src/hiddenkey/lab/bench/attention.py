@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import attention
-from ..axes.pattern import random_keep
-from ..drop import guard
-from ..fused import folded
-from ..masks import Mask
-from .bench_config import BenchConfig
-from .bench_measure import Work, interleave
-from .bench_memory import peak_memory
-from .bench_record import Case, Row
-from .bench_textbook import bernoulli_keep, dropkey
+from ... import attention
+from ...axes.pattern import random_keep
+from ...drop import guard
+from ...fused import folded
+from ...masks import Mask
+from .config import BenchConfig
+from .measure import Work, interleave
+from .memory import peak_memory
+from .record import Case, Row
+from .textbook import bernoulli_keep, dropkey
 
 RATE = 0.1
 PLAIN = "plain sdpa"
@@ -103,12 +103,11 @@ RIVALS = {
 
 
 def attention_cases(config: BenchConfig, device: torch.device) -> list[Case]:
-    """Every length, causal and not (the longest is causal only), and the shape of a batch of sentences."""
+    """Every length, causal and not, and the shape of a batch of sentences."""
     lengths = (32,) if config.quick else LENGTHS
     heads, sentence = (2, (2, 2, 32, 16)) if config.quick else (16, (8, 12, 512, 64))
     shapes = [sentence, *((1, heads, length, 64) for length in lengths)]
-    asked = [(shape, causal) for shape in shapes for causal in (False, True) if causal or shape[2] < LENGTHS[-1]]
-    return [attention_case(shape, causal, config, device) for shape, causal in asked]
+    return [attention_case(shape, causal, config, device) for shape in shapes for causal in (False, True)]
 
 
 def attention_case(shape: tuple[int, int, int, int], causal: bool, config: BenchConfig, device: torch.device) -> Case:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import StructuredDropout, consistency_loss
-from ..axes.pattern import random_keep
-from ..consistency import CONSISTENCIES
-from ..hf.token_loss import Head, Share, TokenLoss
-from .bench_config import BenchConfig
-from .bench_measure import Work, interleave
-from .bench_memory import peak_memory
-from .bench_record import Case, Row
+from ... import StructuredDropout, consistency_loss
+from ...axes.pattern import random_keep
+from ...consistency import CONSISTENCIES
+from ...hf.token_loss import Head, Share, TokenLoss
+from .config import BenchConfig
+from .measure import Work, interleave
+from .memory import peak_memory
+from .record import Case, Row
 
 RATE = 0.1
 ROUNDS = 51

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .bench_record import Case, Record
+from .record import Case, Record
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 REFERENCE, OURS, RIVAL = "#000000", "#0072B2", "#E69F00"

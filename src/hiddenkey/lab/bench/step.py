@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from .bench_config import BenchConfig
-from .bench_measure import Work, interleave
-from .bench_memory import peak_memory
-from .bench_models import StepCase, load_case, shape_of
-from .bench_providers import PLAIN, Provider, Step, choose
-from .bench_record import Case, Row
+from .config import BenchConfig
+from .measure import Work, interleave
+from .memory import peak_memory
+from .models import StepCase, load_case, shape_of
+from .providers import PLAIN, Provider, Step, choose
+from .record import Case, Row
 
 ROUNDS = 15
 LEARNING_RATE = 1e-4
 
 
-def step_case(model: str, config: BenchConfig, device: torch.device) -> Case:
+def step_cases(model: str, config: BenchConfig, device: torch.device) -> Iterable[Case]:
     """Time and memory of one training step by every provider on one model.
 
     Raises:
@@ -30,7 +30,7 @@ def step_case(model: str, config: BenchConfig, device: torch.device) -> Case:
     times = interleave(works, config.rounds_of(ROUNDS), config.seconds)
     peaks = {name: peak_memory(work, device) for name, work in works.items()}
     rows = [Row(entry.name, entry.what, times[entry.name], peaks[entry.name]) for entry in providers]
-    return Case(case.name, _about(case, config), PLAIN, rows)
+    yield Case(case.name, about(case, config), PLAIN, rows)
 
 
 def build_works(case: StepCase, providers: Sequence[Provider]) -> dict[str, Work]:
@@ -53,10 +53,11 @@ def work_of(step: Step) -> Work:
     return work
 
 
-def _about(case: StepCase, config: BenchConfig) -> dict[str, object]:
+def about(case: StepCase, config: BenchConfig) -> dict[str, object]:
+    """What a step is made of."""
     size, length, _ = shape_of(case.task, config)
     mask, labels = case.batch["attention_mask"], case.batch["labels"]
-    about: dict[str, object] = {
+    facts: dict[str, object] = {
         "task": case.task,
         "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
         "shape": [size, length],
@@ -64,4 +65,4 @@ def _about(case: StepCase, config: BenchConfig) -> dict[str, object]:
         "dtype": config.dtype,
         "lora": "r = 8 on query and value, AdamW",
     }
-    return about | ({"labels": int((labels >= 0).sum())} if case.task == "causal-lm" else {})
+    return facts | ({"labels": int((labels >= 0).sum())} if case.task == "causal-lm" else {})

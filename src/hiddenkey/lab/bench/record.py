@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .artifacts import write_text
-from .errors import RunError
+from ..artifacts import write_text
+from ..errors import RunError
 
 FORMAT = 1
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
-Suite = Literal["all", "step", "attention", "draw", "loss", "startup"]
-SUITES = ("step", "attention", "draw", "loss", "startup")
+Suite = Literal["all", "step", "modes", "attention", "draw", "loss", "startup"]
+SUITES = ("step", "modes", "attention", "draw", "loss", "startup")
+WITH_MODEL = ("step", "modes")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -21,9 +22,10 @@ class BenchConfig:
     """
 
     suite: Suite = "all"
-    """What is measured: LoRA steps, attention alone, drawing alone, the losses alone, starting, or all of it."""
+    """What is measured: LoRA steps, the same compiled or checkpointed, attention alone, drawing alone, the losses
+    alone, starting, or all of it."""
     model: tuple[str, ...] = ()
-    """Models of the suite step: hub names, local folders, or llama-152k, small, random, with many words."""
+    """Models of the suites step and modes: hub names, local folders, or llama-152k, which is small and random."""
     providers: tuple[str, ...] = ()
     """What the suite step compares, beside plain: names of providers or recipes; none given: a list by task."""
     out: str = "results/bench"
@@ -61,14 +63,14 @@ class BenchConfig:
         for name, (holds, allowed) in _RULES.items():
             if not holds(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r} is not allowed: {allowed}.")
-        if self.suite == "step" and not self.model and not self.page:
-            raise ConfigError("the suite step needs a model: --model NAME [NAME …].")
+        if self.suite in WITH_MODEL and not self.model and not self.page:
+            raise ConfigError(f"the suite {self.suite} needs a model: --model NAME [NAME …].")
 
     def suites(self) -> tuple[str, ...]:
-        """The suites to be run; `all` leaves out the steps where no model is given."""
+        """The suites to be run; `all` leaves out those of a model where no model is given."""
         if self.suite != "all":
             return (self.suite,)
-        return SUITES if self.model else SUITES[1:]
+        return tuple(suite for suite in SUITES if self.model or suite not in WITH_MODEL)
 
     def rounds_of(self, usual: int) -> int:
         """Timed rounds, where `usual` is the suite's own number."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .bench_record import Case, Record
+from .record import Case, Record
 
 Records = Mapping[str, Record]
 Measure = Callable[[Records], float | None]

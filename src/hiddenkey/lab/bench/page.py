@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .artifacts import write_text
-from .bench_config import BenchConfig
-from .bench_record import Case, Record, read_records
-from .bench_report import HEADINGS, bar_chart, number, table_rows
-from .errors import RunError
-from .performance_targets import MIB, TARGETS, Records, extra_memory
+from ..artifacts import write_text
+from ..errors import RunError
+from .config import BenchConfig
+from .record import Case, Record, read_records
+from .report import HEADINGS, bar_chart, number, table_rows
+from .targets import MIB, TARGETS, Records, extra_memory
 
 BEGIN = "<!-- written by `hiddenkey bench --page`: begin -->"
 END = "<!-- written by `hiddenkey bench --page`: end -->"

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..hf.views import IGNORED
-from .bench_models import StepCase
+from ...hf.views import IGNORED
+from .models import StepCase
 
 DROPKEY = "textbook_dropkey"
 FAR = -1e12

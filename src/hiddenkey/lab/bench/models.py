@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, LlamaConfig
 
-from ..hf.dropouts import RATE_NAME
-from ..hf.views import IGNORED
-from .bench_config import BenchConfig
-from .models import find_targets
+from ...hf.dropouts import RATE_NAME
+from ...hf.views import IGNORED
+from ..models import find_targets
+from .config import BenchConfig
 
 Task = Literal["classification", "causal-lm"]
 CLASSES: dict[Task, str] = {
