@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-full test-oldest lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +21,20 @@ test: $(VENV)/.installed lint
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 -m full
 
+# The same tests on the oldest versions. The index's torch of that age brings CUDA along, about 3 GB; where that is too
+# much, name an index of CPU builds in PIP_EXTRA_INDEX_URL and write torch==2.11.0+cpu in constraints-oldest.txt.
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m 'not full'
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests demo examples
 	$(BIN)/ruff format --check src tests demo examples
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache demo/out
+	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache demo/out

@@ -22,6 +22,7 @@ from hiddenkey.lab.bench.memory import peak_memory
 from hiddenkey.lab.bench.providers import PROVIDERS
 from hiddenkey.lab.bench.record import Case, Record, Row, read_record, write_record
 from hiddenkey.lab.bench.targets import TARGETS, Target, growth, over_sum, ratio
+from hiddenkey.lab.errors import RunError
 
 CPU = torch.device("cpu")
 
@@ -136,6 +137,14 @@ def test_a_run_writes_whole_results_that_read_back(llama: Path, tmp_path: Path, 
     assert write_record(found, tmp_path / "..").read_bytes() == path.read_bytes()
     assert path.with_suffix(".png").stat().st_size > 1000
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_record_under_another_name_is_refused(tmp_path: Path):
+    path = write_record(record("r", Case("c", {}, "plain", [row("plain", 1.0)])), tmp_path)
+    content = json.loads(path.read_text()) | {"name": "../elsewhere"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(RunError, match="name"):
+        read_record(path)
 
 
 def test_an_interrupted_write_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 import hiddenkey
 from hiddenkey.lab import artifacts, run
 from hiddenkey.lab.artifacts import RunResult, read_result
-from hiddenkey.lab.checkpoints import last_checkpoint
+from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.errors import ConfigError, DataError, NonFiniteLossError, RunError
 
@@ -204,7 +204,7 @@ def test_killed_run_continues_to_the_same_bits(config: TrainConfig, tmp_path: Pa
     checkpoints = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
     assert "checkpoint-4" in checkpoints
     continued = run.train(config)
-    assert last_checkpoint(Path(config.out) / "checkpoints").name == "checkpoint-9"
+    assert last_checkpoint(Path(config.out) / "checkpoints", print).name == "checkpoint-9"
     assert same(config.out, str(tmp_path / "whole"))
     assert continued.last == whole.last
     assert continued.step_seconds["steps"] == 9
@@ -214,8 +214,8 @@ def test_continues_only_from_whole_checkpoints(tmp_path: Path):
     for step, whole in ((9, True), (10, True), (11, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / "complete").touch()
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+            mark_complete(tmp_path, step)
+    assert last_checkpoint(tmp_path, print).name == "checkpoint-10"
     assert not (tmp_path / "checkpoint-11").exists()
 
 

@@ -21,6 +21,7 @@ from ..errors import UserError
 from .attach import Attachment
 from .language import agrees, frozen_head
 from .lower import LowerLayers
+from .ranks import everywhere
 from .step import Items, StepLoss
 from .structure import find_transformer
 from .token_loss import Head, Share, TokenLoss
@@ -176,7 +177,7 @@ def _head(attachment: Attachment, model: nn.Module, inputs: dict[str, Any], firs
         return None
     with torch.no_grad():
         logits = first.logits(model, inputs, logits_to_keep=1)
-    attachment.dense = not agrees(head, first.states, logits)
+    attachment.dense = not everywhere(model, agrees(head, first.states, logits))
     return None if attachment.dense else head
 
 

@@ -53,21 +53,33 @@ def frozen_head(attachment: Attachment) -> Head | None:
     fits = (
         type(transformer).__name__.endswith(LANGUAGE_MODELS)
         and "logits_to_keep" in inspect.signature(transformer.forward).parameters
-        and type(head) is nn.Linear
-        and type(head.weight) in (nn.Parameter, Tensor)
-        and not head.weight.is_meta
-        and head.weight.is_floating_point()
+        and getattr(type(head), "forward", None) is nn.Linear.forward
+        and _is_plain(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not any(site.drop.position == "output" for site in attachment.plan.sites)
         and not getattr(transformer.config, "output_router_logits", False)
         and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
         and not adds_to_loss(attachment.model)
     )
-    return Head(head.weight, head.bias) if fits else None
+    return Head(whole(head.weight), whole(head.bias)) if fits else None
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether its weight is numbers in the usual layout, here or in parts on several processes; not quantised."""
+    plain = type(head.weight) in (nn.Parameter, Tensor) or hasattr(head.weight, "full_tensor")
+    layout = head.weight.shape == (head.out_features, head.in_features)
+    return plain and layout and not head.weight.is_meta and head.weight.is_floating_point()
+
+
+def whole(parameter: Any) -> Any:
+    """A frozen parameter as a plain tensor, gathered where processes hold a part each (FSDP2, tensor parallel)."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
-    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between."""
+    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between, one device."""
+    if states.device != head.weight.device:
+        return False
     ours = head.logits(states[:, -1].detach())
     return torch.allclose(ours, logits[:, -1].to(ours.dtype), rtol=1e-2, atol=1e-2)
 

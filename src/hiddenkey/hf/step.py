@@ -13,6 +13,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, token_losses
 from .lower import LowerLayers
+from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
 from .token_loss import Head
 from .views import Batch, LastLayer, compared, count_labels, labels_of, second_view, tie, uncached
@@ -86,7 +87,8 @@ def consistency_step(
     tensor is built, and its layers below the first drop once for both views.
 
     Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing,
-    or nothing would be dropped because the model is in evaluation mode.
+    nothing would be dropped because the model is in evaluation mode, and for gradient from both views through
+    DistributedDataParallel and reentrant checkpoints.
     """
     attachment = find_attachment(model)
     if attachment is None:
@@ -108,6 +110,7 @@ def _losses(
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
     consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
+    check_wrapper(model, step.consistency)
     head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
     if head is not None and not attachment.dense:
         chunked = _chunked(step, head)
@@ -127,7 +130,8 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
-    if first is None or not agrees(head, first, outputs["logits"]):
+    fits = first is not None and agrees(head, first, outputs["logits"])
+    if first is None or not everywhere(step.model, fits):
         step.attachment.dense = True
         return None
     with hidden.record(), lower.replay():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -102,12 +105,24 @@ def uses_own_softmax(module: nn.Module) -> bool:
 
 
 def counts_items(model: nn.Module) -> bool:
-    """Whether the model divides its summed loss over tokens by `num_items_in_batch`.
+    """Whether the model divides its summed loss by `num_items_in_batch`: a loss of transformers that is given it.
 
-    Language models that use transformers' losses do; classifiers mostly don't, whatever loss they use.
+    Many classifiers call the loss without their keyword arguments, and so take the mean.
     """
-    generates = type(model).__name__.endswith((*LANGUAGE_MODELS, "ForConditionalGeneration"))
-    return generates and "loss_function" in _names(model)
+    kind: Any = type(model)
+    return _passes_keywords_to_loss(kind)
+
+
+@cache
+def _passes_keywords_to_loss(kind: Any) -> bool:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(
+        isinstance(call.func, ast.Attribute)
+        and call.func.attr == "loss_function"
+        and any(keyword.arg is None for keyword in call.keywords)
+        for call in calls
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
 from .beside import compared_in, step_beside
+from .ranks import RankSeed
 from .rate_log import log_what_is_wrong
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
@@ -25,7 +26,7 @@ class ConsistencyMixin:
     In training, the loss becomes task + weight * consistency, for DPO with the policy's two views compared at the
     tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`, and a warning
     where drops are not what the recipe says. Checkpoints carry the recipe, and resuming from one of another recipe is
-    a SavedRecipeError.
+    a SavedRecipeError. In several processes, each that sees other data draws masks of its own.
     """
 
     model: nn.Module
@@ -39,6 +40,8 @@ class ConsistencyMixin:
     def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
         self._recipe = None if recipe is None else parse(recipe)
         super().__init__(*args, **kwargs)
+        trainer: Any = self
+        trainer.add_callback(RankSeed(self.get_tp_size))
         if self._recipe is not None and getattr(self, "model_init", None) is None:
             attach(self.model, self._recipe)
 
@@ -142,11 +145,11 @@ class ConsistencyMixin:
                 window.setdefault(name, []).append(value.detach())
 
     def _parts(self, loss: float) -> dict[str, float]:
-        """The parts of the logged loss since the last log, in its scale: transformers sums some losses over the
-        forward passes of a step and averages others.
+        """The parts of the logged loss since the last log, over all processes, in its scale: transformers sums some
+        losses over the forward passes of a step and averages others.
         """
         window: dict[str, list[Tensor]] = vars(self).pop("_window", {})
-        means = {name: float(torch.stack(values).mean()) for name, values in window.items()}
+        means = {name: float(self.accelerator.gather(torch.stack(v).mean()).mean()) for name, v in window.items()}
         total = means.pop("total", 0.0)
         return {name: value * loss / total if total else value for name, value in means.items()}
 

@@ -115,7 +115,7 @@ def compared(
             f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
             f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
         )
-    return Compared(logits, None)
+    return Compared(logits, labels != IGNORED if labels.shape == logits.shape[:-1] else None)
 
 
 def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:

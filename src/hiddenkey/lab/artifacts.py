@@ -96,24 +96,32 @@ def read_result(folder: Path) -> RunResult | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return RunResult(**{**found, "folder": str(folder)})
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in fields(RunResult))
         raise RunError(f"{path} is not a result of this version ({error}); it should hold: {names}.") from error
 
 
-def open_folder(config: TrainConfig) -> RunResult | None:
-    """Make the folder of a run ready, and give the earlier state of the same run where there is one.
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run.
 
     Raises:
-        RunError: the folder cannot be written, the disk is full, or another run lies there.
+        RunError: it cannot be written.
     """
-    folder = Path(config.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ".writable", "")
         (folder / ".writable").unlink()
     except OSError as error:
-        raise RunError(f"out = {config.out!r} cannot be written: {error}. Give another folder.") from error
+        raise RunError(f"out = {str(folder)!r} cannot be written: {error}. Give another folder.") from error
+
+
+def open_folder(config: TrainConfig) -> RunResult | None:
+    """The earlier state of the same run in its folder, where there is one.
+
+    Raises:
+        RunError: the disk is full, or another run lies there.
+    """
+    folder = Path(config.out)
     require_space(folder, _FREE_BYTES)
     if config.overwrite:
         _clear(folder)

@@ -66,8 +66,9 @@ class Schedule(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Asks for a checkpoint when it is time."""
-        if self.save_steps and state.global_step % self.save_steps == 0:
+        """Asks for a checkpoint when it is time; the end of an epoch has its own, with its evaluation in it."""
+        ends = control.should_training_stop or float(state.epoch).is_integer()
+        if self.save_steps and state.global_step % self.save_steps == 0 and not ends:
             control.should_save = True
         return control
 

@@ -1,27 +1,89 @@
-"""Checkpoints that a kill at any moment leaves usable: only those marked as whole count."""
+"""Checkpoints that a kill at any moment leaves usable: only those marked as whole, and unchanged since, count."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .artifacts import write_text
+from .errors import RunError
 
 _MARK = "complete"
+_STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def mark_complete(folder: Path, step: int) -> None:
-    """Note that the checkpoint of `step` has been written to its end."""
-    (folder / f"checkpoint-{step}" / _MARK).touch()
+    """Note that the checkpoint of `step` has been written to its end, and what is in it."""
+    checkpoint = folder / f"checkpoint-{step}"
+    write_text(checkpoint / _MARK, json.dumps(_contents(checkpoint), indent=1) + "\n")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`; those a kill cut short are deleted."""
-    whole = {}
+def unmark(folder: Path, step: int) -> None:
+    """Note that the checkpoint of `step` is about to be written, perhaps once more."""
+    (folder / f"checkpoint-{step}" / _MARK).unlink(missing_ok=True)
+
+
+def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint in `folder`; those a kill cut short are deleted, damaged ones told of.
+
+    Raises:
+        RunError: there are whole checkpoints, and all of them are damaged.
+    """
+    whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         found = _NAME.fullmatch(path.name)
         if found and (path / _MARK).exists():
             whole[int(found[1])] = path
         else:
             shutil.rmtree(path)
-    return whole[max(whole)] if whole else None
+    damaged = []
+    for step in sorted(whole, reverse=True):
+        changed = _changed(whole[step])
+        if not changed:
+            return whole[step]
+        damaged.append(f"{whole[step]} is damaged: {', '.join(changed)} changed after it was written.")
+        tell(damaged[-1])
+    if damaged:
+        raise RunError(
+            "\n".join(damaged) + "\nNo other checkpoint is left to continue from. Bring the files back, or start "
+            "anew with --overwrite."
+        )
+    return None
+
+
+def is_last(checkpoint: Path) -> bool:
+    """Whether training had come to its end when the checkpoint was written: all steps done, or stopped early."""
+    callbacks = _state(checkpoint)["stateful_callbacks"]
+    stopped: bool = callbacks["TrainerControl"]["args"]["should_training_stop"]
+    return stopped
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return found
+
+
+def _contents(checkpoint: Path) -> dict[str, str]:
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MARK)
+    return {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _changed(checkpoint: Path) -> list[str]:
+    """Names of files that are gone or not what they were."""
+    try:
+        noted = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return [_MARK]
+    found = _contents(checkpoint)
+    return [name for name, digest in noted.items() if found.get(name) != digest]

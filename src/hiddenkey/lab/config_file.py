@@ -21,7 +21,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     """
     try:
         given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from safetensors import SafetensorError
+from transformers import PrinterCallback, TrainerState, set_seed
 
 import hiddenkey
 
 from . import provenance, summary
 from .adapter import save_adapter
-from .artifacts import CHECKPOINTS, RunResult, open_folder, require_space, write_result
+from .artifacts import CHECKPOINTS, RunResult, make_folder, open_folder, require_space, write_result
 from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
-from .checkpoints import last_checkpoint
+from .checkpoints import is_last, last_checkpoint, unmark
 from .config import TrainConfig
 from .data import Examples, load_examples
-from .errors import LabError
+from .errors import LabError, RunError
+from .lock import hold
 from .models import load_model, load_tokenizer
 from .settings import training_arguments
 from .skeleton import build_skeleton
@@ -51,10 +56,19 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
         NonFiniteLossError: the loss became NaN or infinite.
         OSError: a file, model or data set that cannot be read or written.
     """
-    started = time.perf_counter()
     console = console or Console(stderr=True)
     config.check()
     recipe = hiddenkey.parse(config.recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError("hiddenkey train is one process; for several write a script with hiddenkey.DropTrainer.")
+    folder = Path(config.out)
+    make_folder(folder)
+    with hold(folder, console):
+        return _train(config, recipe, console)
+
+
+def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
+    started = time.perf_counter()
     earlier = open_folder(config)
     if earlier is not None and earlier.status == "finished":
         console.print(f"{config.out} holds this run, finished: nothing to do.", highlight=False)
@@ -67,12 +81,39 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     try:
         _fit(trainer, config, console)
     except LabError as error:
-        write_result(replace(result, status="failed", failure=str(error)))
+        with suppress(OSError):  # a full disk takes no note of it either
+            write_result(replace(result, status="failed", failure=str(error)))
         raise
     result = _last_record(result, checked, trainer, started)
-    save_adapter(trainer.model, checked.tokenizer, result)
-    write_result(result)
+    with written("The adapter"):
+        save_adapter(trainer.model, checked.tokenizer, result)
+        write_result(result)
     return result
+
+
+@contextmanager
+def written(what: str) -> Iterator[None]:
+    """Says in one way what the libraries below say in three: that something could not be written.
+
+    Raises:
+        RunError: in the place of their errors.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{what} cannot be written: {error}. Free some space; the same command continues from the last checkpoint"
+            " that was written."
+        ) from error
+
+
+class _Trainer(hiddenkey.DropTrainer):
+    """Tells of checkpoints that cannot be written."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        unmark(Path(self.args.output_dir), self.state.global_step)
+        with written(f"The checkpoint of step {self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
 
 def _check(config: TrainConfig, recipe: Any) -> _Checked:
@@ -106,7 +147,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: 
     task, tokenizer = checked.task, checked.tokenizer
     arguments = training_arguments(config, task, checked.metric)
     set_seed(config.seed)
-    trainer = hiddenkey.DropTrainer(
+    trainer = _Trainer(
         recipe=recipe,
         model=load_model(config, task, tokenizer),
         args=arguments,
@@ -141,13 +182,29 @@ def _bytes_of_run(trainer: Any) -> int:
 
 
 def _fit(trainer: Any, config: TrainConfig, console: Console) -> None:
-    checkpoint = last_checkpoint(Path(config.out) / CHECKPOINTS)
+    def tell(message: str) -> None:
+        console.print(message, highlight=False, soft_wrap=True)
+
+    checkpoint = last_checkpoint(Path(config.out) / CHECKPOINTS, tell)
     if checkpoint is not None:
-        console.print(f"Continuing from {checkpoint}.", highlight=False)
+        tell(f"Continuing from {checkpoint}.")
+    if checkpoint is not None and is_last(checkpoint):
+        _take_up(trainer, checkpoint)
+        return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         _callback(trainer, ProgressBar).stop()
+
+
+def _take_up(trainer: Any, checkpoint: Path) -> None:
+    """What a training left that was killed after its last checkpoint: the Trainer would train a step more."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    best = trainer.state.best_model_checkpoint
+    chosen = Path(best).name if trainer.args.load_best_model_at_end and best else checkpoint.name
+    trainer._load_from_checkpoint(str(checkpoint.with_name(chosen)))
+    clock = trainer.state.stateful_callbacks[StepClock.__name__]
+    _callback(trainer, StepClock).seconds = clock["attributes"]["seconds"]
 
 
 def _callback(trainer: Any, kind: type[Any]) -> Any:

@@ -114,6 +114,8 @@ def read_record(path: Path) -> Record:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.pop("format") != FORMAT:
             raise KeyError("format")
+        if found["name"] != path.stem:  # figures are named after it
+            raise KeyError("name")
         cases = [_case(case) for case in found.pop("cases")]
         return Record(**found, cases=cases)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

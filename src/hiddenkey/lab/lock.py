@@ -1,0 +1,36 @@
+"""One process at a time in a folder. The operating system releases the lock of a process that ends in any way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from .errors import RunError
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def hold(folder: Path, console: Console) -> Iterator[None]:
+    """Keep other processes out of an existing folder.
+
+    Raises:
+        RunError: another process is in it.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError(
+            f"Another process is training in {folder}. Wait until it ends, or give another folder with --out."
+        ) from None
+    except NotImplementedError:
+        console.print(f"The file system of {folder} has no locks; do not start this run twice.", highlight=False)
+    try:
+        yield
+    finally:
+        lock.release()

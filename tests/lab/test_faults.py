@@ -1,0 +1,301 @@
+"""Faults: kills, full disks, damaged files, two processes in one folder. Each is told, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hiddenkey.lab import run
+from hiddenkey.lab.artifacts import read_result
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.config_file import read_config
+from hiddenkey.lab.data import load_examples
+from hiddenkey.lab.errors import ConfigError, DataError, RunError
+from hiddenkey.lab.lock import hold
+
+from .test_run import config, same  # noqa: F401
+
+
+class Killed(BaseException):
+    """A kill, as far as the code that runs can see."""
+
+
+def stop(*_: Any, **__: Any) -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 8, "patience": 1, "metric": "loss", "learning_rate": 0.5},
+        {"epochs": 8, "patience": 1, "metric": "loss", "learning_rate": 0.5, "keep": "best", "save_steps": 2},
+        {"epochs": 3, "max_steps": 5, "save_steps": 5},
+        {"epochs": 2, "save_steps": 6},
+    ],
+    ids=("patience", "best", "max_steps", "epochs"),
+)
+def test_a_run_killed_after_its_last_step_trains_no_further(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+):
+    config = replace(config, **change)
+    whole = run.train(replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", stop)
+        with pytest.raises(Killed):
+            run.train(config)
+    continued = run.train(config)
+    assert same(config.out, str(tmp_path / "whole"))
+    assert continued.last == whole.last
+    assert continued.best == whole.best
+    assert [row["step"] for row in continued.epochs] == [row["step"] for row in whole.epochs]
+    assert continued.step_seconds["steps"] == whole.step_seconds["steps"]
+
+
+def test_the_end_of_an_epoch_is_saved_with_its_evaluation(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    config = replace(config, save_steps=3)  # three steps are an epoch
+    whole = run.train(replace(config, out=str(tmp_path / "whole")))
+
+    class Killer(run.Schedule):
+        def on_save(self, *arguments: Any, **named: Any) -> None:
+            super().on_save(*arguments, **named)
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "Schedule", Killer)
+        with pytest.raises(Killed):
+            run.train(config)
+    assert run.train(config).epochs == whole.epochs
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "optimizer.pt",
+        "complete",
+        pytest.param("trainer_state.json", marks=pytest.mark.full),
+        pytest.param("adapter_model.safetensors", marks=pytest.mark.full),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_taken(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+):
+    whole = run.train(replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", stop)
+        with pytest.raises(Killed):
+            run.train(config)
+    checkpoints = Path(config.out) / "checkpoints"
+    damage(checkpoints / "checkpoint-6" / file)
+    with (tmp_path / "told").open("w") as told:
+        assert run.train(config, Console(file=told, width=1000)).last == whole.last
+    assert f"checkpoint-6 is damaged: {file} changed" in (tmp_path / "told").read_text()
+    assert same(config.out, str(tmp_path / "whole"))
+
+
+def test_only_damaged_checkpoints_are_an_error(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", stop)
+        with pytest.raises(Killed):
+            run.train(config)
+    for checkpoint in (Path(config.out) / "checkpoints").iterdir():
+        damage(checkpoint / "rng_state.pth")
+    before = sorted((Path(config.out) / "checkpoints").rglob("*"))
+    with pytest.raises(RunError, match=r"rng_state\.pth changed(?s:.*)--overwrite"):
+        run.train(config)
+    assert sorted((Path(config.out) / "checkpoints").rglob("*")) == before
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing past `size` bytes fails, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [6000, pytest.param(512, marks=pytest.mark.full)])
+def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_later(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+):
+    whole = run.train(replace(config, out=str(tmp_path / "whole")))
+    real = run._Trainer._save_checkpoint
+
+    def full(trainer: Any, *arguments: Any, **named: Any) -> None:
+        with largest_file(size) if trainer.state.global_step == 6 else largest_file(2**30):
+            real(trainer, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Trainer, "_save_checkpoint", full)
+        with pytest.raises(RunError, match=r"step 6 cannot be written(?s:.*)same command continues"):
+            run.train(config)
+    assert read_result(Path(config.out)).status == "failed"
+    assert run.train(config).last == whole.last
+    assert same(config.out, str(tmp_path / "whole"))
+
+
+def test_an_adapter_that_cannot_be_written_is_told(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    real = run.save_adapter
+
+    def full(*arguments: Any) -> None:
+        with largest_file(512):
+            real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", full)
+        with pytest.raises(RunError, match="adapter cannot be written"):
+            run.train(config)
+    assert not (Path(config.out) / "adapter").exists()
+    assert run.train(config).adapter.exists()
+
+
+def test_two_processes_in_one_folder(config: TrainConfig):  # noqa: F811
+    Path(config.out).mkdir()
+    with (
+        hold(Path(config.out), Console(quiet=True)),
+        pytest.raises(RunError, match=r"Another process is training(?s:.*)--out"),
+    ):
+        run.train(replace(config, overwrite=True))
+    run.train(config)
+
+
+def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path):
+    code = (
+        "import sys, time; from pathlib import Path; from rich.console import Console; "
+        "from hiddenkey.lab.lock import hold\n"
+        "with hold(Path(sys.argv[1]), Console()): print('in', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in\n"
+    with pytest.raises(RunError, match="Another process"), hold(tmp_path, Console(quiet=True)):
+        pass
+    process.kill()
+    process.wait()
+    with hold(tmp_path, Console(quiet=True)):
+        pass
+
+
+def test_torchrun_is_told_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="DropTrainer"):
+        run.train(config)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"status": "finished"}', b"\xff\xfe\x00"])
+def test_a_damaged_result_is_told_and_kept(config: TrainConfig, content: bytes):  # noqa: F811
+    Path(config.out).mkdir()
+    path = Path(config.out) / "result.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"result\.json"):
+        run.train(config)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe\x00", b"model: [", b"!!python/object/apply:os.system [ls]"]
+)
+def test_a_damaged_configuration_is_told(tmp_path: Path, content: bytes):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "fine", "label": "good"}\n{"text": "cold", "label": \n'),
+        ("a.jsonl", b'{"text": "fine", "label": "good"}\n["cold"]\n'),
+        ("a.jsonl", b'{"text": "fine", "label": "good"}\n\x00\x01\n'),
+        ("a.jsonl", b'{"text": "fine", "label": "good"}\n{"text": "cold"}\n'),
+        ("a.csv", b"text,label\nfine,good\ncold\n"),
+        ("a.csv", b"text,label\nfine,good\ncold,bad,worse\n"),
+        ("a.csv", b"text,label\nfine,good\n\xff\xfe,bad\n"),
+        ("a.parquet", b"PAR1 this is cut off"),
+    ],
+)
+def test_a_damaged_row_is_told(config: TrainConfig, tmp_path: Path, name: str, content: bytes):  # noqa: F811
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        load_examples(replace(config, data=str(path)))
+
+
+@pytest.mark.full
+def test_twenty_kills_at_random_moments(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    config = replace(config, epochs=60, save_steps=2)
+    whole = run.train(replace(config, out=str(tmp_path / "whole")))
+    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in CHANGED]
+    command = [sys.executable, "-c", "from hiddenkey.cli import main; main()", "train", *flags]
+    generator, reached = random.Random(0), []
+    for kill in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for_start(Path(config.out), process)
+        time.sleep(generator.uniform(0, 1.2))
+        os.kill(process.pid, signal.SIGINT if kill % 4 == 3 else signal.SIGKILL)
+        _, error = process.communicate(timeout=60)
+        assert "Traceback" not in error
+        reached.append(step_of(Path(config.out)))
+    assert reached == sorted(reached)
+    assert reached[-1] > 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same(config.out, str(tmp_path / "whole"))
+    result = read_result(Path(config.out))
+    assert result is not None
+    assert result.last == whole.last
+    assert [row["step"] for row in result.epochs] == [row["step"] for row in whole.epochs]
+
+
+CHANGED = ("model", "data", "out", "recipe", "max_length", "batch_size", "epochs", "log_steps", "save_steps")
+
+
+def wait_for_start(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until this process has written its first record."""
+    began, deadline = time.time(), time.monotonic() + 120
+    path = folder / "result.json"
+    while not (path.exists() and path.stat().st_mtime > began):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def step_of(folder: Path) -> int:
+    """The newest checkpoint that is whole."""
+    found = (folder / "checkpoints").glob("checkpoint-*/complete")
+    return max((int(path.parent.name.partition("-")[2]) for path in found), default=0)
