@@ -15,12 +15,13 @@ from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
 from .backend import PREFIX, SITE, wrapped_name
+from .code import uses_interface
 from .dropouts import give_back, silence
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
-from .structure import Layer, uses_interface
+from .structure import Layer
 
 MARK = "hiddenkey_attachment"
 ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()

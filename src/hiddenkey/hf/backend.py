@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ..attend import attend
 from ..errors import PlanError
 from ..masks import Mask, read_mask
+from .code import names_in, uses_interface
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
-from .structure import uses_interface
 
 PREFIX = "hiddenkey_"
 WRAPPED = ("sdpa", "eager")
@@ -104,24 +104,31 @@ def eager_forward(
     site = _site(module)
     if site is None:
         return own(module, query, key, value, attention_mask, **kwargs)
-    with DropAtSoftmax(site, key.shape[1], key.shape[2]):
-        return own(module, query, key, value, attention_mask, **kwargs)
+    with DropAtSoftmax(site, type(module).__name__, key.shape[1], key.shape[2]) as mode:
+        attended = own(module, query, key, value, attention_mask, **kwargs)
+    mode.close()
+    return attended
 
 
 def own_eager(module: nn.Module) -> Callable[..., Attended]:
-    """`eager_attention_forward` of the file that defines the module's class, or one of its parents."""
+    """The eager attention function that the module's forward names, of the file of its class or of a parent."""
+    names = [name for name in names_in(module) if name.endswith("eager_attention_forward")]
     for parent in type(module).__mro__:
-        function = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
+        for name in names:
+            function = getattr(sys.modules[parent.__module__], name, None)
+            if function is not None:
+                return function
     raise PlanError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
 
 
 def check_backend(path: str, module: Any) -> str | None:
     """What keeps us from working inside this attention module, or None."""
-    if not uses_interface(module):
+    config = getattr(module, "config", None)
+    if config is None and not uses_interface(module):
         return None
-    name = wrapped_name(module.config._attn_implementation)
+    if config is None:
+        return f"{path} has no configuration that names its attention implementation; please report the architecture"
+    name = wrapped_name(config._attn_implementation)
     if name not in WRAPPED:
         return (
             f"its attention implementation is {name!r} at {path}, whose kernel takes no drops; load the model with "

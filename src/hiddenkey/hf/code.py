@@ -1,0 +1,80 @@
+"""What a module's forward does, read off its code: which names it uses, its own helpers included."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+# Blocks that mix tokens by something else than softmax attention: no feed-forward blocks, whatever maps they hold.
+MIXER = re.compile(r"attention|attn|mamba|mixer|delta|recurrent|ssm|shortconv|lstm|lightning|fourier", re.IGNORECASE)
+
+# Attention whose weights are no plain softmax over the keys, and why no drop can be put there.
+BLOCKWISE = "it computes blocks of keys in several softmaxes"
+CLOSED = {
+    "BigBirdBlockSparseAttention": BLOCKWISE,
+    "BigBirdPegasusBlockSparseAttention": BLOCKWISE,
+    "LongformerSelfAttention": "its keys are offsets in a window, not tokens",
+    "LEDEncoderSelfAttention": "its keys are offsets in a window, not tokens",
+    "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
+    "MultiheadAttention": "torch's nn.MultiheadAttention computes it in one call",
+}
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether its forward looks its function up in transformers' AttentionInterface."""
+    return any(name.startswith("ALL_") and name.endswith("ATTENTION_FUNCTIONS") for name in names_in(module))
+
+
+def uses_own_softmax(module: nn.Module) -> bool:
+    """Whether it is an attention class whose forward calls softmax, or torch's attention, itself."""
+    if not ATTENTION.search(type(module).__name__) or closed_because(module):
+        return False
+    names = names_in(module)
+    return "softmax" in names or "scaled_dot_product_attention" in names
+
+
+def closed_because(module: nn.Module) -> str | None:
+    """Why no drop can be put into this attention module, or None where one can, or where it is none."""
+    return next((CLOSED[parent.__name__] for parent in type(module).__mro__ if parent.__name__ in CLOSED), None)
+
+
+def names_in(module: nn.Module) -> frozenset[str]:
+    """The names that the module's forward uses, and those of the functions beside it that it calls."""
+    kind: Any = type(module)
+    return _names_of(kind)
+
+
+@cache
+def _names_of(kind: Any) -> frozenset[str]:
+    found: set[str] = set()
+    waiting: list[object] = [kind.forward]
+    seen: set[CodeType] = set()
+    while waiting:
+        function = waiting.pop()
+        function = inspect.unwrap(function) if callable(function) else function
+        if isinstance(function, MethodType):
+            function = function.__func__
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = set(_code_names(function.__code__))
+        found |= names
+        if function.__module__ == kind.__module__ or function.__module__.startswith("transformers.models."):
+            waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
+            waiting += [value for name in names if isinstance(value := function.__globals__.get(name), FunctionType)]
+    return frozenset(found)
+
+
+def _code_names(code: CodeType) -> list[str]:
+    """The names in a function's code and in the functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names += _code_names(constant)
+    return names

@@ -1,0 +1,141 @@
+"""Where a layer's feed-forward output comes from: found by the widths of its linear maps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Modules = dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A way up and the way down that belongs to it: paths of two linear maps, and the width between them."""
+
+    up: str
+    down: str
+    width: int
+
+
+def feed_forwards(layer: str, mixers: list[str], modules: Modules) -> Iterator[str]:
+    """The modules in `layer` whose output is a feed-forward block's, before the residual add.
+
+    mixers: what in the layer is attention or mixes tokens in another way.
+    """
+    inside = {path: module for path, module in modules.items() if path.startswith(layer + ".")}
+    taken = [_block_of(mixer, layer, modules) for mixer in mixers]
+    free = {path: module for path, module in inside.items() if not any(_holds(block, path) for block in taken)}
+    experts = next((path for path, module in free.items() if _is_experts(path, module)), None)
+    if experts is not None:
+        block = experts.rpartition(".")[0]
+        yield experts if block == layer else block
+        return
+    pairs = _pairs(free)
+    widest = max((pair.width for pair in pairs), default=0)
+    pairs = [pair for pair in pairs if pair.width * 2 >= widest]
+    blocks = [_output_of(pair, layer, modules) for pair in pairs]
+    own = [block for block, pair in zip(blocks, pairs, strict=True) if block != pair.down]
+    yield from dict.fromkeys(own or blocks)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear map, or an adapter around one."""
+    return isinstance(_inner(module), (nn.Linear, Conv1D))
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a linear map."""
+    inner: Any = _inner(module)
+    return (inner.nx, inner.nf) if isinstance(inner, Conv1D) else (inner.in_features, inner.out_features)
+
+
+def join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def ancestors(path: str) -> Iterator[str]:
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """What an adapter wraps."""
+    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
+        module = base
+    return module
+
+
+def _holds(block: str, path: str) -> bool:
+    return path == block or path.startswith(block + ".")
+
+
+def _is_experts(path: str, module: nn.Module) -> bool:
+    """The experts of a mixture: by name, or by weights with one matrix for each of them."""
+    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    return path.endswith(".experts") or (stacked and not isinstance(module, nn.Conv1d))
+
+
+def _block_of(mixer: str, layer: str, modules: Modules) -> str:
+    """The mixer with its own output projection: the outermost part of the layer that adds at most one map to it."""
+    block = mixer
+    for path in ancestors(mixer):
+        if path == layer or isinstance(modules[path], nn.ModuleList):
+            break
+        own, all_of_it = (len(linears(part, modules)) for part in (block, path))
+        if own and all_of_it - own > 1:
+            break
+        block = path
+    return block
+
+
+def linears(block: str, modules: Modules) -> list[str]:
+    """The topmost linear maps of a block, in order; the block may be one itself."""
+    found: list[str] = []
+    for path, module in modules.items():
+        if _holds(block, path) and is_linear(module) and not any(path.startswith(outer + ".") for outer in found):
+            found.append(path)
+    return found
+
+
+def _pairs(free: Modules) -> list[Pair]:
+    """Maps up from the stream and down to it again, matched by the width between them, which a gate doubles."""
+    paths: list[str] = []
+    for path, module in free.items():
+        if is_linear(module) and not any(path.startswith(outer + ".") for outer in paths):
+            paths.append(path)
+    if not paths:
+        return []
+    stream = features(free[paths[-1]])[1]
+    pairs, ups = [], list[str]()
+    for path in paths:
+        into, out = features(free[path])
+        fitting = [up for up in ups if features(free[up])[1] in (into, 2 * into)]
+        if out == stream and fitting:
+            pairs.append(Pair(fitting[0], path, into))
+            ups = []
+        elif into == stream:
+            ups.append(path)
+    return pairs
+
+
+def _output_of(pair: Pair, layer: str, modules: Modules) -> str:
+    """The block around a pair, or the map down where the block is the layer or adds the residual itself."""
+    block = _common(pair.up, pair.down)
+    module = modules[block]
+    whole = block == layer or isinstance(module, nn.ModuleList)
+    return pair.down if whole or "residual" in inspect.signature(module.forward).parameters else block
+
+
+def _common(first: str, second: str) -> str:
+    shared = []
+    for a, b in zip(first.split("."), second.split("."), strict=False):
+        if a != b:
+            break
+        shared.append(a)
+    return ".".join(shared)
