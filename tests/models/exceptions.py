@@ -4,25 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+Fields = dict[str, Any]
+
+
+def _each(kinds: str, fields: Fields) -> dict[str, Fields]:
+    return {kind: dict(fields) for kind in kinds.split()}
+
+
+HYBRID = ["mamba", "mamba", "hybrid", "mamba", "mamba", "hybrid"]
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
 # Arguments of a config class that can't be built without any.
-START: dict[str, dict[str, Any]] = {}
+START: dict[str, Fields] = {}
 # Fields of the tiny configuration, by the model type of the (sub-)configuration they belong to.
-FIELDS: dict[str, dict[str, Any]] = {
+FIELDS: dict[str, Fields] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "gptj": {"rotary_dim": 8},
-    "codegen": {"rotary_dim": 8},
+    **_each("gptj codegen", {"rotary_dim": 8}),
     "deepseek_v2": {"num_experts_per_tok": 2},
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid"), {"mamba_n_heads": 4, "mamba_d_head": 32}),
-    "mamba2": {"num_heads": 4, "head_dim": 32},
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 16}),
-    "nemotron": {"num_key_value_heads": 2},
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_ssm": 128, "mamba_n_groups": 1},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 32,
+        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 2,
+    },
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1},
+    "nemotron_h": {"n_groups": 1},
+    **_each("hunyuan_v1_dense hunyuan_v1_moe hunyuan_vl_text ministral", {"head_dim": 16}),
+    **_each("nemotron qwen4_exp qwen4_exp_text", {"num_key_value_heads": 2}),
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 4},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
-    "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "emu3": {"vocabulary_map": {"<image>": 5}},
-    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "mamba", "hybrid", "mamba"]},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    **_each("chameleon emu3", {"vocabulary_map": {"<image>": 5, "IMGIMG": 6}}),
+    **_each("zamba zamba2", {"num_hidden_layers": 6, "layer_types": HYBRID}),
+    **_each("qwen2_vl_text qwen2_5_vl_text glm4v_text glm4v_moe_text glm_ocr_text", {"rope_parameters": SECTIONS}),
+    "glm_image_text": {"rope_parameters": SECTIONS},
+    **_each("swin donut-swin", {"image_size": 64, "patch_size": 2}),
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "lilt": {"hidden_size": 96},
+    "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
+    "reformer": {"axial_pos_shape": [3, 4], "axial_pos_embds_dim": [32, 32]},
 }
 # Inputs of a model type: a function of (configuration, generator).
 INPUTS: dict[str, Any] = {}

@@ -24,27 +24,21 @@ def candidates(kind: str, model: Any) -> Iterator[Inputs]:
         yield INPUTS[kind](model.config, generator)
         return
     text = _text(model.config, names, generator)
-    seen = _vision(model, names, generator)
-    heard = _audio(model.config, names, generator)
-    if text and seen:
-        with_images = _with_places(model, text, seen)
+    for seen in _vision(model, names, generator):
+        with_images = _with_places(model, text, seen) if text else None
         if with_images is not None:
             yield with_images
         yield {**text, **seen}
-    elif seen:
-        yield seen
-    if text and heard:
+    for heard in _audio(model.config, names, generator):
         yield {**text, **heard}
         yield {**heard, **{k: v for k, v in text.items() if k.startswith("decoder")}}
-    elif heard:
-        yield heard
     if text:
         yield text
-    if "inputs_embeds" in names or "hidden_states" in names:
-        size = find(model.config, "hidden_size", "d_model", "embed_dim")
-        if size:
-            name = "inputs_embeds" if "inputs_embeds" in names else "hidden_states"
-            yield {name: torch.randn(BATCH, LENGTH, size, generator=generator)}
+        return
+    size = find(model.config, "hidden_size", "d_model", "embed_dim")
+    name = next((name for name in ("inputs_embeds", "hidden_states") if name in names), None)
+    if size and name:
+        yield {name: torch.randn(BATCH, LENGTH, size, generator=generator)}
     if "past_values" in names:
         channels = find(model.config, "num_input_channels") or 1
         length = find(model.config, "context_length") or 32
@@ -69,7 +63,7 @@ def tokens(generator: torch.Generator, config: Any, length: int = LENGTH) -> Ten
 
 
 def _text(config: Any, names: list[str], generator: torch.Generator) -> Inputs:
-    inputs: Inputs = {}
+    inputs: Inputs = {"use_cache": False} if "use_cache" in names and "input_ids" in names else {}
     for name in ("input_ids", "decoder_input_ids"):
         if name in names:
             inputs[name] = tokens(generator, config)
@@ -79,37 +73,43 @@ def _text(config: Any, names: list[str], generator: torch.Generator) -> Inputs:
     return inputs
 
 
-def _vision(model: Any, names: list[str], generator: torch.Generator) -> Inputs:
+def _vision(model: Any, names: list[str], generator: torch.Generator) -> Iterator[Inputs]:
     config = model.config
     side = find(config, "image_size") or 32
     height, width = (side, side) if isinstance(side, int) else side[-2:]
     channels = find(config, "num_channels", "in_channels", "in_chans") or 3
-    if "pixel_values_videos" in names and "pixel_values" not in names:
-        return {"pixel_values_videos": torch.randn(BATCH, FRAMES, channels, height, width, generator=generator)}
-    if "pixel_values" not in names:
-        return {}
-    patch = find(config, "patch_size") or 8
-    if "image_grid_thw" in names or "grid_thw" in names:
+    name = next((name for name in ("pixel_values", "pixel_values_videos", "hidden_states") if name in names), None)
+    grid_name = next((name for name in ("image_grid_thw", "grid_thw") if name in names), None)
+    if name is None or (name == "hidden_states" and grid_name is None):
+        return
+    if grid_name is not None:
+        patch = find(config, "patch_size") or 8
         temporal = find(config, "temporal_patch_size") or 1
         grid = torch.tensor([[1, 4, 4]] * BATCH)
         rows = torch.randn(BATCH * 16, channels * temporal * patch * patch, generator=generator)
-        return {"pixel_values": rows, "image_grid_thw" if "image_grid_thw" in names else "grid_thw": grid}
-    frames = find(config, "num_frames", "frames_per_clip")
-    shape = (BATCH, channels, height, width) if frames is None else (BATCH, frames, channels, height, width)
-    return {"pixel_values": torch.randn(shape, generator=generator)}
+        yield {name: rows, grid_name: grid}
+        return
+    frames = FRAMES if name == "pixel_values_videos" else find(config, "num_frames", "frames_per_clip")
+    for depth in dict.fromkeys((channels, 3)):
+        shape = (BATCH, depth, height, width) if frames is None else (BATCH, frames, depth, height, width)
+        yield {name: torch.randn(shape, generator=generator)}
 
 
-def _audio(config: Any, names: list[str], generator: torch.Generator) -> Inputs:
+def _audio(config: Any, names: list[str], generator: torch.Generator) -> Iterator[Inputs]:
+    bins = find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
+    length = 2 * (find(config, "max_source_positions") or 32)
     if "input_features" in names:
-        bins = find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
-        length = 2 * (find(config, "max_source_positions") or 32)
-        shape = (BATCH, bins or MELS, length)
-        if find(config, "input_feat_per_channel", "feature_projection_input_dim"):
-            shape = (BATCH, length, bins)
-        return {"input_features": torch.randn(shape, generator=generator)}
+        for shape in ((BATCH, bins or MELS, length), (BATCH, length, bins or MELS)):
+            features = torch.randn(shape, generator=generator)
+            masks = {
+                name: torch.ones(BATCH, length, dtype=torch.long)
+                for name in ("input_features_mask", "feature_attention_mask")
+                if name in names
+            }
+            yield {"input_features": features, **masks}
     if "input_values" in names:
-        return {"input_values": torch.randn(BATCH, SAMPLES, generator=generator)}
-    return {}
+        for shape in ((BATCH, SAMPLES), (BATCH, 1, SAMPLES), (BATCH, find(config, "max_length") or 64, bins or MELS)):
+            yield {"input_values": torch.randn(shape, generator=generator)}
 
 
 def _with_places(model: Any, text: Inputs, seen: Inputs) -> Inputs | None:
@@ -118,16 +118,23 @@ def _with_places(model: Any, text: Inputs, seen: Inputs) -> Inputs | None:
     if place is None or not hasattr(model, "get_image_features"):
         return None
     names = inspect.signature(model.get_image_features).parameters
-    with torch.no_grad():
-        features = model.get_image_features(**{name: seen[name] for name in seen if name in names})
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(**{name: seen[name] for name in seen if name in names})
+    except Exception:  # noqa: BLE001  (it wants more than pixels: the text alone is tried next)
+        return None
     features = getattr(features, "pooler_output", features)
     if isinstance(features, Tensor):
         features = list(features) if features.dim() == 3 else list(features.chunk(BATCH))
+    if not isinstance(features, (list, tuple)) or not len(features) or features[0].dim() < 2:
+        return None
     count = features[0].shape[-2]
     ids = torch.cat([torch.full((BATCH, count), place), text["input_ids"]], 1)
-    extra = {"mm_token_type_ids": (ids == place).int()} if "mm_token_type_ids" in inspect.signature(
-        model.forward
-    ).parameters else {}
+    extra = (
+        {"mm_token_type_ids": (ids == place).int()}
+        if "mm_token_type_ids" in inspect.signature(model.forward).parameters
+        else {}
+    )
     return {**text, **seen, **extra, "input_ids": ids}
 
 

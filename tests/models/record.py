@@ -13,7 +13,8 @@ SUPPORTED, PARTLY, REFUSED, NOT_BUILT, BROKEN = "supported", "partly", "refused"
 class Record:
     """One row. layers: of all stacks together; attentions, feed_forwards: sites with layers `[:]`.
 
-    missing: what has no drop, or was not reached. problems: checks that failed. error: what a user is told.
+    missing: what in the layers has no drop. outside: attention that is in no layer. unreached: sites that the inputs
+    here do not reach. problems: checks that failed. error: what a user is told, or why the model isn't built.
     """
 
     kind: str
@@ -25,6 +26,8 @@ class Record:
     causal: bool = False
     checks: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     error: str = ""
 

@@ -36,24 +36,38 @@ RULES: tuple[Rule, ...] = (
     (r".*(q_lora_rank|kv_lora_rank|o_lora_rank|lora_rank)", at_most(16)),
     (r".*(head_dim|d_kv|dim_head|head_size|d_head|head_width)", at_most(HEAD_DIM)),
     (r".*(qk_rope_head_dim|qk_nope_head_dim|v_head_dim)", at_most(HEAD_DIM)),
-    (r".*(intermediate_size|ffn_dim|d_ff|mlp_dim|d_inner|dim_ff|dim_feedforward|feedforward_dim|intermediate_dim"
-     r"|ffn_hidden_size|mlp_hidden_size|n_inner|hidden_dim_ff)", at_most(FEED_FORWARD)),
-    (r".*(num_hidden_layers|n_layers?|num_layers|_layers|num_blocks|depth|num_block_repeats|layer_num|n_layer)",
-     at_most(DEPTH)),
+    (
+        r".*(intermediate_size|ffn_dim|d_ff|mlp_dim|d_inner|dim_ff|dim_feedforward|feedforward_dim|intermediate_dim"
+        r"|ffn_hidden_size|mlp_hidden_size|n_inner|hidden_dim_ff)",
+        at_most(FEED_FORWARD),
+    ),
+    (
+        r".*(num_hidden_layers|n_layers?|num_layers|_layers|num_blocks|depth|num_block_repeats|layer_num|n_layer)",
+        at_most(DEPTH),
+    ),
     (r"layers", at_most(DEPTH)),
     (r".*(num_experts|n_routed_experts|num_local_experts|moe_num_experts)", at_most(EXPERTS)),
-    (r".*(experts_per_tok|experts_per_token|moe_topk|moe_k|router_topk|moe_top_k|top_k|num_selected_experts)",
-     at_most(2)),
+    (
+        r".*(experts_per_tok|experts_per_token|moe_topk|moe_k|router_topk|moe_top_k|top_k|num_selected_experts)",
+        at_most(2),
+    ),
     (r"(n_group|topk_group|num_expert_group)", at_most(1)),
-    (r".*(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|model_max_length"
-     r"|max_sequence_length|max_length)", at_most(512)),
-    (r".*(sliding_window|attention_chunk_size|local_attention|window_size)", lambda v: v if v <= 4 else 4),
+    (
+        r".*(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|model_max_length"
+        r"|max_sequence_length|max_length)",
+        at_most(512),
+    ),
+    (r".*window_size", lambda v: min(v, 4) if v <= 16 else 32),
+    (r".*(sliding_window|attention_chunk_size|local_attention)", at_most(4)),
     (r".*image_size|input_size|pretrain_image_size|resolution|crop_size", at_most(IMAGE)),
     (r"patch_size", at_most(PATCH)),
     (r"(num_frames|frames_per_clip)", at_most(FRAMES)),
-    (r".*(hidden_size|d_model|embed_dim|n_embd|hidden_dim|embedding_dim|embedding_size|emb_dim|projection_dim"
-     r"|projection_size|output_dim|latent_dim|fusion_hidden_size|proj_size|query_dim|output_size|input_dim|dim"
-     r"|embed_size|width|hidden_channels|channel_dim|lstm_width|in_channels_dim)", at_most(HIDDEN)),
+    (
+        r".*(hidden_size|d_model|embed_dim|n_embd|hidden_dim|embedding_dim|embedding_size|emb_dim|projection_dim"
+        r"|projection_size|output_dim|latent_dim|fusion_hidden_size|proj_size|query_dim|output_size|input_dim|dim"
+        r"|embed_size|width|hidden_channels|channel_dim|lstm_width|in_channels_dim)",
+        at_most(HIDDEN),
+    ),
     (r".*(num_(object_)?quer(y_tokens|ies)|num_labels|num_latents)", at_most(8)),
 )
 

@@ -46,5 +46,8 @@ class Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _is_attention(self, logits: Tensor) -> bool:
-        named = re.search("attention|attn", type(self.at_work[-1]).__name__, re.IGNORECASE)
+        kind = type(self.at_work[-1]).__name__
+        if "HyperConnection" in kind:  # mixes copies of the stream
+            return False
+        named = re.search("attention|attn", kind, re.IGNORECASE)
         return logits.dim() >= 4 or (logits.dim() == 3 and named is not None)

@@ -12,18 +12,29 @@ from torch import nn
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Blocks that mix tokens by something else than softmax attention: no feed-forward blocks, whatever maps they hold.
-MIXER = re.compile(r"attention|attn|mamba|mixer|delta|recurrent|ssm|shortconv|lstm|lightning|fourier", re.IGNORECASE)
+MIXER = re.compile(r"Attention|Attn|Mamba|Mixer|Delta|Recurrent|SSM|ShortConv|LSTM|Lightning|Fourier")
 
 # Attention whose weights are no plain softmax over the keys, and why no drop can be put there.
-BLOCKWISE = "it computes blocks of keys in several softmaxes"
+BLOCKWISE = "it computes its keys in parts, with a softmax for each"
+WINDOW = "its keys are offsets in a window, not tokens"
+ONE_CALL = "torch's multi_head_attention_forward computes it in one call"
 CLOSED = {
     "BigBirdBlockSparseAttention": BLOCKWISE,
     "BigBirdPegasusBlockSparseAttention": BLOCKWISE,
-    "LongformerSelfAttention": "its keys are offsets in a window, not tokens",
-    "LEDEncoderSelfAttention": "its keys are offsets in a window, not tokens",
+    "PegasusXGlobalLocalAttention": BLOCKWISE,
+    "ProphetNetNgramSelfAttention": BLOCKWISE,
+    "LongformerSelfAttention": WINDOW,
+    "LEDEncoderSelfAttention": WINDOW,
     "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
-    "MultiheadAttention": "torch's nn.MultiheadAttention computes it in one call",
+    "GroupViTAssignAttention": "each token is given to one group by a hard maximum",
+    "MultiheadAttention": ONE_CALL,
 }
+# The same by what its forward calls.
+CLOSED_CALLS = {
+    "multi_head_attention_forward": ONE_CALL,
+    "XSoftmax": "its softmax is a function of its own with its own gradient",
+}
+SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -35,13 +46,17 @@ def uses_own_softmax(module: nn.Module) -> bool:
     """Whether it is an attention class whose forward calls softmax, or torch's attention, itself."""
     if not ATTENTION.search(type(module).__name__) or closed_because(module):
         return False
-    names = names_in(module)
-    return "softmax" in names or "scaled_dot_product_attention" in names
+    return not names_in(module).isdisjoint(SOFTMAX)
 
 
 def closed_because(module: nn.Module) -> str | None:
     """Why no drop can be put into this attention module, or None where one can, or where it is none."""
-    return next((CLOSED[parent.__name__] for parent in type(module).__mro__ if parent.__name__ in CLOSED), None)
+    for parent in type(module).__mro__:
+        if parent.__name__ in CLOSED:
+            return CLOSED[parent.__name__]
+    if not ATTENTION.search(type(module).__name__):
+        return None
+    return next((reason for name, reason in CLOSED_CALLS.items() if name in names_in(module)), None)
 
 
 def names_in(module: nn.Module) -> frozenset[str]:

@@ -95,8 +95,10 @@ class _Reader:
         self.modules = modules
         self.attentions = [path for path, module in modules.items() if is_attention(module)]
         self.closed = [path for path, module in modules.items() if closed_because(module)]
-        self.mixers = {*self.attentions, *self.closed}
-        self.mixers |= {path for path, module in modules.items() if MIXER.search(type(module).__name__)}
+        known = {*self.attentions, *self.closed}
+        around = {path for attention in known for path in ancestors(attention)}
+        named = {path for path, module in modules.items() if MIXER.search(type(module).__name__)}
+        self.mixers = known | (named - around)
 
     def stacks(self) -> list[str]:
         """The ModuleLists whose elements are layers: with attention, or where there is none, with feed-forwards."""
