@@ -14,6 +14,7 @@ from torch import Tensor
 import hiddenkey
 from hiddenkey.hf.code import uses_interface
 
+from .exceptions import UNFIT
 from .inputs import Inputs, candidates, tensors
 from .kinds import class_name
 from .record import BROKEN, PARTLY, REFUSED, SUPPORTED, Record
@@ -33,6 +34,8 @@ def examine(kind: str) -> Record:
     """The row of one model type."""
     record = Record(kind, class_name(kind))
     try:
+        if kind in UNFIT:
+            raise NotBuiltError(UNFIT[kind])
         model = build(kind)
         inputs = working_inputs(kind, model)
     except NotBuiltError as error:
@@ -320,9 +323,12 @@ def the_eager_backend_drops_too(subject: Subject) -> str | None:
     implementations = {m.config._attn_implementation for m in _interface_sites(subject, subject.model)}
     if "sdpa" in implementations:
         subject.record.checks.append("sdpa")
-    eager = build(subject.kind, attn_implementation="eager")
-    with hiddenkey.attach(eager, "baseline"):
-        plain = subject.run(eager)
+    try:
+        eager = build(subject.kind, attn_implementation="eager")
+        with hiddenkey.attach(eager, "baseline"):
+            plain = subject.run(eager)
+    except Exception:  # noqa: BLE001
+        return None  # The plain model has no eager attention that runs.
     with hiddenkey.attach(eager, subject.at(RATE)) as attachment:
         dropped = subject.run(eager)
         drawn = {name for name, rate in attachment.rates().items() if rate == rate}

@@ -48,5 +48,7 @@ FIELDS: dict[str, Fields] = {
     "layoutlmv3": {"coordinate_size": 10, "shape_size": 12},
     "reformer": {"axial_pos_shape": [3, 4], "axial_pos_embds_dim": [32, 32]},
 }
+# What can't be examined, and why.
+UNFIT = {"xcodec": "its output is that of a vector quantiser, in which a drop need not show"}
 # Inputs of a model type: a function of (configuration, generator).
 INPUTS: dict[str, Any] = {}

@@ -64,9 +64,11 @@ def tokens(generator: torch.Generator, config: Any, length: int = LENGTH) -> Ten
 
 def _text(config: Any, names: list[str], generator: torch.Generator) -> Inputs:
     inputs: Inputs = {"use_cache": False} if "use_cache" in names and "input_ids" in names else {}
-    for name in ("input_ids", "decoder_input_ids"):
-        if name in names:
+    for name in names:
+        if name.endswith("input_ids"):
             inputs[name] = tokens(generator, config)
+    if "protein_attention_mask" in names:
+        inputs["protein_attention_mask"] = torch.ones(BATCH, LENGTH, dtype=torch.long)
     if "bbox" in names and inputs:
         corners = torch.randint(0, 100, (BATCH, LENGTH, 2), generator=generator)
         inputs["bbox"] = torch.cat([corners, corners + 20], -1)

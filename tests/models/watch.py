@@ -29,10 +29,11 @@ class Watch(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.at_work.append(module)
-        self.ran.add(self.paths[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.at_work.pop()
+        if not isinstance(output, Tensor) or output.numel():
+            self.ran.add(self.paths[module])
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -12,7 +12,9 @@ from torch import nn
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 # Blocks that mix tokens by something else than softmax attention: no feed-forward blocks, whatever maps they hold.
-MIXER = re.compile(r"Attention|Attn|Mamba|Mixer|Delta|Recurrent|SSM|ShortConv|LSTM|Lightning|Fourier")
+MIXER = re.compile(
+    r"(Attention|Attn|Mamba|Mixer|Delta|Recurrent|SSM|ShortConv|LSTM|Fourier)(?!.*(MLP|Mlp|FeedForward))"
+)
 
 # Attention whose weights are no plain softmax over the keys, and why no drop can be put there.
 BLOCKWISE = "it computes its keys in parts, with a softmax for each"
@@ -26,6 +28,7 @@ CLOSED = {
     "LongformerSelfAttention": WINDOW,
     "LEDEncoderSelfAttention": WINDOW,
     "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
+    "LiltSelfAttention": "it computes a softmax over the text and one over the layout",
     "GroupViTAssignAttention": "each token is given to one group by a hard maximum",
     "MultiheadAttention": ONE_CALL,
 }

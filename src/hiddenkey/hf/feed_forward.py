@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 Modules = dict[str, nn.Module]
@@ -77,8 +78,10 @@ def _holds(block: str, path: str) -> bool:
 
 def _is_experts(path: str, module: nn.Module) -> bool:
     """The experts of a mixture: by name, or by weights with one matrix for each of them."""
-    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
-    return path.endswith(".experts") or (stacked and not isinstance(module, nn.Conv1d))
+    if isinstance(module, _ConvNd) or "parametrizations" in path:
+        return False
+    own = module.parameters(recurse=False)
+    return path.endswith(".experts") or any(weight.dim() == 3 and min(weight.shape) > 1 for weight in own)
 
 
 def _block_of(mixer: str, layer: str, modules: Modules) -> str:

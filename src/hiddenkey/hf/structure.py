@@ -18,6 +18,8 @@ from ..errors import PlanError
 from .code import MIXER, closed_because, names_in, uses_interface, uses_own_softmax
 from .feed_forward import ancestors, feed_forwards, join
 
+LISTS = (nn.ModuleList, nn.Sequential)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -34,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """All layers of one `ModuleList`; `latter_half`: the paper's layers for it, those of a decoder-only model."""
+    """All layers of one list of modules; `latter_half`: the paper's layers for it, those of a decoder-only model."""
 
     path: str
     layers: tuple[Layer, ...]
@@ -101,7 +103,7 @@ class _Reader:
         self.mixers = known | (named - around)
 
     def stacks(self) -> list[str]:
-        """The ModuleLists whose elements are layers: with attention, or where there is none, with feed-forwards."""
+        """The lists whose elements are layers: with attention, or where there is none, with feed-forwards."""
         found = [self._stack_of(path) for path in (*self.attentions, *self.closed)]
         stacks = dict.fromkeys(path for path in found if path is not None)
         if not stacks:
@@ -114,7 +116,7 @@ class _Reader:
         return sorted(stacks, key=list(self.modules).index)
 
     def layers(self, stack: str) -> list[Layer]:
-        """Every element of the ModuleList, so that an index means the same in each of them."""
+        """Every element of the list, so that an index means the same in each of them."""
         return [
             Layer(
                 path, self._inside(path, self.attentions), self.feed_forwards(path), self._inside(path, self.closed)
@@ -126,13 +128,13 @@ class _Reader:
         return tuple(feed_forwards(layer, list(self._inside(layer, self.mixers)), self.modules))
 
     def _stack_of(self, attention: str) -> str | None:
-        """The list of the innermost element of a ModuleList around the attention that also holds a feed-forward.
+        """The list of the innermost element of a list around the attention that also holds a feed-forward.
 
         Innermost, because vision models nest layers in stages; with a feed-forward block, because T5 keeps the
         parts of a layer in a ModuleList of their own.
         """
         around = (attention, *ancestors(attention))
-        elements = [path for path in around if isinstance(self.modules.get(path.rpartition(".")[0]), nn.ModuleList)]
+        elements = [path for path in around if isinstance(self.modules.get(path.rpartition(".")[0]), LISTS)]
         elements = [path for path in elements if path != attention]
         whole = next((path for path in elements if self.feed_forwards(path)), None)
         element = whole or next(iter(elements), None)
