@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo test test-full models lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ test: $(VENV)/.installed lint
 
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 -m full
+
+models: $(VENV)/.installed
+	$(BIN)/python -m tests.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests demo

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 Fields = dict[str, Any]
 
@@ -38,7 +42,11 @@ FIELDS: dict[str, Fields] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     **_each("chameleon emu3", {"vocabulary_map": {"<image>": 5, "IMGIMG": 6}}),
     **_each("zamba zamba2", {"num_hidden_layers": 6, "layer_types": HYBRID}),
-    **_each("qwen2_vl_text qwen2_5_vl_text glm4v_text glm4v_moe_text glm_ocr_text", {"rope_parameters": SECTIONS}),
+    **_each("qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text", {"rope_parameters": SECTIONS}),
+    "qwen2_5_omni_text": {"rope_parameters": SECTIONS},
+    "glm4v_moe_text": {"rope_parameters": {**SECTIONS, "mrope_section": [2, 1, 1]}},
+    **_each("autoformer informer time_series_transformer", {"prediction_length": 4, "num_time_features": 2}),
+    **_each("blip-2 instructblip instructblipvideo", {"image_token_index": 5, "video_token_index": 5}),
     "glm_image_text": {"rope_parameters": SECTIONS},
     **_each("swin donut-swin", {"image_size": 64, "patch_size": 2}),
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -50,5 +58,50 @@ FIELDS: dict[str, Fields] = {
 }
 # What can't be examined, and why.
 UNFIT = {"xcodec": "its output is that of a vector quantiser, in which a drop need not show"}
+
+
+def _series(config: Any, generator: torch.Generator) -> Fields:
+    past, future = config.context_length + max(config.lags_sequence), config.prediction_length
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=generator)
+
+    return {
+        "past_values": values(past),
+        "past_time_features": values(past, config.num_time_features),
+        "past_observed_mask": torch.ones(2, past),
+        "future_values": values(future),
+        "future_time_features": values(future, config.num_time_features),
+    }
+
+
+def _seen_regions(config: Any, generator: torch.Generator) -> Fields:
+    return {
+        "input_ids": torch.randint(64, config.vocab_size, (2, 12), generator=generator),
+        "visual_feats": torch.randn(2, 6, config.visual_feat_dim, generator=generator),
+        "visual_pos": torch.rand(2, 6, config.visual_pos_dim, generator=generator),
+    }
+
+
+def _question(config: Any, generator: torch.Generator) -> Fields:
+    ids = torch.randint(64, config.vocab_size, (2, 12), generator=generator)
+    ids[:, 3] = config.question_token_id
+    return {"input_ids": ids}
+
+
+def _patches(config: Any, generator: torch.Generator) -> Fields:
+    vision = getattr(config, "vision_config", config)
+    return {
+        "pixel_values": torch.randn(2, 16, vision.num_channels * vision.patch_size**2, generator=generator),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+    }
+
+
 # Inputs of a model type: a function of (configuration, generator).
-INPUTS: dict[str, Any] = {}
+INPUTS: dict[str, Callable[[Any, torch.Generator], Fields]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _series),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), _patches),
+    "lxmert": _seen_regions,
+    "splinter": _question,
+}

@@ -15,22 +15,27 @@ HEAD = """# Models
 Every model type of the installed transformers that an auto class knows, built with a tiny random configuration, with
 `logits[:]:column + hidden[:]:element` attached. Written by `make models` (`python -m tests.models`); do not edit.
 
-transformers {transformers}, torch {torch}.
+{versions}
 
 | model types | | what it means |
 |---|---|---|
 {totals}
 
-What is checked of every model that is built: evaluation is that of the plain model, bit for bit; p = 0 is the plain model
-in training; drops that keep everything change nothing; with p > 0 every site draws and the output changes; gradients are
-finite, and the same with activation checkpointing (where the plain model's are); in causal models a later token reaches no
-earlier output while drops are at work; detach gives everything back; eager attention drops too; flash and flex attention are
-refused. A site is found once by the library, from the model's code, and once by watching which modules compute a
-softmax over keys in a forward.
+What is checked of every model that is built:
 
-*layers* counts every element of the model's stacks (text, vision and audio parts together), *attention* and *feed-forward*
-the sites in them. Hybrid models have layers without softmax attention, so fewer attention sites than layers; encoder-decoders
-have cross-attention, so more. `plan(model, recipe)` says the same of your model.
+- evaluation is that of the plain model, bit for bit; p = 0 is the plain model in training
+- drops that keep everything change nothing; with p > 0 every site draws and the output changes
+- gradients are finite, and the same with activation checkpointing (where the plain model's are)
+- in causal models a later token reaches no earlier output while drops are at work
+- detach gives everything back
+- eager attention drops too; flash and flex attention are refused with the way out
+
+Attention is found once by the library, from the model's code, and once by watching which modules compute a softmax
+over keys in a forward; the two must agree.
+
+*layers* counts every element of the model's stacks (text, vision and audio parts together), *attention* and
+*feed-forward* the sites in them. Hybrid models have layers without softmax attention, so fewer attention sites than
+layers; encoder-decoders have cross-attention, so more. `print(hiddenkey.plan(model, recipe))` says the same of yours.
 """
 
 MEANING = {
@@ -49,10 +54,17 @@ def render(records: list[Record]) -> str:
         for status, meaning in MEANING.items()
         if status != BROKEN or any(record.status == BROKEN for record in records)
     )
-    head = HEAD.format(
-        transformers=transformers.__version__, torch=torch.__version__.partition("+")[0], totals=totals
-    )
+    head = HEAD.format(versions=versions(), totals=totals)
     return head + "".join(_section(status, records) for status in MEANING)
+
+
+def versions() -> str:
+    return f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}."
+
+
+def row(record: Record) -> str:
+    """A model type's line in the table of its status."""
+    return f"| {' | '.join(_cell(column(record)) for column in COLUMNS[record.status].values())} |"
 
 
 def write(path: Path, records: list[Record]) -> None:
@@ -65,7 +77,7 @@ def _section(status: str, records: list[Record]) -> str:
         return ""
     columns = COLUMNS[status]
     lines = [f"## {status[0].upper()}{status[1:]}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_cell(column(row)) for column in columns.values())} |" for row in rows]
+    lines += map(row, rows)
     return "\n" + "\n".join(lines) + "\n"
 
 

@@ -156,6 +156,8 @@ class _Shrinker:
             return value
         if re.fullmatch(r"depths?|num_blocks|layers|encoder_layers|num_layers", name):
             return [min(item, 2) for item in value]
+        if re.fullmatch(r".*image_size|resolution", name):
+            return [IMAGE] * len(value)
         if re.fullmatch(r".*heads", name):
             return [item // min(value) for item in value]
         if re.fullmatch(r".*(hidden_sizes|channels|embed_dims?|dims?|sizes)", name) and min(value) >= 32:
