@@ -14,7 +14,7 @@ from ..axes.pattern import PATTERNS
 from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
-from .backend import PREFIX, SITE, wrapped_name
+from .backend import PREFIX, SITE, read_eager, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
 from .plan import Plan, Site, plan
@@ -142,6 +142,8 @@ class Attachment:
         if not any(config is known for known, _ in self._configs):
             name = wrapped_name(config._attn_implementation)
             self._configs.append((config, name))
+            if name == "eager":
+                read_eager(self.model)
             config._attn_implementation_internal = PREFIX + name
 
     def _attach_stream(self, planned: Site) -> None:

@@ -33,6 +33,7 @@ SITE = "hiddenkey_site"
 NOTE = "hiddenkey_mask"
 
 Attended = tuple[Tensor, Tensor | None]
+EAGER: dict[type[nn.Module], Callable[..., Attended]] = {}
 
 
 def sdpa_forward(
@@ -106,12 +107,20 @@ def eager_forward(
         return own(module, query, key, value, attention_mask, **kwargs)
     with DropAtSoftmax(site, type(module).__name__, key.shape[1], key.shape[2]) as mode:
         attended = own(module, query, key, value, attention_mask, **kwargs)
-    mode.close()
+    if not torch.compiler.is_compiling():  # which can't call methods of a mode
+        mode.close()
     return attended
 
 
 def own_eager(module: nn.Module) -> Callable[..., Attended]:
     """The eager attention function that the module's forward names, of the file of its class or of a parent."""
+    kind = type(module)
+    if kind not in EAGER:
+        EAGER[kind] = _find_eager(module)
+    return EAGER[kind]
+
+
+def _find_eager(module: nn.Module) -> Callable[..., Attended]:
     names = [name for name in names_in(module) if name.endswith("eager_attention_forward")]
     for parent in type(module).__mro__:
         for name in names:
@@ -119,6 +128,13 @@ def own_eager(module: nn.Module) -> Callable[..., Attended]:
             if function is not None:
                 return function
     raise PlanError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
+
+
+def read_eager(model: nn.Module) -> None:
+    """Find the eager function of every attention now: torch.compile can't follow how it is found."""
+    for module in model.modules():
+        if uses_interface(module):
+            own_eager(module)
 
 
 def check_backend(path: str, module: Any) -> str | None:

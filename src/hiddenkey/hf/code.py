@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+INTERFACE = re.compile(r"ALL_(?!MASK)\w*ATTENTION_FUNCTIONS")
 # Blocks that mix tokens by something else than softmax attention: no feed-forward blocks, whatever maps they hold.
 MIXER = re.compile(
     r"(Attention|Attn|Mamba|Mixer|Delta|Recurrent|SSM|ShortConv|LSTM|Fourier)(?!.*(MLP|Mlp|FeedForward))"
@@ -29,6 +30,7 @@ CLOSED = {
     "LEDEncoderSelfAttention": WINDOW,
     "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
     "LiltSelfAttention": "it computes a softmax over the text and one over the layout",
+    "AutoformerAttention": "its weights are over delays, not keys",
     "GroupViTAssignAttention": "each token is given to one group by a hard maximum",
     "MultiheadAttention": ONE_CALL,
 }
@@ -42,7 +44,7 @@ SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")
 
 def uses_interface(module: nn.Module) -> bool:
     """Whether its forward looks its function up in transformers' AttentionInterface."""
-    return any(name.startswith("ALL_") and name.endswith("ATTENTION_FUNCTIONS") for name in names_in(module))
+    return any(INTERFACE.fullmatch(name) for name in names_in(module))
 
 
 def uses_own_softmax(module: nn.Module) -> bool:
@@ -70,22 +72,22 @@ def names_in(module: nn.Module) -> frozenset[str]:
 
 @cache
 def _names_of(kind: Any) -> frozenset[str]:
+    files = {parent.__module__ for parent in kind.__mro__}
     found: set[str] = set()
     waiting: list[object] = [kind.forward]
     seen: set[CodeType] = set()
     while waiting:
         function = waiting.pop()
         function = inspect.unwrap(function) if callable(function) else function
-        if isinstance(function, MethodType):
-            function = function.__func__
         if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        if function.__module__ not in files and not function.__module__.startswith("transformers.models."):
             continue
         seen.add(function.__code__)
         names = set(_code_names(function.__code__))
         found |= names
-        if function.__module__ == kind.__module__ or function.__module__.startswith("transformers.models."):
-            waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
-            waiting += [value for name in names if isinstance(value := function.__globals__.get(name), FunctionType)]
+        waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
+        waiting += [function.__globals__.get(name) for name in names]
     return frozenset(found)
 
 
