@@ -15,6 +15,8 @@ import torch
 import transformers.models.bert.modeling_bert
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+import hiddenkey.hf.attach  # noqa: F401
+
 from . import page
 from .children import examine_apart
 from .kinds import model_types

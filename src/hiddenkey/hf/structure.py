@@ -148,17 +148,18 @@ class _Reader:
 
 
 def _stack(path: str, layers: list[Layer], modules: dict[str, nn.Module], is_pair: bool) -> Stack:
-    attentions = [modules[attention] for layer in layers for attention in layer.attentions]
-    causal = any(_is_causal(attention) for attention in attentions)
+    causal = any(_is_causal(attention, modules) for layer in layers for attention in layer.attentions)
     return Stack(path, tuple(layers), causal, causal and not is_pair)
 
 
-def _is_causal(attention: nn.Module) -> bool:
-    """What the attention says of itself, else what its configuration's model type is for."""
-    own = getattr(attention, "is_causal", None)
+def _is_causal(attention: str, modules: dict[str, nn.Module]) -> bool:
+    """What the attention says of itself, else what the model type of the configuration around it is for."""
+    own = getattr(modules[attention], "is_causal", None)
     if own is not None:
         return bool(own)
-    kind = getattr(getattr(attention, "config", None), "model_type", None)
+    around = (modules[path] for path in (attention, *ancestors(attention), "") if path in modules)
+    config = next((module.config for module in around if hasattr(module, "config")), None)
+    kind = getattr(config, "model_type", None)
     return kind in CAUSAL and kind not in MASKED
 
 
