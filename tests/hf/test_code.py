@@ -156,6 +156,21 @@ def test_layers_of_a_hybrid_model_keep_their_places():
     assert [site.layer[1] for site in hiddenkey.plan(build("jamba"), "logits:column@0.1").sites] == [3]
 
 
+@pytest.mark.parametrize("padding", (False, True))
+def test_runs_of_tokens_in_layers_without_attention(padding):
+    model = build("jamba").train()
+    inputs = {"input_ids": torch.randint(64, 256, (2, 10)), "use_cache": False}
+    if padding:
+        inputs["attention_mask"] = torch.ones(2, 10, dtype=torch.long)
+        inputs["attention_mask"][1, 6:] = 0
+    with hiddenkey.attach(model, "hidden[:]:span@0.4") as attachment:
+        model(**inputs)
+        # Runs of 4 of 10 tokens, and beside padding of round(0.4 * 6) = 2 of 10.
+        wanted = (4 + (2 if padding else 4)) / 20
+        assert attachment.rates() == dict.fromkeys(attachment.rates(), pytest.approx(wanted))
+        assert len(attachment.rates()) == 4
+
+
 def test_layers_of_one_kind_each():
     model = build("nemotron_h")
     text = str(hiddenkey.plan(model, "baseline"))

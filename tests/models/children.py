@@ -12,7 +12,7 @@ from json import dumps, loads
 
 import torch
 
-from .checks import examine
+from .examine import examine
 from .kinds import class_name
 from .record import Record
 

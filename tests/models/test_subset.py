@@ -2,7 +2,7 @@
 
 import pytest
 
-from .checks import examine
+from .examine import examine
 from .record import PARTLY, SUPPORTED
 
 # (status, layers, attentions, feed-forwards), counted by hand in the models' code.

@@ -162,12 +162,17 @@ class Attachment:
         return (TokenSkip if skips else StreamSite)(planned.drop, planned.side, documents)
 
     def _documents_of(self, site: Site) -> Documents | None:
-        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention."""
+        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention.
+
+        A layer without attention (Mamba) is asked itself.
+        """
         if not PATTERNS[site.drop.pattern].needs_segments:
             return None
         if site.layer is None and site.side == "input" and site.path in self._first_layers():
             return self._documents_at(site.path, site.path)
         layer = self._layer(site)
+        if not layer.attentions:
+            return self._documents_at(layer.path, layer.path)
         return self._documents_at(layer.path + " attention", layer.attentions[0])
 
     def _documents_at(self, key: str, path: str) -> Documents:
