@@ -66,7 +66,7 @@ class Subject:
         self.ran = watch.ran
         found = {path for stack in stacks for layer in stack.layers for path in layer.attentions}
         missed = [path for path in watch.attentions if not any(_related(path, known) for known in found)]
-        inside = [path for path in missed if any(path.startswith(stack.path + ".") for stack in stacks)]
+        inside = [path for path in missed if any(part.isdigit() for part in path.split("."))]
         if "logits" not in record.missing:
             record.missing += [f"attention of {path}" for path in patterns(inside)]
         record.outside = patterns([path for path in missed if path not in inside])
