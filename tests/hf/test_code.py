@@ -224,6 +224,14 @@ LAYERS = {
     "residual inside": (block(mlp=Residual()), ["layer.mlp.down"]),
     "an adapter beside it": (block(mlp=Plain(), low=Plain(2)), ["layer.mlp"]),
     "experts": (block(mlp=block(router=nn.Linear(4, 3), experts=Experts())), ["layer.mlp"]),
+    "experts, and a block for every token": (
+        block(moe=block(router=nn.Linear(4, 3), experts=Experts()), shared=Plain()),
+        ["layer.moe", "layer.shared"],
+    ),
+    "experts of the layer itself": (
+        block(mlp=Plain(), router=nn.Linear(4, 3), experts=Experts()),
+        ["layer.experts", "layer.mlp"],
+    ),
     "a convolution is no expert": (block(conv=nn.Conv1d(4, 4, 3), mlp=Plain()), ["layer.mlp"]),
     "none": (block(one=nn.Linear(4, 4), other=nn.Linear(4, 3)), []),
 }

@@ -31,12 +31,9 @@ def feed_forwards(layer: str, mixers: list[str], modules: Modules) -> Iterator[s
     inside = {path: module for path, module in modules.items() if path.startswith(layer + ".")}
     taken = [_block_of(mixer, layer, modules) for mixer in mixers]
     free = {path: module for path, module in inside.items() if not any(_holds(block, path) for block in taken)}
-    experts = next((path for path, module in free.items() if _is_experts(path, module)), None)
-    if experts is not None:
-        block = experts.rpartition(".")[0]
-        yield experts if block == layer else block
-        return
-    pairs = _pairs(free)
+    experts = {path if (block := path.rpartition(".")[0]) == layer else block for path in _experts(free)}
+    yield from sorted(experts, key=list(modules).index)
+    pairs = _pairs({path: module for path, module in free.items() if not any(_holds(e, path) for e in experts)})
     widest = max((pair.width for pair in pairs), default=0)
     pairs = [pair for pair in pairs if pair.width * 2 >= widest]
     blocks = [_output_of(pair, layer, modules) for pair in pairs]
@@ -76,12 +73,14 @@ def _holds(block: str, path: str) -> bool:
     return path == block or path.startswith(block + ".")
 
 
-def _is_experts(path: str, module: nn.Module) -> bool:
+def _experts(free: Modules) -> Iterator[str]:
     """The experts of a mixture: by name, or by weights with one matrix for each of them."""
-    if isinstance(module, _ConvNd) or "parametrizations" in path:
-        return False
-    own = module.parameters(recurse=False)
-    return path.endswith(".experts") or any(weight.dim() == 3 and min(weight.shape) > 1 for weight in own)
+    for path, module in free.items():
+        if isinstance(module, _ConvNd) or "parametrizations" in path:
+            continue
+        own = module.parameters(recurse=False)
+        if path.endswith(".experts") or any(weight.dim() == 3 and min(weight.shape) > 1 for weight in own):
+            yield path
 
 
 def _block_of(mixer: str, layer: str, modules: Modules) -> str:
@@ -107,18 +106,20 @@ def linears(block: str, modules: Modules) -> list[str]:
 
 
 def _pairs(free: Modules) -> list[Pair]:
-    """Maps up from the stream and down to it again, matched by the width between them, which a gate doubles."""
-    paths: list[str] = []
+    """Maps up from the stream and down to it again; the stream is as wide as the last map puts out that has any."""
+    sizes: dict[str, tuple[int, int]] = {}
     for path, module in free.items():
-        if is_linear(module) and not any(path.startswith(outer + ".") for outer in paths):
-            paths.append(path)
-    if not paths:
-        return []
-    stream = features(free[paths[-1]])[1]
+        if is_linear(module) and not any(path.startswith(outer + ".") for outer in sizes):
+            sizes[path] = features(module)
+    widths = dict.fromkeys(out for _, out in reversed(sizes.values()))
+    return next((pairs for width in widths if (pairs := _pairs_of(width, sizes))), [])
+
+
+def _pairs_of(stream: int, sizes: dict[str, tuple[int, int]]) -> list[Pair]:
+    """Pairs are matched by the width between them, which a gate doubles."""
     pairs, ups = [], list[str]()
-    for path in paths:
-        into, out = features(free[path])
-        fitting = [up for up in ups if features(free[up])[1] in (into, 2 * into)]
+    for path, (into, out) in sizes.items():
+        fitting = [up for up in ups if sizes[up][1] in (into, 2 * into)]
         if out == stream and fitting:
             pairs.append(Pair(fitting[0], path, into))
             ups = []
