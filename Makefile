@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-full test-oldest lint clean
+.PHONY: demo test test-full test-oldest models lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m 'not full'
+
+models: $(VENV)/.installed
+	$(BIN)/python -m tests.models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests demo examples

@@ -108,11 +108,11 @@ class Tally:
 
     @property
     def rate(self) -> float:
-        """The realised drop rate; NaN before the first draw."""
+        """The realised drop rate; NaN where nothing was drawn, or only from empty tensors."""
         if self.counts is None:
             return float("nan")
         dropped, drawn, _ = self.counts.tolist()
-        return dropped / drawn
+        return dropped / drawn if drawn else float("nan")
 
     def _sum(self, counts: Tensor) -> None:
         self.counts = counts if self.counts is None else self.counts + counts.to(self.counts.device)

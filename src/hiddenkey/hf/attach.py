@@ -14,14 +14,15 @@ from ..axes.pattern import PATTERNS
 from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
-from .backend import PREFIX, SITE, wrapped_name
+from .backend import PREFIX, SITE, read_eager, wrapped_name
+from .code import uses_interface
 from .dropouts import give_back, silence
 from .intact import module_at, problems, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
-from .structure import Layer, find_transformer, uses_interface
+from .structure import Layer, find_transformer
 from .switch import SWITCHES, DropSwitch
 from .watch import Watch
 
@@ -171,6 +172,8 @@ class Attachment:
         if not any(config is known for known, _ in self._configs):
             name = wrapped_name(config._attn_implementation)
             self._configs.append((config, name))
+            if name == "eager":
+                read_eager(self.model)
             config._attn_implementation_internal = PREFIX + name
 
     def _attach_stream(self, planned: Site) -> None:
@@ -189,12 +192,17 @@ class Attachment:
         return (TokenSkip if skips else StreamSite)(self._switches[planned.drop], planned.side, documents)
 
     def _documents_of(self, site: Site) -> Documents | None:
-        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention."""
+        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention.
+
+        A layer without attention (Mamba) is asked itself.
+        """
         if not PATTERNS[site.drop.pattern].needs_segments:
             return None
         if site.layer is None and site.side == "input" and site.path in self._first_layers():
             return self._documents_at(site.path, site.path)
         layer = self._layer(site)
+        if not layer.attentions:
+            return self._documents_at(layer.path, layer.path)
         return self._documents_at(layer.path + " attention", layer.attentions[0])
 
     def _documents_at(self, key: str, path: str) -> Documents:

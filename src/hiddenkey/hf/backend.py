@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ..attend import attend
 from ..errors import PlanError
 from ..masks import Mask, read_mask
+from .code import names_in, uses_interface
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
-from .structure import uses_interface
 
 PREFIX = "hiddenkey_"
 WRAPPED = ("sdpa", "eager")
@@ -33,6 +33,7 @@ SITE = "hiddenkey_site"
 NOTE = "hiddenkey_mask"
 
 Attended = tuple[Tensor, Tensor | None]
+EAGER: dict[type[nn.Module], Callable[..., Attended]] = {}
 
 
 def sdpa_forward(
@@ -104,24 +105,44 @@ def eager_forward(
     site = _site(module)
     if site is None:
         return own(module, query, key, value, attention_mask, **kwargs)
-    with DropAtSoftmax(site, key.shape[1], key.shape[2]):
-        return own(module, query, key, value, attention_mask, **kwargs)
+    with DropAtSoftmax(site, type(module).__name__, key.shape[1], key.shape[2]) as mode:
+        attended = own(module, query, key, value, attention_mask, **kwargs)
+    if not torch.compiler.is_compiling():  # which can't call methods of a mode
+        mode.close()
+    return attended
 
 
 def own_eager(module: nn.Module) -> Callable[..., Attended]:
-    """`eager_attention_forward` of the file that defines the module's class, or one of its parents."""
+    """The eager attention function that the module's forward names, of the file of its class or of a parent."""
+    kind = type(module)
+    if kind not in EAGER:
+        EAGER[kind] = _find_eager(module)
+    return EAGER[kind]
+
+
+def _find_eager(module: nn.Module) -> Callable[..., Attended]:
+    names = [name for name in names_in(module) if name.endswith("eager_attention_forward")]
     for parent in type(module).__mro__:
-        function = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
+        for name in names:
+            function = getattr(sys.modules[parent.__module__], name, None)
+            if function is not None:
+                return function
     raise PlanError(f"{type(module).__name__} has no eager attention function; use attn_implementation='sdpa'")
+
+
+def read_eager(model: nn.Module) -> None:
+    """Find the eager function of every attention now: torch.compile can't follow how it is found."""
+    for module in model.modules():
+        if uses_interface(module):
+            own_eager(module)
 
 
 def check_backend(path: str, module: Any) -> str | None:
     """What keeps us from working inside this attention module, or None."""
-    if not uses_interface(module):
+    config = getattr(module, "config", None)
+    if config is None:
         return None
-    name = wrapped_name(module.config._attn_implementation)
+    name = wrapped_name(config._attn_implementation)
     if name not in WRAPPED:
         return (
             f"its attention implementation is {name!r} at {path}, whose kernel takes no drops; load the model with "

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..axes.position import POSITIONS, Side
+from ..drop import space_of
 from ..errors import PlanError
 from ..recipe import Drop, Recipe, parse
 from .adapters import adapters
 from .backend import check_backend
+from .code import closed_because
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from .plan_text import describe
 from .structure import Layer, Stack, Structure, find_transformer, read
@@ -54,12 +56,14 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     """What `recipe` drops where in `model`; changes nothing.
 
     Raises RecipeError for a recipe that does not parse; PlanError where a drop finds no site, a slice holds no
-    layer, two drops meet, or the attention backend would ignore us; also where
+    layer, two drops meet, the attention backend would ignore us, or some attention takes no drops; also where
     there is no transformers model.
     """
     recipe = parse(recipe)
     structure = read(model)
     name = type(find_transformer(model)[1]).__name__
+    for drop in recipe.drops:
+        _check_open(drop, structure, model, name)
     sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, name))
     _check_overlap(sites)
     for site in sites:
@@ -87,6 +91,21 @@ def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:
     return found
 
 
+def _check_open(drop: Drop, structure: Structure, model: nn.Module, name: str) -> None:
+    """Refuse a drop in attention where some of the chosen layers have attention that takes none."""
+    if space_of(drop) == "stream" or not POSITIONS[drop.position].per_layer:
+        return
+    for stack in structure.stacks:
+        for _, layer in _layers(drop, stack):
+            for path in layer.closed:
+                module = model.get_submodule(path)
+                kind, reason = type(module).__name__, closed_because(module)
+                raise PlanError(
+                    f"'{drop}' can't work in {name}: {path} is a {kind}, and {reason}; leave "
+                    f"{drop.position!r} out of the recipe, or choose layers without it"
+                )
+
+
 def _layers(drop: Drop, stack: Stack) -> Iterator[tuple[int, Layer]]:
     depth = len(stack.layers)
     if drop.layers is not None:
@@ -98,7 +117,10 @@ def _layers(drop: Drop, stack: Stack) -> Iterator[tuple[int, Layer]]:
 
 def _why_none(drop: Drop, structure: Structure) -> str:
     if not structure.stacks:
-        return "no layer with an attention module was found; please report the architecture"
+        return (
+            "no layer with softmax attention or a feed-forward block of linear maps was found in it; for code of "
+            "your own use hiddenkey.attention and hiddenkey.StructuredDropout"
+        )
     depths = ", ".join(f"{len(stack.layers)} in {stack.path}" for stack in structure.stacks)
     if drop.layers is not None and not any(drop.layers.resolve(len(stack.layers)) for stack in structure.stacks):
         return f"the slice [{drop.layers}] holds none of its layers ({depths}); choose another, or leave it out"
@@ -107,6 +129,9 @@ def _why_none(drop: Drop, structure: Structure) -> str:
         views = [layer for stack in structure.stacks for layer in stack.layers] if position.per_layer else [structure]
         if any(True for view in views for _ in position.locate(view)):
             usable.append(position.name)
+    chosen = [layer for stack in structure.stacks for _, layer in _layers(drop, stack)]
+    if drop.position in usable:
+        return f"none of the {len(chosen)} chosen layers has {drop.position!r}, other layers do; choose those"
     return f"its {drop.position!r} was not found; positions found there: {', '.join(usable)}"
 
 

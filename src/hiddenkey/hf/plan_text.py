@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .dropouts import OwnDropout
     from .plan import Plan, Site
+    from .structure import Stack
 
 DIGITS = re.compile(r"\d+")
 
@@ -29,9 +30,19 @@ def describe(plan: Plan) -> str:
 
 def _stacks(plan: Plan) -> str:
     return "; ".join(
-        f"{len(stack.layers)} {'causal ' if stack.causal else ''}layers in {stack.path}"
+        f"{len(stack.layers)} {'causal ' if stack.causal else ''}layers in {stack.path}{_without(stack)}"
         for stack in plan.structure.stacks
     )
+
+
+def _without(stack: Stack) -> str:
+    """What some of the layers lack: hybrid models have layers without softmax attention, or without feed-forward."""
+    lacking = {
+        "attention": sum(not layer.attentions and not layer.closed for layer in stack.layers),
+        "feed-forward": sum(not layer.feed_forwards for layer in stack.layers),
+    }
+    parts = [f"{count} without {what}" for what, count in lacking.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _groups(plan: Plan) -> list[list[Site]]:

@@ -135,6 +135,8 @@ def documents(
     if not isinstance(states, Tensor) or states.dim() != 3:
         return None, None
     batch, length = states.shape[:2]
+    if mask is not None and not mask.is_floating_point():
+        mask = mask.bool()  # layers without attention are given the padding mask itself, of integers
     full = read_mask(mask)[0].full
     if full is not None and full.dim() == 4:
         # Keys of a prefix come before those of the sequence.

@@ -11,8 +11,8 @@ from ..axes.compensation import COMPENSATIONS
 from ..dropout import drop_stream
 from ..recipe import Drop
 from .adapters import works_by_token
+from .feed_forward import is_linear
 from .sites import StreamSite
-from .structure import is_linear
 
 
 def can_skip(block: nn.Module, drop: Drop) -> bool:

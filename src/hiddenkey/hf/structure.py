@@ -5,35 +5,46 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+)
 
 from ..errors import PlanError
-from .adapters import inner, is_wrapper
+from .adapters import is_wrapper
 from .adapters import modules as all_modules
+from .code import MIXER, closed_because, uses_interface, uses_own_softmax
+from .feed_forward import ancestors, feed_forwards, join
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+LISTS = (nn.ModuleList, nn.Sequential)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer: module paths of its attentions and of what yields its feed-forward output."""
+    """One layer: module paths of its attentions and of what yields its feed-forward output; either may be none.
+
+    closed: attentions into which no drop can be put.
+    """
 
     path: str
     attentions: tuple[str, ...]
     feed_forwards: tuple[str, ...]
+    closed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of one `ModuleList`; `latter_half`: the paper's layers for it, those of a decoder-only model."""
+    """All layers of one list of modules; `latter_half`: the paper's layers for it, those of a decoder-only model."""
 
     path: str
     layers: tuple[Layer, ...]
@@ -58,19 +69,10 @@ def read(model: nn.Module) -> Structure:
     root, transformer = find_transformer(model)
     modules = {path: module for path, module, brought in all_modules(model) if not brought}
     is_pair = bool(getattr(transformer.config, "is_encoder_decoder", False))
-    layers: dict[str, list[str]] = {}
-    for path, module in modules.items():
-        if is_attention(module):
-            layer = _layer_of(path, modules)
-            if layer is not None:
-                layers.setdefault(layer, []).append(path)
-    stacks: dict[str, list[Layer]] = {}
-    for path, attentions in layers.items():
-        feed_forwards = tuple(_feed_forwards(path, attentions, modules))
-        stacks.setdefault(path.rpartition(".")[0], []).append(Layer(path, tuple(attentions), feed_forwards))
+    reader = _Reader(modules)
     return Structure(
         root,
-        tuple(_stack(path, members, modules, is_pair) for path, members in stacks.items()),
+        tuple(_stack(path, reader.layers(path), modules, is_pair) for path in reader.stacks()),
         tuple(join(root, head) for head in _heads(transformer)),
     )
 
@@ -94,16 +96,6 @@ def is_attention(module: nn.Module) -> bool:
     return (uses_interface(module) or uses_own_softmax(module)) and not is_wrapper(module)
 
 
-def uses_interface(module: nn.Module) -> bool:
-    """Whether its forward looks its function up in transformers' AttentionInterface."""
-    return any(name.startswith("ALL_") and name.endswith("ATTENTION_FUNCTIONS") for name in _names(module))
-
-
-def uses_own_softmax(module: nn.Module) -> bool:
-    """Whether it is an attention class whose forward calls softmax itself."""
-    return "attention" in type(module).__name__.lower() and {"softmax", "matmul"} <= set(_names(module))
-
-
 def counts_items(model: nn.Module) -> bool:
     """Whether the model divides its summed loss by `num_items_in_batch`: a loss of transformers that is given it.
 
@@ -125,124 +117,77 @@ def _passes_keywords_to_loss(kind: Any) -> bool:
     )
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear map (a quantised one is often a class of its own), or an adapter around one."""
-    module = inner(module)
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return isinstance(module, Conv1D) or all(isinstance(size, int) for size in sizes)
+class _Reader:
+    """Finds the layers among the modules of a model."""
 
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.modules = modules
+        self.attentions = [path for path, module in modules.items() if is_attention(module)]
+        self.closed = [path for path, module in modules.items() if closed_because(module)]
+        known = {*self.attentions, *self.closed}
+        around = {path for attention in known for path in ancestors(attention)}
+        named = {path for path, module in modules.items() if MIXER.search(type(module).__name__)}
+        self.mixers = known | (named - around)
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a linear map."""
-    linear: Any = inner(module)
-    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
-
-
-def join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _names(module: nn.Module) -> tuple[str, ...]:
-    code: CodeType | None = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code else ()
-
-
-def _ancestors(path: str) -> Iterator[str]:
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
-
-
-def _layer_of(attention: str, modules: dict[str, nn.Module]) -> str | None:
-    """The innermost element of a ModuleList around the attention that also holds a feed-forward block.
-
-    Innermost, because vision models nest layers in stages; with a feed-forward block, because T5 keeps the
-    parts of a layer in a ModuleList of their own.
-    """
-    elements = [
-        path
-        for path in (attention, *_ancestors(attention))
-        if isinstance(modules.get(path.rpartition(".")[0]), nn.ModuleList)
-    ]
-    for path in elements:
-        if path != attention and next(_feed_forwards(path, [attention], modules), None):
-            return path
-    return next((path for path in elements if path != attention), None)
-
-
-def _feed_forwards(layer: str, attentions: list[str], modules: dict[str, nn.Module]) -> Iterator[str]:
-    """The modules whose output is the feed-forward block's, before the residual add."""
-    taken = {_block_of(attention, layer, modules) for attention in attentions}
-    linears = [
-        path
-        for path in _topmost_linears(layer, modules)
-        if not any(path == block or path.startswith(block + ".") for block in taken)
-    ]
-    expert = next((p for p in modules if p.startswith(layer + ".") and p.endswith(".experts")), None)
-    if expert is not None:
-        yield _not_inside_a_copy(expert.rpartition(".")[0])
-        return
-    if not linears:
-        return
-    down = linears[-1]
-    width = features(modules[down])[1]
-    ups = [path for path in linears[:-1] if features(modules[path])[0] == width]
-    if not ups:
-        return
-    block = _common(down, ups[0])
-    alone = modules[block] in (modules[layer], inner(modules[layer])) or isinstance(modules[block], nn.ModuleList)
-    yield _not_inside_a_copy(down if alone else block)
-
-
-def _not_inside_a_copy(path: str) -> str:
-    """The path of a block; PEFT keeps copies of `modules_to_save` side by side and calls one of them.
-
-    Raises PlanError for a path inside such a copy: whichever adapter is active, its drop must be at work.
-    """
-    path = path.removesuffix(".original_module")
-    for part in (".modules_to_save.", ".original_module."):
-        wrapper, found, rest = path.partition(part)
-        if found:
-            raise PlanError(
-                f"{wrapper} is one of PEFT's modules_to_save and holds a part of a feed-forward block, {rest}; name "
-                "the linear layer itself or the whole block in modules_to_save, or put LoRA on it"
+    def stacks(self) -> list[str]:
+        """The lists whose elements are layers: with attention, or where there is none, with feed-forwards."""
+        found = [self._stack_of(path) for path in (*self.attentions, *self.closed)]
+        stacks = dict.fromkeys(path for path in found if path is not None)
+        if not stacks:
+            stacks = dict.fromkeys(
+                path
+                for path, module in self.modules.items()
+                if isinstance(module, nn.ModuleList)
+                and any(self.feed_forwards(layer) for layer in self._elements(path))
             )
-    return path
+        return sorted(stacks, key=list(self.modules).index)
 
+    def layers(self, stack: str) -> list[Layer]:
+        """Every element of the list, so that an index means the same in each of them."""
+        return [
+            Layer(
+                path, self._inside(path, self.attentions), self.feed_forwards(path), self._inside(path, self.closed)
+            )
+            for path in self._elements(stack)
+        ]
 
-def _block_of(attention: str, layer: str, modules: dict[str, nn.Module]) -> str:
-    """The attention with its own output projection: the outermost part of the layer around it."""
-    block = attention
-    whole = inner(modules[layer])
-    for path in _ancestors(attention):
-        if modules[path] in (modules[layer], whole) or isinstance(modules[path], nn.ModuleList):
-            break
-        block = path
-    return block
+    def feed_forwards(self, layer: str) -> tuple[str, ...]:
+        return tuple(feed_forwards(layer, list(self._inside(layer, self.mixers)), self.modules))
 
+    def _stack_of(self, attention: str) -> str | None:
+        """The list of the innermost element of a list around the attention that also holds a feed-forward.
 
-def _topmost_linears(layer: str, modules: dict[str, nn.Module]) -> list[str]:
-    found: list[str] = []
-    for path, module in modules.items():
-        inner = any(path.startswith(outer + ".") for outer in found)
-        if path.startswith(layer + ".") and not inner and is_linear(module):
-            found.append(path)
-    return found
+        Innermost, because vision models nest layers in stages; with a feed-forward block, because T5 keeps the
+        parts of a layer in a ModuleList of their own.
+        """
+        around = (attention, *ancestors(attention))
+        elements = [path for path in around if isinstance(self.modules.get(path.rpartition(".")[0]), LISTS)]
+        elements = [path for path in elements if path != attention]
+        whole = next((path for path in elements if self.feed_forwards(path)), None)
+        element = whole or next(iter(elements), None)
+        return None if element is None else element.rpartition(".")[0]
 
+    def _elements(self, stack: str) -> list[str]:
+        return [f"{stack}.{name}" for name, _ in self.modules[stack].named_children()]
 
-def _common(first: str, second: str) -> str:
-    shared = []
-    for a, b in zip(first.split("."), second.split("."), strict=False):
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)
+    def _inside(self, layer: str, paths: Iterable[str]) -> tuple[str, ...]:
+        return tuple(path for path in paths if path.startswith(layer + "."))
 
 
 def _stack(path: str, layers: list[Layer], modules: dict[str, nn.Module], is_pair: bool) -> Stack:
-    attentions = [modules[attention] for layer in layers for attention in layer.attentions]
-    causal = any(getattr(attention, "is_causal", False) for attention in attentions)
+    causal = any(_is_causal(attention, modules) for layer in layers for attention in layer.attentions)
     return Stack(path, tuple(layers), causal, causal and not is_pair)
+
+
+def _is_causal(attention: str, modules: dict[str, nn.Module]) -> bool:
+    """What the attention says of itself, else what the model type of the configuration around it is for."""
+    own = getattr(modules[attention], "is_causal", None)
+    if own is not None:
+        return bool(own)
+    around = (modules[path] for path in (attention, *ancestors(attention), "") if path in modules)
+    config = next((module.config for module in around if hasattr(module, "config")), None)
+    kind = getattr(config, "model_type", None)
+    return kind in CAUSAL and kind not in MASKED
 
 
 def _heads(transformer: PreTrainedModel) -> Iterator[str]:

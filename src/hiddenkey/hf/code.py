@@ -1,0 +1,100 @@
+"""What a module's forward does, read off its code: which names it uses, its own helpers included."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+INTERFACE = re.compile(r"ALL_(?!MASK)\w*ATTENTION_FUNCTIONS")
+# Blocks that mix tokens by something else than softmax attention: no feed-forward blocks, whatever maps they hold.
+MIXER = re.compile(
+    r"(Attention|Attn|Mamba|Mixer|Delta|Recurrent|SSM|ShortConv|LSTM|Fourier)(?!.*(MLP|Mlp|FeedForward))"
+)
+
+# Attention whose weights are no plain softmax over the keys, and why no drop can be put there.
+BLOCKWISE = "it computes its keys in parts, with a softmax for each"
+WINDOW = "its keys are offsets in a window, not tokens"
+ONE_CALL = "torch's multi_head_attention_forward computes it in one call"
+CLOSED = {
+    "BigBirdBlockSparseAttention": BLOCKWISE,
+    "BigBirdPegasusBlockSparseAttention": BLOCKWISE,
+    "PegasusXGlobalLocalAttention": BLOCKWISE,
+    "ProphetNetNgramSelfAttention": BLOCKWISE,
+    "LongformerSelfAttention": WINDOW,
+    "LEDEncoderSelfAttention": WINDOW,
+    "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
+    "LiltSelfAttention": "it computes a softmax over the text and one over the layout",
+    "AutoformerAttention": "its weights are over delays, not keys",
+    "GroupViTAssignAttention": "each token is given to one group by a hard maximum",
+    "MultiheadAttention": ONE_CALL,
+}
+# The same by what its forward calls.
+CLOSED_CALLS = {
+    "multi_head_attention_forward": ONE_CALL,
+    "XSoftmax": "its softmax is a function of its own with its own gradient",
+}
+SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether its forward looks its function up in transformers' AttentionInterface."""
+    return any(INTERFACE.fullmatch(name) for name in names_in(module))
+
+
+def uses_own_softmax(module: nn.Module) -> bool:
+    """Whether it is an attention class whose forward calls softmax, or torch's attention, itself."""
+    if not ATTENTION.search(type(module).__name__) or closed_because(module):
+        return False
+    return not names_in(module).isdisjoint(SOFTMAX)
+
+
+def closed_because(module: nn.Module) -> str | None:
+    """Why no drop can be put into this attention module, or None where one can, or where it is none."""
+    for parent in type(module).__mro__:
+        if parent.__name__ in CLOSED:
+            return CLOSED[parent.__name__]
+    if not ATTENTION.search(type(module).__name__):
+        return None
+    return next((reason for name, reason in CLOSED_CALLS.items() if name in names_in(module)), None)
+
+
+def names_in(module: nn.Module) -> frozenset[str]:
+    """The names that the module's forward uses, and those of the functions beside it that it calls."""
+    kind: Any = type(module)
+    return _names_of(kind)
+
+
+@cache
+def _names_of(kind: Any) -> frozenset[str]:
+    files = {parent.__module__ for parent in kind.__mro__}
+    found: set[str] = set()
+    waiting: list[object] = [kind.forward]
+    seen: set[CodeType] = set()
+    while waiting:
+        function = waiting.pop()
+        function = inspect.unwrap(function) if callable(function) else function
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        if function.__module__ not in files and not function.__module__.startswith("transformers.models."):
+            continue
+        seen.add(function.__code__)
+        names = set(_code_names(function.__code__))
+        found |= names
+        waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
+        waiting += [function.__globals__.get(name) for name in names]
+    return frozenset(found)
+
+
+def _code_names(code: CodeType) -> list[str]:
+    """The names in a function's code and in the functions inside it."""
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names += _code_names(constant)
+    return names
