@@ -336,3 +336,13 @@ def test_outputs_without_gradient():
 
     with pytest.raises(ValueError, match=r"carry no gradient.*one forward pass"):
         step(build("bert", "kl"), batch("bert"), task_loss=task_loss)
+
+
+@pytest.mark.parametrize("consistency", ("kl", "js", "kl-rdrop"))
+def test_packed_documents_are_found_without_asking(consistency):
+    """With a cache, transformers does not look for documents in the positions; both views of a step go without."""
+    model, inputs = build("llama", consistency), inputs_for("llama", "packed")
+    assert inputs.pop("use_cache") is False
+    inputs["labels"] = inputs["input_ids"]
+    found, asked = step(model, inputs), step(model, {**inputs, "use_cache": False})
+    torch.testing.assert_close(found.total, asked.total)

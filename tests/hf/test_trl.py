@@ -323,3 +323,20 @@ def test_a_trainer_without_labels(tmp_path):
 def test_a_consistency_of_predictions(tmp_path):
     with pytest.raises(ValueError, match=r"'mse' compares predictions.*use 'kl'"):
         sft(tmp_path, f"{DROPS} ~ mse").train()
+
+
+def test_the_pass_that_learns_is_kept_whatever_comes_first():
+    """A reference or a metric may be computed before the policy's pass as well as after it."""
+    from hiddenkey.hf.beside import Pass
+
+    model = make("llama")
+    ids, kept = torch.randint(3, 60, (2, 5)), Pass(model)
+    with kept.record():
+        with torch.no_grad():
+            model(input_ids=ids + 1)
+        wanted = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        model(input_ids=ids + 2)
+    assert torch.equal(kept.states, wanted)
+    assert kept.states.requires_grad
+    assert torch.equal(kept.logits(model, {"input_ids": ids}), model(input_ids=ids).logits)
+    assert "forward" not in vars(kept.decoder)
