@@ -31,6 +31,7 @@ CLOSED = {
     "NystromformerSelfAttention": "it approximates the softmax by three others over landmarks",
     "LiltSelfAttention": "it computes a softmax over the text and one over the layout",
     "AutoformerAttention": "its weights are over delays, not keys",
+    "SwiftFormerEfficientAdditiveAttention": "it weighs queries by one learned vector and has no keys",
     "GroupViTAssignAttention": "each token is given to one group by a hard maximum",
     "MultiheadAttention": ONE_CALL,
 }
