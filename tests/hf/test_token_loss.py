@@ -139,6 +139,18 @@ def test_lower_layers_run_once(family):
     assert "forward" not in vars(model.get_submodule(stack[0].path))
 
 
+def test_a_forward_of_the_layers_own_stays():
+    """As accelerate puts one on modules that it moves between devices."""
+    model, calls = make("llama"), []
+    layer = model.model.layers[0]
+    real = layer.forward
+    layer.forward = own = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+    with hiddenkey.attach(model, "hiddenkey[1/2:]@0.2"):
+        hiddenkey.consistency_step(model, batch("llama"))
+    assert vars(layer)["forward"] is own
+    assert calls == [1]
+
+
 @pytest.mark.parametrize("consistency", ("kl", "kl-clean", "kl-rdrop", "js"))
 @pytest.mark.parametrize("family", ("llama", "bert", "mistral", "gpt2", "opt"))
 def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):

@@ -50,13 +50,17 @@ class LowerLayers:
         if self.output is None:
             yield
             return
+        # accelerate puts a forward of its own on a module that it moves between devices.
+        earlier = [vars(layer).get("forward") for layer in self.layers]
         for layer in self.layers:
             layer.forward = self._return
         try:
             yield
         finally:
-            for layer in self.layers:
+            for layer, forward in zip(self.layers, earlier, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = detached(output) if self.constant else output
