@@ -1,0 +1,63 @@
+"""The consistency has the denominator of the task loss, so that cutting a step into batches changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hiddenkey.hf.structure import counts_items, find_transformer
+from hiddenkey.hf.views import second_view
+
+from .test_trainer import one_window
+from .tools import assert_same_gradients
+
+
+def scaled_view(model: Any, *args: Any, **options: Any) -> Any:
+    """A second view that depends on the example alone: its pooled vector, scaled by hand."""
+
+    def scale(module: Any, given: Any, outputs: Any) -> Any:
+        outputs["pooler_output"] = outputs["pooler_output"] * torch.linspace(0.5, 2, 32).double()
+        return outputs
+
+    handle = find_transformer(model)[1].base_model.register_forward_hook(scale)
+    outputs = second_view(model, *args, **options)
+    handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize(("micro", "accumulation"), [(2, 2), (1, 4)])
+def test_a_classifier_whose_task_loss_is_a_sum_over_labels(
+    micro: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("hiddenkey.hf.step.second_view", scaled_view)
+    big, rows = micro * accumulation, 2 * micro * accumulation + micro
+    recipe, options = "hiddenkey@0 ~ kl*2.0", {"label_smoothing_factor": 0.1}
+    wanted = one_window("bert", tmp_path / "big", big, 1, rows, recipe, **options)
+    found = one_window("bert", tmp_path / "cut", micro, accumulation, rows, recipe, **options)
+    assert len(wanted) == len(found) == 3
+    for one, other in zip(wanted, found, strict=True):
+        assert_same_gradients(one, other, rtol=1e-6, atol=1e-8)
+    without = one_window("bert", tmp_path / "without", big, 1, rows, "hiddenkey-@0", **options)
+    name = next(iter(wanted[0]))
+    assert not torch.allclose(wanted[0][name], without[0][name], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("LlamaForCausalLM", True),
+        ("GPT2LMHeadModel", True),
+        ("ModernBertForMaskedLM", True),
+        ("LlamaForSequenceClassification", False),
+        ("LlamaForTokenClassification", False),
+        ("BertForSequenceClassification", False),
+        ("T5ForConditionalGeneration", False),
+    ],
+)
+def test_which_models_divide_by_the_number_of_labels(name: str, counts: bool):
+    kind = getattr(transformers, name)
+    assert counts_items(kind.__new__(kind)) is counts
