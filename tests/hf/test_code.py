@@ -146,6 +146,25 @@ def test_a_model_without_layers_of_ours_is_refused():
     refused("resnet", "hidden:element@0.1", "no layer with softmax attention or a feed-forward block")
 
 
+def test_layers_in_stages_without_attention_drop_once():
+    paths = [site.path for site in hiddenkey.plan(build("convnext"), "hidden:element@0.1").sites]
+    assert len(paths) == len(set(paths)) == 8
+    assert all(".layers." in path for path in paths)
+
+
+def test_a_layer_that_holds_layers_leaves_them_their_parts():
+    stacks = read(build("groupvit")).stacks
+    parts = [part for stack in stacks for layer in stack.layers for part in (*layer.attentions, *layer.feed_forwards)]
+    assert len(parts) == len(set(parts))
+    assert any(other.path.startswith(stack.path + ".") for stack in stacks for other in stacks)
+
+
+def test_attention_in_a_list_of_its_own_is_no_feed_forward_block():
+    plan = hiddenkey.plan(build("xlm"), "hidden:element@0.1")
+    assert [site.path for site in plan.sites] == ["transformer.ffns.0.lin2", "transformer.ffns.1.lin2"]
+    refused("xlm", "hiddenkey@0.1", "'logits' was not found")
+
+
 def test_layers_of_a_hybrid_model_keep_their_places():
     plan = hiddenkey.plan(build("jamba"), "logits[:]:column@0.1 + hidden[:]:element@0.1")
     (stack,) = plan.structure.stacks

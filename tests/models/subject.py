@@ -57,6 +57,9 @@ class Subject:
         record, plan = self.record, hiddenkey.plan(self.model, self.at(RATE))
         stacks = plan.structure.stacks
         self.sites = plan.sites
+        places = {(site.drop.position, site.path) for site in plan.sites}
+        if len(places) < len(plan.sites):
+            raise RuntimeError("a place is found twice")
         record.layers = sum(len(stack.layers) for stack in stacks)
         record.attentions = sum(site.drop.position == "logits" for site in plan.sites)
         record.feed_forwards = sum(site.drop.position == "hidden" for site in plan.sites)

@@ -122,6 +122,7 @@ class _Reader:
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.modules = modules
+        self.lists: list[str] = []
         self.attentions = [path for path, module in modules.items() if is_attention(module)]
         self.closed = [path for path, module in modules.items() if closed_because(module)]
         known = {*self.attentions, *self.closed}
@@ -134,22 +135,28 @@ class _Reader:
         found = [self._stack_of(path) for path in (*self.attentions, *self.closed)]
         stacks = dict.fromkeys(path for path in found if path is not None)
         if not stacks:
-            stacks = dict.fromkeys(
-                path
-                for path, module in self.modules.items()
-                if isinstance(module, nn.ModuleList)
-                and any(self.feed_forwards(layer) for layer in self._elements(path))
-            )
-        return sorted(stacks, key=list(self.modules).index)
+            lists = [path for path, module in self.modules.items() if isinstance(module, nn.ModuleList)]
+            lists = [path for path in lists if any(map(self._is_feed_forward_layer, self._elements(path)))]
+            # Stages hold layers; the layers are meant.
+            stacks = dict.fromkeys(path for path in lists if not any(other.startswith(path + ".") for other in lists))
+        self.lists = sorted(stacks, key=list(self.modules).index)
+        return self.lists
 
     def layers(self, stack: str) -> list[Layer]:
         """Every element of the list, so that an index means the same in each of them."""
-        return [
-            Layer(
-                path, self._inside(path, self.attentions), self.feed_forwards(path), self._inside(path, self.closed)
-            )
-            for path in self._elements(stack)
-        ]
+        return [self._layer(path) for path in self._elements(stack)]
+
+    def _layer(self, path: str) -> Layer:
+        parts = (self._inside(path, self.attentions), self.feed_forwards(path), self._inside(path, self.closed))
+        return Layer(path, *(self._own(path, part) for part in parts))
+
+    def _own(self, layer: str, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """Those that are not of layers inside this one."""
+        inner = tuple(stack + "." for stack in self.lists if stack.startswith(layer + "."))
+        return tuple(path for path in paths if not path.startswith(inner))
+
+    def _is_feed_forward_layer(self, path: str) -> bool:
+        return path not in self.mixers and bool(self.feed_forwards(path))
 
     def feed_forwards(self, layer: str) -> tuple[str, ...]:
         return tuple(feed_forwards(layer, list(self._inside(layer, self.mixers)), self.modules))
