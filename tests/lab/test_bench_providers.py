@@ -10,7 +10,6 @@ from torch import nn
 
 import hiddenkey
 from hiddenkey.hf.attach import find_attachment
-from hiddenkey.hf.dropouts import ADAPTER_PART
 from hiddenkey.lab.bench import textbook
 from hiddenkey.lab.bench.attention import RIVALS, Tensors
 from hiddenkey.lab.bench.config import BenchConfig
@@ -38,8 +37,8 @@ def build(name: str, case: StepCase) -> Step:
 def rates(model: nn.Module) -> tuple[set[float], set[float]]:
     """Rates of the model's own dropout modules, and of the adapter's."""
     found = [(path, module.p) for path, module in model.named_modules() if isinstance(module, nn.Dropout)]
-    adapter = {rate for path, rate in found if ADAPTER_PART.search(path)}
-    return {rate for path, rate in found if not ADAPTER_PART.search(path)}, adapter
+    adapter = {rate for path, rate in found if "lora_dropout" in path}
+    return {rate for path, rate in found if "lora_dropout" not in path}, adapter
 
 
 def same_each_time(step: Step) -> bool:
