@@ -51,7 +51,7 @@ def commands():
 
 
 def test_there_are_commands():
-    assert {command.split()[1] for command in commands()} == {"train", "plan"}
+    assert {command.split()[1] for command in commands()} == {"train", "plan", "doctor"}
 
 
 @pytest.mark.parametrize("command", commands())
