@@ -243,18 +243,14 @@ def ddp_variants(out: Path) -> dict[str, Any]:
     return {name: variant(out / name, name, RANKS) for name in VARIANTS}
 
 
-def plain(out: Path) -> dict[str, Any]:
-    """Losses at rate 0, and those of transformers' Trainer."""
-    found = {}
-    for family in ("bert", "llama"):
-        args = {"ranks": RANKS, "max_grad_norm": 0.0}
-        ours = trainer(out / family, family, "hiddenkey@0", **args)
-        other = trainer(out / f"plain-{family}", family, "baseline", **args)
-        other.compute_loss = MethodType(Trainer.compute_loss, other)
-        for each in (ours, other):
-            each.train()
-        found[family] = [[entry["loss"] for entry in training_logs(each)] for each in (ours, other)]
-    return found
+def plain(out: Path) -> list[list[float]]:
+    """Losses of a language model at rate 0, and those of transformers' Trainer."""
+    args = {"ranks": RANKS, "max_grad_norm": 0.0}
+    ours, other = (trainer(out / recipe, "llama", recipe, **args) for recipe in ("hiddenkey@0", "baseline"))
+    other.compute_loss = MethodType(Trainer.compute_loss, other)
+    for each in (ours, other):
+        each.train()
+    return [[entry["loss"] for entry in training_logs(each)] for each in (ours, other)]
 
 
 SEEDS = range(24)
