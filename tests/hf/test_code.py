@@ -11,16 +11,23 @@ from hiddenkey.hf.feed_forward import feed_forwards
 from hiddenkey.hf.sites import AttentionSite
 from hiddenkey.hf.softmax import DropAtSoftmax, OwnSoftmax
 from hiddenkey.hf.structure import read
+from hiddenkey.hf.switch import DropSwitch
 
 from ..models.tiny import build
 
 DROP = hiddenkey.parse("logits:column@0.5").drops
 
 
+def fresh_site():
+    return AttentionSite([DropSwitch(drop) for drop in DROP], by_interface=False)
+
+
 def weights(function, site=None):
     """What `function` returns while drops are on."""
     torch.manual_seed(0)
-    with DropAtSoftmax(site or AttentionSite(DROP), "Some") as mode:
+    with DropAtSoftmax(
+        site or fresh_site(), "Some"
+    ) as mode:
         out = function()
     mode.close()
     return out
@@ -55,7 +62,9 @@ class TestDropAtSoftmax:
 
     def test_one_draw_per_key_value_head(self):
         torch.manual_seed(0)
-        with DropAtSoftmax(AttentionSite(DROP), "Some", kv_heads=2):
+        with DropAtSoftmax(
+            fresh_site(), "Some", kv_heads=2
+        ):
             dropped = torch.randn(3, 8, 4, 16).softmax(-1) == 0
         groups = dropped.view(3, 2, 4, 4, 16)
         assert (groups == groups[:, :, :1]).all()
@@ -74,7 +83,7 @@ class TestDropAtSoftmax:
 
     def test_other_softmaxes_pass(self):
         logits = torch.randn(2, 3, 4, 5)
-        with DropAtSoftmax(AttentionSite(DROP), "Some"):
+        with DropAtSoftmax(fresh_site(), "Some"):
             assert torch.equal(logits.softmax(1), F.softmax(logits, 1))
             assert torch.equal(logits[0, 0].softmax(-1), F.softmax(logits[0, 0], -1))
 
@@ -93,7 +102,7 @@ def test_an_error_inside_the_attention_is_the_one_that_is_seen():
         def forward(self, x):
             raise KeyError("mine")
 
-    module, own = Attention(), OwnSoftmax(AttentionSite(DROP))
+    module, own = Attention(), OwnSoftmax(fresh_site())
     module.register_forward_pre_hook(own.before)
     module.register_forward_hook(own.after, always_call=True)
     with pytest.raises(KeyError, match="mine"):

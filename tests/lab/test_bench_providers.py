@@ -36,7 +36,7 @@ def build(name: str, case: StepCase) -> Step:
 
 def rates(model: nn.Module) -> tuple[set[float], set[float]]:
     """Rates of the model's own dropout modules, and of the adapter's."""
-    found = [(path, module.p) for path, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    found = [(path, module.p) for path, module in model.named_modules() if type(module) is nn.Dropout]
     adapter = {rate for path, rate in found if "lora_dropout" in path}
     return {rate for path, rate in found if "lora_dropout" not in path}, adapter
 

@@ -15,6 +15,8 @@ from ..errors import PlanError
 from .adapters import inner
 
 Modules = dict[str, nn.Module]
+# Beside a module of its `modules_to_save` PEFT keeps copies, and calls one of them.
+COPIES = ".modules_to_save."
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def feed_forwards(layer: str, mixers: list[str], modules: Modules) -> Iterator[s
 
     mixers: what in the layer is attention or mixes tokens in another way.
     """
-    inside = {path: module for path, module in modules.items() if path.startswith(layer + ".")}
+    inside = {path: module for path, module in modules.items() if path.startswith(layer + ".") and COPIES not in path}
     taken = [_block_of(mixer, layer, modules) for mixer in mixers]
     free = {path: module for path, module in inside.items() if not any(_holds(block, path) for block in taken)}
     experts = {path if (block := path.rpartition(".")[0]) == layer else block for path in _experts(free)}
@@ -45,18 +47,17 @@ def feed_forwards(layer: str, mixers: list[str], modules: Modules) -> Iterator[s
 
 
 def _not_inside_a_copy(path: str) -> str:
-    """The path of a block; PEFT keeps copies of `modules_to_save` side by side and calls one of them.
+    """The path of a block, which is the wrapper's where PEFT keeps copies of the whole block.
 
     Raises PlanError for a path inside such a copy: whichever adapter is active, its drop must be at work.
     """
     path = path.removesuffix(".original_module")
-    for part in (".modules_to_save.", ".original_module."):
-        wrapper, found, rest = path.partition(part)
-        if found:
-            raise PlanError(
-                f"{wrapper} is one of PEFT's modules_to_save and holds a part of a feed-forward block, {rest}; name "
-                "the linear layer itself or the whole block in modules_to_save, or put LoRA on it"
-            )
+    wrapper, found, rest = path.partition(".original_module.")
+    if found:
+        raise PlanError(
+            f"{wrapper} is one of PEFT's modules_to_save and holds a part of a feed-forward block, {rest}; name "
+            "the linear layer itself or the whole block in modules_to_save, or put LoRA on it"
+        )
     return path
 
 
@@ -89,12 +90,15 @@ def _holds(block: str, path: str) -> bool:
 
 def _experts(free: Modules) -> Iterator[str]:
     """The experts of a mixture: by name, or by weights with one matrix for each of them."""
+    found: list[str] = []
     for path, module in free.items():
-        if isinstance(module, _ConvNd) or "parametrizations" in path:
+        inner_part = any(_holds(outer, path) for outer in found)
+        if inner_part or isinstance(module, _ConvNd) or "parametrizations" in path:
             continue
         own = module.parameters(recurse=False)
         if path.endswith(".experts") or any(weight.dim() == 3 and min(weight.shape) > 1 for weight in own):
-            yield path
+            found.append(path)
+    yield from found
 
 
 def _block_of(mixer: str, layer: str, modules: Modules) -> str:

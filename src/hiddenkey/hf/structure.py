@@ -127,7 +127,8 @@ class _Reader:
         self.closed = [path for path, module in modules.items() if closed_because(module)]
         known = {*self.attentions, *self.closed}
         around = {path for attention in known for path in ancestors(attention)}
-        named = {path for path, module in modules.items() if MIXER.search(type(module).__name__)}
+        ours = {path: module for path, module in modules.items() if not is_wrapper(module)}
+        named = {path for path, module in ours.items() if MIXER.search(type(module).__name__)}
         self.mixers = known | (named - around)
 
     def stacks(self) -> list[str]:
