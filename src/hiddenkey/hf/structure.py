@@ -157,7 +157,7 @@ class _Reader:
         return tuple(path for path in paths if not path.startswith(inner))
 
     def _is_feed_forward_layer(self, path: str) -> bool:
-        return path not in self.mixers and bool(self.feed_forwards(path))
+        return path not in self.attentions and path not in self.closed and bool(self.feed_forwards(path))
 
     def feed_forwards(self, layer: str) -> tuple[str, ...]:
         return tuple(feed_forwards(layer, list(self._inside(layer, self.mixers)), self.modules))
