@@ -25,9 +25,7 @@ def fresh_site():
 def weights(function, site=None):
     """What `function` returns while drops are on."""
     torch.manual_seed(0)
-    with DropAtSoftmax(
-        site or fresh_site(), "Some"
-    ) as mode:
+    with DropAtSoftmax(site or fresh_site(), "Some") as mode:
         out = function()
     mode.close()
     return out
@@ -62,9 +60,7 @@ class TestDropAtSoftmax:
 
     def test_one_draw_per_key_value_head(self):
         torch.manual_seed(0)
-        with DropAtSoftmax(
-            fresh_site(), "Some", kv_heads=2
-        ):
+        with DropAtSoftmax(fresh_site(), "Some", kv_heads=2):
             dropped = torch.randn(3, 8, 4, 16).softmax(-1) == 0
         groups = dropped.view(3, 2, 4, 4, 16)
         assert (groups == groups[:, :, :1]).all()

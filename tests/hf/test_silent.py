@@ -431,7 +431,9 @@ def test_new_keys_are_red():
 
 def test_two_views_that_are_one_are_red(monkeypatch):
     model = attached("bert", "hiddenkey@0.3")
-    monkeypatch.setattr("hiddenkey.hf.step.compared", lambda *_: views.Compared(torch.ones(3, 2), None))
+    monkeypatch.setattr(
+        "hiddenkey.hf.step.compared", lambda *_: views.Compared(torch.ones(3, 2, requires_grad=True), None)
+    )
     assert "the two views are the same" in red(model)["consistency"][0]
 
 
