@@ -258,7 +258,7 @@ def test_a_damaged_row_is_told(config: TrainConfig, tmp_path: Path, name: str, c
 
 @pytest.mark.full
 def test_twenty_kills_at_random_moments(config: TrainConfig, tmp_path: Path):  # noqa: F811
-    config = replace(config, epochs=60, save_steps=2)
+    config = replace(config, epochs=200, save_steps=2)
     whole = run.train(replace(config, out=str(tmp_path / "whole")))
     flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in CHANGED]
     command = [sys.executable, "-c", "from hiddenkey.cli import main; main()", "train", *flags]
