@@ -39,7 +39,8 @@ def mode_cases(model: str, config: BenchConfig, device: torch.device) -> Iterabl
         # What a compiled model allocates is not seen operation by operation.
         counted = device.type == "cuda" or not compiled
         peaks = {recipe: peak_memory(work, device) if counted else None for recipe, work in works.items()}
-        rows = [Row(recipe, f"{recipe}, {name}", times[recipe], peaks[recipe]) for recipe in works]
+        whats = {PLAIN: f"LoRA with every dropout off, {name}", RECIPE: f"ours: {RECIPE}, {name}"}
+        rows = [Row(recipe, whats[recipe], times[recipe], peaks[recipe]) for recipe in works]
         yield Case(name, about(case, config), PLAIN, rows)
         torch.compiler.reset()
 

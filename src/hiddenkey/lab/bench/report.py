@@ -65,8 +65,10 @@ def bar_chart(record: Record, path: Path) -> None:
     grid = figure.subplots(len(record.cases), 2 if memory else 1, squeeze=False, height_ratios=heights)
     for case, axes in zip(record.cases, grid, strict=True):
         _bars(axes[0], case, "time", names=True)
-        if memory:
+        if any(row.peak_bytes is not None for row in case.rows):
             _bars(axes[1], case, "peak memory", names=False)
+        elif memory:
+            axes[1].set_axis_off()
     figure.suptitle(record.title, fontsize=11, color=INK)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
