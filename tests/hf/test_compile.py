@@ -25,6 +25,7 @@ CASES = {
     "bert": ("bert", {}),
     "mpnet": ("mpnet", {}),
 }
+FAST = ("llama", "bert")
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,13 @@ def breaks():
     return sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", CASES)
+def mostly_full(case, recipe):
+    """In `make test` every recipe once and every case once."""
+    marks = [] if case == "llama" or recipe == RECIPES[0] else [pytest.mark.full]
+    return pytest.param(case, recipe, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "recipe"), [mostly_full(case, recipe) for case in CASES for recipe in RECIPES])
 def test_no_graph_break(case, recipe):
     family, options = CASES[case]
     model, inputs = make(family, **options), batch(family)
@@ -56,7 +62,9 @@ def test_no_graph_break(case, recipe):
         assert all(0 < rate < 1 for rate in attachment.position_rates().values())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(case, marks=pytest.mark.full) for case in CASES if case not in FAST)]
+)
 def test_every_call_draws_anew_at_the_right_rate(case):
     family, options = CASES[case]
     model, inputs = make(family, **options), batch(family)
