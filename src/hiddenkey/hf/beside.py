@@ -21,6 +21,7 @@ from ..errors import UserError
 from .attach import Attachment
 from .language import agrees, frozen_head
 from .lower import LowerLayers
+from .modes import another_forward
 from .ranks import everywhere
 from .step import Items, StepLoss
 from .structure import find_transformer
@@ -99,14 +100,8 @@ class Pass:
 
     def logits(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Tensor:
         """The model's logits (B, T, V) from these states, by its own code after the decoder: caps, scales and all."""
-        earlier = vars(self.decoder).get("forward")
-        self.decoder.forward = lambda *args, **kwargs: self.output
-        try:
+        with another_forward([self.decoder], lambda *args, **kwargs: self.output):
             logits: Tensor = model(**inputs, **options)["logits"]
-        finally:
-            del self.decoder.forward
-            if earlier is not None:
-                self.decoder.forward = earlier
         return logits
 
 
@@ -146,7 +141,7 @@ def step_beside(
         head = _head(attachment, model, inputs, first)
         if consistency.both:
             # All layers again: the loss may make a reference pass through them.
-            with second.record(LowerLayers(attachment, constant=False)):
+            with second.record():
                 task = (task + loss()) / 2
         else:
             options = {} if head is None else {"logits_to_keep": 1}

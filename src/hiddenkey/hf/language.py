@@ -46,7 +46,7 @@ class HiddenStates:
 def frozen_head(attachment: Attachment) -> Head | None:
     """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None.
 
-    None too where the weight is no plain tensor (quantised, sharded), or is elsewhere until the head is called.
+    None too where the weight is quantised, or is elsewhere until the head is called; a sharded one is gathered.
     """
     transformer = find_transformer(attachment.model)[1]
     head = transformer.get_output_embeddings()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import adapters, restless
 from .attach import Attachment
+from .modes import another_forward
 
 
 class LowerLayers:
@@ -50,17 +51,8 @@ class LowerLayers:
         if self.output is None:
             yield
             return
-        # accelerate puts a forward of its own on a module that it moves between devices.
-        earlier = [vars(layer).get("forward") for layer in self.layers]
-        for layer in self.layers:
-            layer.forward = self._return
-        try:
+        with another_forward(self.layers, self._return):
             yield
-        finally:
-            for layer, forward in zip(self.layers, earlier, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = detached(output) if self.constant else output

@@ -111,8 +111,9 @@ def _losses(
     consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)
-    head = frozen_head(attachment) if task_loss is None and not step.consistency.scalar else None
-    if head is not None and not attachment.dense:
+    chunks = task_loss is None and not step.consistency.scalar and not attachment.dense
+    head = frozen_head(attachment) if chunks else None
+    if head is not None:
         chunked = _chunked(step, head)
         if chunked is not None:
             total, task, term, outputs = chunked

@@ -165,5 +165,5 @@ def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:
     if prepare is not None:
         return prepare(labels=labels)
     config = transformer.config
-    later = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    later = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
     return later.masked_fill(later == IGNORED, config.pad_token_id)
