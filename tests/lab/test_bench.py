@@ -9,10 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import hiddenkey
+from hiddenkey.axes.pattern import random_bytes
 from hiddenkey.cli import main
 from hiddenkey.lab.bench import page as performance
 from hiddenkey.lab.bench import run as bench
@@ -69,6 +71,20 @@ def test_peak_memory_counts_what_is_held():
     assert peak_memory(work, CPU) == 2 * 2**20
     assert peak_memory(lambda: (weight * weight).sum().backward(), CPU) >= 2 * 2**20
     assert peak_memory(lambda: weight.view(-1), CPU) == 0
+
+
+def test_peak_memory_counts_what_numpy_makes():
+    given = torch.from_numpy(np.ones(2**20, dtype=np.int8))
+    buffer = given[1:]
+    del given  # the storage lives on in its view
+
+    def work() -> None:
+        one = random_bytes(2**20) + buffer[:1]  # 2 MiB, of which NumPy's is freed
+        two = random_bytes(2**20)  # 2 MiB
+        one + two  # 3 MiB
+
+    assert peak_memory(work, CPU) == 3 * 2**20
+    assert peak_memory(lambda: buffer + 1, CPU) == 2**20 - 1
 
 
 # Results

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,38 +14,52 @@ from torch.utils._pytree import tree_leaves
 
 CPU = (
     "Peak memory: in a run of its own, the largest sum of bytes of the tensors that the work made and still held, "
-    "followed operation by operation, forward and backward. Weights and inputs lie outside. Scratch memory inside "
-    "one operation is not seen."
+    "followed operation by operation, forward and backward, NumPy's random bytes among them. Weights and inputs lie "
+    "outside. Scratch memory inside one operation is not seen."
 )
 CUDA = "Peak memory: in a run of its own, torch.cuda.max_memory_allocated above what was allocated before."
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the storages that operations make until they are freed."""
+    """While active, counts the storages that come into being until they are freed.
+
+    Those that operations make, and those that NumPy made and an operation reads.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.held = self.peak = 0
         self._known: set[int] = set()
 
+    def __enter__(self) -> Self:
+        # type() and not isinstance(), which would wake what only stands in for a module.
+        for tensor in [found for found in gc.get_objects() if issubclass(type(found), Tensor)]:
+            if tensor.layout == torch.strided:
+                self._follow(tensor, 0)
+        return super().__enter__()
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        known = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        self._add(args, kwargs)
         output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and _address(leaf) not in known:
-                self._add(leaf)
+        self._add(output)
         return output
 
-    def _add(self, tensor: Tensor) -> None:
-        storage, address = tensor.untyped_storage(), _address(tensor)
-        if address in self._known or not storage.nbytes():
+    def _add(self, *tensors: Any) -> None:
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf, leaf.untyped_storage().nbytes())
+
+    def _follow(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        address = int(storage._cdata)
+        if address in self._known:
             return
         self._known.add(address)
-        self.held += storage.nbytes()
+        self.held += size
         self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._free, address, storage.nbytes()).atexit = False
+        weakref.finalize(storage, self._free, address, size).atexit = False
 
     def _free(self, address: int, size: int) -> None:
         self._known.discard(address)
@@ -63,7 +77,3 @@ def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     with LiveBytes() as live:
         work()
     return live.peak
-
-
-def _address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
