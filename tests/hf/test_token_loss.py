@@ -36,6 +36,7 @@ def one_step(model, recipe, inputs, **options):
 @pytest.mark.parametrize("family", CHUNKED)
 def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
     monkeypatch.setattr(token_loss, "chunk_size", lambda vocabulary: 5)
+    monkeypatch.setattr(token_loss, "few_tokens", lambda vocabulary, device: 2)
     model, inputs, recipe = frozen(family), batch(family), f"hiddenkey@0.2 ~ {consistency}*0.7"
     found, ours, attachment = one_step(model, recipe, inputs, num_items=num_items)
     assert frozen_head(attachment) is not None
@@ -66,8 +67,9 @@ def test_heads_that_are_not_frozen_maps_take_the_dense_way(why):
 
 
 @pytest.mark.parametrize("consistency", DISTRIBUTIONS)
-def test_gradients_of_the_sweep(consistency):
+def test_gradients_of_the_sweep(consistency, monkeypatch):
     """Against autograd on the whole, for hidden states alone; gradcheck of the hand-written ones."""
+    monkeypatch.setattr(token_loss, "few_tokens", lambda vocabulary, device: 3)
     rule = CONSISTENCIES[consistency]
     first, second = (torch.randn(7, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     head = Head(torch.randn(11, 4, dtype=torch.float64), torch.randn(11, dtype=torch.float64))
@@ -86,9 +88,13 @@ def test_gradients_of_the_sweep(consistency):
     torch.testing.assert_close(total(first, second), 0.3 * task + 0.8 * term)
 
 
-@pytest.mark.parametrize(("vocabulary", "tokens"), [(64, 128), (49152, 128), (152_000, 41), (10**7, 16)])
-def test_fewer_tokens_of_a_larger_vocabulary(vocabulary, tokens):
-    assert token_loss.chunk_size(vocabulary) == tokens
+@pytest.mark.parametrize(
+    ("vocabulary", "chunk", "few"), [(64, 256, 12288), (49152, 256, 16), (152_000, 82, 5), (10**7, 16, 1)]
+)
+def test_fewer_tokens_of_a_larger_vocabulary(vocabulary, chunk, few):
+    assert token_loss.chunk_size(vocabulary) == chunk
+    assert token_loss.few_tokens(vocabulary, torch.device("cpu")) == few
+    assert token_loss.few_tokens(vocabulary, torch.device("cuda")) >= chunk
 
 
 def test_no_dense_logits(monkeypatch):

@@ -1,7 +1,8 @@
 """Task loss and consistency of a language model in chunks of tokens, from hidden states and the frozen head.
 
 A vocabulary is large: two views of dense logits and their gradients take more memory than the rest of a step and
-fall out of every cache. Here a chunk of tokens goes through the head, the losses and the gradient in one sweep.
+fall out of every cache. Here a chunk of tokens goes through the head at once, and a few of its tokens at a time
+through the losses and the gradient, which takes the place of the logits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from torch.nn import functional as F
 
 from ..consistency import Consistency, bidirectional
 
-# Logits of a chunk: 128 tokens of a vocabulary of 49k, as fast as all tokens at once, and fewer of a larger one.
-CELLS = 128 * 49152
-TOKENS = range(16, 129)
+# Logits of a chunk, enough for the head's matrix product, and of a few tokens of it, which stay in the cache.
+CHUNK = 256 * 49152
+FEW = 16 * 49152
+TOKENS = range(16, 257)
+
+
+Sums = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,15 @@ class TokenLoss(torch.autograd.Function):
         grad_second = torch.empty_like(second) if consistency.both else None
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         sums = torch.zeros(2, dtype=dtype, device=first.device)
-        size = chunk_size(len(head.weight))
+        size, few = chunk_size(len(head.weight)), few_tokens(len(head.weight), first.device)
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
             z1, z2 = head.logits(first[rows]), head.logits(second[rows])
-            task, term, *gradients = sweep(z1, z2, labels[rows], consistency, share)
-            sums += torch.stack([task, term])
-            grad_first[rows] = head.backward(gradients[0])
+            for parts in zip(z1.split(few), z2.split(few), labels[rows].split(few), strict=True):
+                sums += torch.stack(sweep(*parts, consistency, share))
+            grad_first[rows] = head.backward(z1)
             if grad_second is not None:
-                grad_second[rows] = head.backward(gradients[1])
+                grad_second[rows] = head.backward(z2)
         ctx.save_for_backward(grad_first, grad_second)
         total = share.task * sums[0] + share.consistency * sums[1]
         task, term = sums.unbind()
@@ -84,43 +89,57 @@ class TokenLoss(torch.autograd.Function):
 
 def chunk_size(vocabulary: int) -> int:
     """How many tokens go through the head at a time."""
-    return min(max(CELLS // vocabulary, TOKENS[0]), TOKENS[-1])
+    return min(max(CHUNK // vocabulary, TOKENS[0]), TOKENS[-1])
 
 
-def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
-    """(task sum, consistency sum, gradient of the total with respect to z1), by autograd on the chunk."""
+def few_tokens(vocabulary: int, device: torch.device) -> int:
+    """How many tokens of a chunk go through the losses at a time: all of them where calls cost more than memory."""
+    return max(FEW // vocabulary, 1) if device.type == "cpu" else TOKENS[-1]
+
+
+def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> Sums:
+    """(task sum, consistency sum), by autograd; z1 becomes the gradient of the total with respect to it."""
     with torch.enable_grad():
-        z1 = z1.requires_grad_()
-        task = F.cross_entropy(z1, labels, reduction="sum")
-        term = consistency.divergence(z1, z2).sum()
-        (gradient,) = torch.autograd.grad(share.task * task + share.consistency * term, z1)
-    return task.detach(), term.detach(), gradient
+        x1 = z1.detach().requires_grad_()
+        task = F.cross_entropy(x1, labels, reduction="sum")
+        term = consistency.divergence(x1, z2).sum()
+        (gradient,) = torch.autograd.grad(share.task * task + share.consistency * term, x1)
+    z1.copy_(gradient)
+    return task.detach(), term.detach()
 
 
-def _sweep_both(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
-    """The same with gradient on both sides and the task loss averaged over them."""
+def _sweep_both(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> Sums:
+    """The same with gradient on both sides, also in the place of z2, and the task loss averaged over them."""
     with torch.enable_grad():
-        z1, z2 = z1.requires_grad_(), z2.requires_grad_()
-        task = (F.cross_entropy(z1, labels, reduction="sum") + F.cross_entropy(z2, labels, reduction="sum")) / 2
-        term = consistency.divergence(z1, z2).sum()
-        gradients = torch.autograd.grad(share.task * task + share.consistency * term, (z1, z2))
-    return task.detach(), term.detach(), *gradients
+        x1, x2 = z1.detach().requires_grad_(), z2.detach().requires_grad_()
+        task = (F.cross_entropy(x1, labels, reduction="sum") + F.cross_entropy(x2, labels, reduction="sum")) / 2
+        term = consistency.divergence(x1, x2).sum()
+        gradients = torch.autograd.grad(share.task * task + share.consistency * term, (x1, x2))
+    for logits, gradient in zip((z1, z2), gradients, strict=True):
+        logits.copy_(gradient)
+    return task.detach(), term.detach()
 
 
-def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> tuple[Tensor, ...]:
-    """The same for the bidirectional KL (eq. 11), its gradient written out.
+def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> Sums:
+    """The same for the bidirectional KL (eq. 11), its gradient written out; z2 is used up.
 
     With d = log p - log q: KL(p‖q) = Σ p d, KL(q‖p) = -Σ q d. The gradient of half their sum with respect to z1 is
     ½ (p (d - KL(p‖q)) + p - q), that of the task p - onehot.
     """
     labels = labels[:, None]
-    # In place, the logits become log probabilities: four tensors of a chunk's size are alive, not six.
-    log_p, log_q = (z.sub_(z.logsumexp(-1, keepdim=True)) for z in (z1, z2))
-    task = -log_p.gather(1, labels).sum()
-    p, q = log_p.exp(), log_q.exp()
-    d = log_p.sub_(log_q)
+    (p, log_sum1), (q, log_sum2) = _softmax(z1), _softmax(z2)
+    task = (log_sum1 - z1.gather(1, labels)).sum()
+    d = z1.sub_(z2).sub_(log_sum1 - log_sum2)
     forth, back = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
     half = share.consistency / 2
     gradient = d.add_(1 - forth[:, None] + share.task / half).mul_(p).sub_(q).mul_(half)
     gradient.scatter_add_(1, labels, -torch.as_tensor(share.task).to(p).expand(labels.shape))
-    return task, (forth + back).sum() / 2, gradient
+    return task, (forth + back).sum() / 2
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax, log of the sum of exponentials) of every row, each exponential taken once."""
+    highest = z.amax(-1, keepdim=True)
+    weights = (z - highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return weights.div_(total), highest + total.log()
