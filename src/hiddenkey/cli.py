@@ -17,7 +17,7 @@ from .lab.config import TrainConfig
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard")
+LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap")
 
 HEADS = {
     "auto": "",

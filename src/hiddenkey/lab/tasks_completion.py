@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -80,6 +81,19 @@ class Completion:
         valid[:, 0] = False
         nll, right = prediction.predictions[valid].mean(axis=0)
         return {"nll": float(nll), "perplexity": _exp(float(nll)), "token_accuracy": float(right)}
+
+
+def prompt_ids(prompts: list[str], separator: str, tokenizer: Any) -> list[list[int]]:
+    """Token ids before the completion, as training sees them.
+
+    Some tokenizers join the separator with what follows, so they are read off a text that goes on.
+    """
+    ends = [len(prompt + separator) for prompt in prompts]
+    tokens = tokenizer([prompt + separator + "x" for prompt in prompts], return_offsets_mapping=True)
+    return [
+        [token for token, _ in takewhile(lambda pair, end=end: pair[1][1] <= end, zip(ids, offsets, strict=True))]
+        for ids, offsets, end in zip(tokens["input_ids"], tokens["offset_mapping"], ends, strict=True)
+    ]
 
 
 def _row(
