@@ -24,7 +24,6 @@ from . import tiny
 from .test_faults import Killed, damage, stop
 from .test_run import config, no_weights, same  # noqa: F401
 
-OVERFIT = {"epochs": 4, "learning_rate": 0.5, "metric": "loss"}
 FULL = pytest.mark.full
 
 
@@ -32,6 +31,15 @@ FULL = pytest.mark.full
 def tests(tmp_path: Path) -> Path:
     rows = [{**row, "label": "bad" if i % 5 == 0 else row["label"]} for i, row in enumerate(tiny.labelled_rows(30))]
     return tiny.write_csv(tmp_path / "held_out.csv", rows)
+
+
+@pytest.fixture
+def worsening(config: TrainConfig, tests: Path, tmp_path: Path) -> TrainConfig:  # noqa: F811
+    """A run whose validation rows say the opposite of training's: the first of its four epochs is the best."""
+    rows = [{**row, "label": {"good": "bad", "bad": "good"}[str(row["label"])]} for row in tiny.labelled_rows(40)]
+    opposite = tiny.write_csv(tmp_path / "opposite.csv", rows)
+    fields = {"epochs": 4, "learning_rate": 1e-2, "scheduler": "constant", "recipe": "dropkey:column@0.1"}
+    return replace(config, validation=str(opposite), test=str(tests), metric="loss", **fields)
 
 
 def load(data: Path | str, **fields: Any) -> Examples:
@@ -70,10 +78,10 @@ def by_hand(checkpoint: Path, result: RunResult, rows: Dataset) -> dict[str, flo
 
 
 @pytest.mark.parametrize("keep", ["last", pytest.param("best", marks=FULL)])
-def test_both_models_are_tested_and_that_of_keep_is_saved(config: TrainConfig, tests: Path, keep: Any):  # noqa: F811
-    config = replace(config, test=str(tests), keep=keep, **OVERFIT)
+def test_both_models_are_tested_and_that_of_keep_is_saved(worsening: TrainConfig, keep: Any):
+    config = replace(worsening, keep=keep)  # noqa: F811
     result = run.train(config)
-    assert result.best["step"] < result.last["step"] - 6, "the best checkpoint is to be older than those kept anyway"
+    assert result.best["step"] < result.last["step"] - 6, "older than what is kept anyway"
     assert len(list((Path(config.out) / "checkpoints").iterdir())) == 3
     rows = load_examples(config).test
     for name in ("best", "last"):
@@ -81,7 +89,7 @@ def test_both_models_are_tested_and_that_of_keep_is_saved(config: TrainConfig, t
         assert result.test[name] == pytest.approx(by_hand(checkpoint, result, rows), abs=1e-5)
     assert result.test["best"]["loss"] != result.test["last"]["loss"]
     assert result.test[keep] == pytest.approx(by_hand(result.adapter, result, rows), abs=1e-5)
-    assert result.data_rows == {"train": 36, "validation": 4, "test": 30}
+    assert result.data_rows == {"train": 40, "validation": 40, "test": 30}
     assert read_result(Path(config.out)) == result
     assert f"| test | last epoch | best epoch by {result.metric} |" in (result.adapter / "README.md").read_text()
 
@@ -102,13 +110,12 @@ def test_nothing_but_the_test_metrics_depends_on_the_test_part(config: TrainConf
 
 @pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=FULL)])
 def test_a_run_killed_before_its_test_continues_to_the_same_numbers(
-    config: TrainConfig,  # noqa: F811
-    tests: Path,
+    worsening: TrainConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     keep: Any,
 ):
-    config = replace(config, test=str(tests), keep=keep, **OVERFIT)
+    config = replace(worsening, keep=keep)  # noqa: F811
     whole = run.train(replace(config, out=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         patch.setattr(run, "final_scores", stop)
@@ -123,12 +130,8 @@ def test_a_run_killed_before_its_test_continues_to_the_same_numbers(
     assert same(moved.out, whole.folder)
 
 
-def test_a_damaged_best_checkpoint_is_told(
-    config: TrainConfig,  # noqa: F811
-    tests: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    config = replace(config, test=str(tests), **OVERFIT)
+def test_a_damaged_best_checkpoint_is_told(worsening: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    config = worsening  # noqa: F811
     with monkeypatch.context() as patch:
         patch.setattr(run, "final_scores", stop)
         with pytest.raises(Killed):

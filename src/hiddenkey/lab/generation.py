@@ -130,7 +130,7 @@ def _groups(prompts: list[Prompt]) -> dict[str, list[int]]:
 
 
 def _line(prompt: Prompt, text: str) -> str:
-    row = {"prompt": prompt.text, "generated": text, "references": prompt.references}
+    row: dict[str, Any] = {"prompt": prompt.text, "generated": text, "references": prompt.references}
     if prompt.seen is not None:
         row["seen"] = prompt.seen
     return json.dumps(row, ensure_ascii=False) + "\n"

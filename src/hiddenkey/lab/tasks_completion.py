@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -91,7 +90,7 @@ def prompt_ids(prompts: list[str], separator: str, tokenizer: Any) -> list[list[
     ends = [len(prompt + separator) for prompt in prompts]
     tokens = tokenizer([prompt + separator + "x" for prompt in prompts], return_offsets_mapping=True)
     return [
-        [token for token, _ in takewhile(lambda pair, end=end: pair[1][1] <= end, zip(ids, offsets, strict=True))]
+        ids[: next(i for i, (_, stop) in enumerate(offsets) if stop > end)]
         for ids, offsets, end in zip(tokens["input_ids"], tokens["offset_mapping"], ends, strict=True)
     ]
 

@@ -6,8 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
+from typing import Any
 
-from sacrebleu.metrics import BLEU, TER
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.ter import TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 Tokens = tuple[str, ...]
@@ -57,7 +59,7 @@ def nist(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return total * math.exp(_NIST_BETA * math.log(min(1.0, length / expected)) ** 2) if length else 0.0
 
 
-def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+def _streams(references: Sequence[Sequence[str]]) -> Any:
     """From the references of each text to the n-th references of all, None where there are fewer."""
     return [list(stream) for stream in zip_longest(*references)]
 
