@@ -17,7 +17,7 @@ from .lab.config import TrainConfig
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard")
+LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap")
 
 HEADS = {
     "auto": "",
@@ -75,6 +75,8 @@ def run_train(config: TrainConfig) -> None:
     result = train(config)
     print("last epoch:", _metrics(result.last))
     print(f"best epoch by {result.metric}:", _metrics(result.best))
+    for epoch, metrics in result.test.items():
+        print(f"test, {epoch} epoch:", _metrics(metrics))
     print(f"adapter: {result.adapter}\nresult: {config.out}/result.json")
 
 

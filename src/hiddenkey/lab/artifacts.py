@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from .errors import RunError
 RESULT = "result.json"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+GENERATIONS = "generations.jsonl"
 _FREE_BYTES = 64 * 2**20
 
 # A folder may be moved, and overwrite says nothing about the run.
@@ -62,6 +63,9 @@ class RunResult:
     """Median, 20th and 80th percentile, and number of optimiser steps."""
     seconds: float
     """Wall-clock seconds of this process, from the first check to the adapter."""
+    test: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics on the test part of the "best" and of the "last" epoch's model, those of generated texts of the model
+    that is kept; empty where there is no such part."""
     failure: str = ""
     """Why the run failed."""
 
@@ -149,6 +153,7 @@ def require_space(folder: Path, needed: int) -> None:
 def _clear(folder: Path) -> None:
     # Only what a run writes: the folder may hold other files.
     (folder / RESULT).unlink(missing_ok=True)
+    (folder / GENERATIONS).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
