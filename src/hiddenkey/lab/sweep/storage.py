@@ -1,0 +1,77 @@
+"""The database of a sweep: an SQLite file, or any database that SQLAlchemy reaches."""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage, get_storage
+
+from ..errors import ConfigError, RunError
+
+T = TypeVar("T")
+
+FILE = "sweep.db"
+_WAIT_FOR_LOCK = 120
+_TRIES = 7
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+def url_of(storage: str, folder: Path) -> str:
+    """The URL asked for, or that of the file in the sweep's folder."""
+    return storage or f"sqlite:///{folder.resolve() / FILE}"
+
+
+def open_storage(url: str, grace: int) -> Any:
+    """Optuna's storage at this URL; `grace`: seconds without a heartbeat after which a trial's worker counts as dead.
+
+    Raises:
+        ConfigError: not a URL, or one whose driver is not installed.
+        RunError: the database cannot be reached.
+    """
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.startswith("sqlite"):
+        # Connections that begin no transactions themselves: `_immediate` does.
+        options = {"connect_args": {"timeout": _WAIT_FOR_LOCK, "isolation_level": None}}
+    try:
+        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
+        storage = insist(
+            lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=max(1, grace // 4), grace_period=grace)
+        )
+    except (sqlalchemy.exc.ArgumentError, ImportError) as error:
+        raise ConfigError(
+            f"storage {url.split('://')[0]!r} cannot be used: {error} Give a URL such as "
+            "postgresql+psycopg://user@host/database, and install its driver: pip install 'psycopg[binary]' for "
+            "PostgreSQL, pymysql for MySQL."
+        ) from error
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise RunError(f"storage {shown} cannot be reached: {error}") from error
+    if url.startswith("sqlite"):
+        sqlalchemy.event.listen(storage.engine, "begin", _immediate)
+    return get_storage(storage)
+
+
+def insist(call: Callable[[], T]) -> T:
+    """Call, and once more a little later where the database fails: it may be starting again, or just be busy."""
+    for attempt in range(_TRIES):
+        try:
+            return call()
+        except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError):
+            if attempt == _TRIES - 1:
+                raise
+            time.sleep(2**attempt * random.uniform(0.25, 0.5))
+    raise AssertionError
+
+
+def _immediate(connection: Any) -> None:
+    # SQLite has no SELECT … FOR UPDATE. With the write lock from the beginning, no two workers claim the same trial,
+    # and a transaction waits for its turn where it would fail with "database is locked".
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
