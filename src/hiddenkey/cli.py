@@ -76,6 +76,8 @@ def run_train(config: TrainConfig) -> None:
     result = train(config)
     print("last epoch:", _metrics(result.last))
     print(f"best epoch by {result.metric}:", _metrics(result.best))
+    for epoch, metrics in result.test.items():
+        print(f"test, {epoch} epoch:", _metrics(metrics))
     print(f"adapter: {result.adapter}\nresult: {config.out}/result.json")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ class RunResult:
     """Median, 20th and 80th percentile, and number of optimiser steps."""
     seconds: float
     """Wall-clock seconds of this process, from the first check to the adapter."""
+    test: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics on the test part of the "best" and of the "last" epoch's model; empty where there is no such part."""
     failure: str = ""
     """Why the run failed."""
 
