@@ -62,7 +62,11 @@ def make_task(examples: Examples, separator: str) -> Task:
 
 def lower_is_better(task: str, metric: str) -> bool:
     """Whether a better model has this metric of the task lower."""
-    kinds = {"classification": Classification, "regression": Regression, "causal-lm": Completion}
+    kinds: dict[str, type[Classification | Regression | Completion]] = {
+        "classification": Classification,
+        "regression": Regression,
+        "causal-lm": Completion,
+    }
     return metric in kinds[task].lower_is_better
 
 

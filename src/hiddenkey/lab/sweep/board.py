@@ -10,6 +10,7 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import optuna
@@ -208,7 +209,7 @@ class Board:
         self._looked = time.monotonic()
         for group in self._open():
             study = optuna.load_study(study_name=group.name, storage=self._storage)
-            insist(lambda study=study: fail_stale_trials(study))
+            insist(partial(fail_stale_trials, study))
 
     def _study(self, group: Group, make: bool = False) -> int:
         if group.name not in self._studies:
