@@ -24,7 +24,7 @@ from .draw import draw_tpe
 from .plan import Group, Plan, Run, Slot
 from .record import RunRecord, make_record
 from .space import typed
-from .storage import insist
+from .storage import insist, no_warnings
 
 # How often a run is given to another worker: after its worker died, and after an error.
 DEATHS = 20
@@ -209,7 +209,8 @@ class Board:
         self._looked = time.monotonic()
         for group in self._open():
             study = optuna.load_study(study_name=group.name, storage=self._storage)
-            insist(partial(fail_stale_trials, study))
+            with no_warnings():
+                insist(partial(fail_stale_trials, study))
 
     def _study(self, group: Group, make: bool = False) -> int:
         if group.name not in self._studies:

@@ -100,7 +100,7 @@ class Crew:
         return self.job.plan.folder / _LOGS / f"worker-{number}.log"
 
     def _start(self, number: int) -> _Member:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         ours, theirs = context.Pipe(duplex=False)
         log = self.log_of(number)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,15 @@ class Crew:
         process.start()
         theirs.close()
         return _Member(number, worker_name(process.pid), process, ours)
+
+
+def _context() -> Any:
+    """Where it can be, workers are forked from a process that has imported what they need: quick, and less memory."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hiddenkey.lab.sweep.worker"])
+    return context
 
 
 def worker_name(pid: int | None) -> str:

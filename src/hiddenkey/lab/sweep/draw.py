@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from typing import Any
 
 import optuna
@@ -16,7 +15,6 @@ STARTUP = 5
 _TRIES = 1000
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def draw_random(space: Space, count: int, name: str) -> list[dict[str, Any]]:

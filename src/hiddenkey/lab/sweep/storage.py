@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,6 @@ _WAIT_FOR_LOCK = 120
 _TRIES = 7
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
 
 def url_of(storage: str, folder: Path) -> str:
@@ -43,9 +43,11 @@ def open_storage(url: str, grace: int) -> Any:
         options = {"connect_args": {"timeout": _WAIT_FOR_LOCK, "isolation_level": None}}
     try:
         shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-        storage = insist(
-            lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=max(1, grace // 4), grace_period=grace)
-        )
+        interval = max(1, grace // 4)
+        with no_warnings():
+            storage = insist(
+                lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=interval, grace_period=grace)
+            )
     except (sqlalchemy.exc.ArgumentError, ImportError) as error:
         raise ConfigError(
             f"storage {url.split('://')[0]!r} cannot be used: {error} Give a URL such as "
@@ -57,6 +59,14 @@ def open_storage(url: str, grace: int) -> Any:
     if url.startswith("sqlite"):
         sqlalchemy.event.listen(storage.engine, "begin", _immediate)
     return get_storage(storage)
+
+
+@contextmanager
+def no_warnings() -> Iterator[None]:
+    """Optuna calls its heartbeats experimental every time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def insist(call: Callable[[], T]) -> T:
