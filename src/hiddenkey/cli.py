@@ -126,10 +126,8 @@ def run_bench(config: BenchConfig) -> None:
 
 def run_sweep(config: SweepConfig) -> None:
     """Make every run of a sweep file."""
-    from .lab.quiet import quieten
     from .lab.sweep.run import sweep
 
-    quieten()
     sweep(config)
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ class Crew:
             if member.process.is_alive():
                 member.process.kill()
                 member.process.join()
-                self.board.bury(member.name)
+            self.board.bury(member.name)
 
     def _is_at_work(self, member: _Member) -> bool:
         for text in _received(member.told):
@@ -119,9 +120,33 @@ def _context() -> Any:
     return context
 
 
-def worker_name(pid: int | None) -> str:
+def worker_name(pid: int) -> str:
     """The name of the worker in a process: machine and process."""
-    return f"{socket.gethostname()}-{pid}"
+    return f"{_machine()}-{pid}"
+
+
+def bury_dead(board: Board) -> None:
+    """Take over what workers of this machine were at that are dead, without waiting for their silence."""
+    for name in {entry.worker for entry in board.busy()}:
+        machine, _, pid = name.rpartition("-")
+        if machine == _machine() and not _is_alive(int(pid)):
+            board.bury(name)
+
+
+def _machine() -> str:
+    return f"{socket.gethostname()}-{uuid.getnode():x}"
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True  # nobody can be asked without doing harm
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def serve(job: Job, console: Console, ready: Callable[[], None] = lambda: None) -> None:

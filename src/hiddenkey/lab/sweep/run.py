@@ -13,7 +13,7 @@ from ..errors import RunError
 from ..lock import hold
 from .board import Board
 from .config import SweepConfig
-from .crew import Crew, Job, serve, worker_name
+from .crew import Crew, Job, bury_dead, serve, worker_name
 from .file import read_sweep
 from .plan import Plan, make_plan
 from .record import WORK, RunRecord
@@ -35,9 +35,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> Plan:
     config.check()
     plan = make_plan(read_sweep(config.file, config.set, config.out))
     if config.dry_run:
-        from .check import check_plan  # slow to import
-
-        check_plan(plan)
+        _check(plan)
         print_plan(plan, console)
         return plan
     make_folder(plan.folder)
@@ -55,14 +53,13 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     known = known_records(plan)
     board = Board(plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     waiting = board.queue(known)
+    bury_dead(board)
     _tidy(plan, board, known, console)
     if not waiting:
         _write(plan, board, console)
         _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
-    from .check import check_plan
-
-    check_plan(plan)
+    _check(plan)
     print_plan(plan, console)
     _say(console, f"{plan.total - waiting} of {plan.total} runs are done, {waiting} to go, {workers} at a time.")
     crew = Crew(job, workers, board)
@@ -73,6 +70,15 @@ def _lead(job: Job, workers: int, console: Console) -> None:
         crew.stop()
         _write(plan, board, console)
     _say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
+
+
+def _check(plan: Plan) -> None:
+    # Slow to import: a mistake in the file has been told by now.
+    from ..quiet import quieten
+    from .check import check_plan
+
+    quieten()
+    check_plan(plan)
 
 
 def _join(job: Job, config: SweepConfig, console: Console) -> None:

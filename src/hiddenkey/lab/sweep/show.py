@@ -6,10 +6,12 @@ import time
 from collections import Counter
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
-from .board import Board
+from .board import Board, Busy
 from .plan import Plan
 from .record import RunRecord
 
@@ -31,27 +33,25 @@ class Display:
     def __init__(self, plan: Plan, board: Board, console: Console) -> None:
         self._board = board
         self._console = console
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._whole = self._progress.add_task(plan.sweep.name, total=plan.total, note="")
-        self._rows: dict[int, TaskID] = {}
+        self._total = plan.total
         self._known = {record.id for record in board.records()}
         self._before = len(self._known)
         self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+        )
+        self._whole = self._bar.add_task(plan.sweep.name, total=self._total, completed=self._before, left="")
+        self._live = Live(self._bar, console=console, transient=True)
 
     def __enter__(self) -> Display:
-        self._progress.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def tick(self, workers: dict[int, str]) -> None:
         """Show where things stand; workers: their names, by number."""
@@ -59,24 +59,23 @@ class Display:
         for record in records:
             if record.id not in self._known:
                 self._known.add(record.id)
-                _say(self._console, f"{len(self._known)}/{self._progress.tasks[0].total} {_told(record)}")
-        self._progress.update(self._whole, completed=len(records), note=self._time_left(len(records)))
+                _say(self._console, f"{len(self._known)}/{self._total} {_told(record)}")
+        if not self._console.is_terminal:
+            return
+        self._bar.update(self._whole, completed=len(records), left=self._time_left(len(records)))
         busy = {entry.worker: entry for entry in self._board.busy()}
-        for number, name in workers.items():
-            if number not in self._rows:
-                self._rows[number] = self._progress.add_task("", total=None, note="")
-            entry = busy.get(name)
-            text = (
-                f"worker {number}: {entry.id}, {_clock(time.time() - entry.since)}" if entry else f"worker {number}"
-            )
-            self._progress.update(self._rows[number], description=text)
+        lines = [Text(_line(number, busy.get(name)), no_wrap=True) for number, name in sorted(workers.items())]
+        self._live.update(Group(*lines, self._bar))
 
     def _time_left(self, done: int) -> str:
         fresh = done - self._before
         if not fresh:
             return ""
-        left = int(self._progress.tasks[0].total or 0) - done
-        return f"{_clock((time.monotonic() - self._started) / fresh * left)} left"
+        return f"{_clock((time.monotonic() - self._started) / fresh * (self._total - done))} left"
+
+
+def _line(number: int, busy: Busy | None) -> str:
+    return f"worker {number}  " + (f"{_clock(time.time() - busy.since)}  {busy.id}" if busy else "")
 
 
 def _told(record: RunRecord) -> str:
