@@ -125,8 +125,7 @@ def test_four_processes_killed_at_random_on_postgresql(tmp_path: Path, postgres:
     check(plan, board, made, 20)
 
 
-def test_a_storage_that_cannot_be_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hiddenkey.lab.sweep.storage._TRIES", 1)
+def test_a_storage_that_cannot_be_used_is_told(tmp_path: Path):
     for url, said in (("nonsense", "postgresql"), ("nosuch://host/db", "driver")):
         with pytest.raises(ConfigError, match=said):
             open_storage(url, GRACE)

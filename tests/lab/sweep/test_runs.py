@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ from rich.console import Console
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
 from hiddenkey.lab.lock import hold
 from hiddenkey.lab.run import train
-from hiddenkey.lab.sweep import worker
+from hiddenkey.lab.sweep import crew, worker
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
 from hiddenkey.lab.sweep.crew import Job, serve
@@ -241,6 +242,13 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(base: dict[str, Any], tmp_
     assert "dropkey column      4  dropkey:column@{p}" in said
     assert "8  runs in 4 groups" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_workers_that_are_not_forked(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crew, "_context", lambda: multiprocessing.get_context("spawn"))
+    path = write_sweep(tmp_path, base=base)
+    assert "All 8 runs" in said_by(SweepConfig(str(path), workers=2, threads=1), tmp_path / "said")
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -156,8 +157,8 @@ class Board:
         """Whether every slot is done."""
         return len(self.records()) == self.plan.total
 
-    def _open(self) -> list[Group]:
-        return [group for group in self.plan.groups if len(self._records(group)) < len(group.slots)]
+    def _open(self) -> Iterator[Group]:
+        return (group for group in self.plan.groups if len(self._records(group)) < len(group.slots))
 
     def _records(self, group: Group) -> list[RunRecord]:
         if group.name in self._done:

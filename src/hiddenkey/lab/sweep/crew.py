@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,8 @@ from .board import Board
 from .plan import Plan
 
 _LOGS = "logs"
-_POLL = 1.0
+_POLL = 0.5
+_TICK = 5.0
 _PATIENCE = 30.0
 _STOPPED = 130
 
@@ -62,9 +64,12 @@ class Crew:
         Raises:
             RunError: a worker says that the sweep cannot go on, or cannot start.
         """
+        ticked = -math.inf
         while True:
             alive = [member for member in self._members if self._is_at_work(member)]
-            tick({member.number: member.name for member in alive})
+            if not alive or time.monotonic() - ticked > _TICK:
+                ticked = time.monotonic()
+                tick({member.number: member.name for member in alive})
             if not alive:
                 return
             time.sleep(_POLL)
@@ -112,8 +117,13 @@ class Crew:
 
 
 def _context() -> Any:
-    """Where it can be, workers are forked from a process that has imported what they need: quick, and less memory."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """Where it can be, workers are forked from a process that has imported what they need: quick, and less memory.
+
+    A GPU cannot be used in a process that was forked after the libraries have asked for it.
+    """
+    import torch
+
+    if sys.platform != "linux" or torch.accelerator.current_accelerator() is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hiddenkey.lab.sweep.worker"])

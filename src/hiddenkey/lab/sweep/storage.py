@@ -20,7 +20,6 @@ T = TypeVar("T")
 
 FILE = "sweep.db"
 _WAIT_FOR_LOCK = 120
-_TRIES = 7
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -42,11 +41,11 @@ def open_storage(url: str, grace: int) -> Any:
         # Connections that begin no transactions themselves: `_immediate` does.
         options = {"connect_args": {"timeout": _WAIT_FOR_LOCK, "isolation_level": None}}
     try:
-        shown = sqlalchemy.make_url(url).render_as_string(hide_password=True)
         interval = max(1, grace // 4)
         with no_warnings():
             storage = insist(
-                lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=interval, grace_period=grace)
+                lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=interval, grace_period=grace),
+                tries=3,
             )
     except (sqlalchemy.exc.ArgumentError, ImportError) as error:
         raise ConfigError(
@@ -54,8 +53,6 @@ def open_storage(url: str, grace: int) -> Any:
             "postgresql+psycopg://user@host/database, and install its driver: pip install 'psycopg[binary]' for "
             "PostgreSQL, pymysql for MySQL."
         ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise RunError(f"storage {shown} cannot be reached: {error}") from error
     if url.startswith("sqlite"):
         sqlalchemy.event.listen(storage.engine, "begin", _immediate)
     return get_storage(storage)
@@ -69,14 +66,21 @@ def no_warnings() -> Iterator[None]:
         yield
 
 
-def insist(call: Callable[[], T]) -> T:
-    """Call, and once more a little later where the database fails: it may be starting again, or just be busy."""
-    for attempt in range(_TRIES):
+def insist(call: Callable[[], T], tries: int = 7) -> T:
+    """Call, and again a little later where the database fails: it may be starting anew, or just be busy.
+
+    Raises:
+        RunError: it fails every time, for about 45 seconds.
+    """
+    for attempt in range(tries):
         try:
             return call()
-        except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError):
-            if attempt == _TRIES - 1:
-                raise
+        except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
+            if attempt == tries - 1:
+                raise RunError(
+                    f"The storage cannot be reached: {error.__cause__ or error}\n"
+                    "When it can, the same command continues."
+                ) from error
             time.sleep(2**attempt * random.uniform(0.25, 0.5))
     raise AssertionError
 
