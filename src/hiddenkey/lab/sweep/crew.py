@@ -176,7 +176,7 @@ def serve(job: Job, console: Console, ready: Callable[[], None] = lambda: None) 
         torch.set_num_threads(job.threads)
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     ready()
-    with _terminated():
+    with terminated():
         work(job.plan, board, job.grace / 4, console)
 
 
@@ -218,8 +218,11 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """Within, SIGTERM is KeyboardInterrupt: the run is given back. Once, for it may come twice."""
+def terminated() -> Iterator[None]:
+    """Within, SIGTERM is KeyboardInterrupt: runs are given back. Once, for it may come twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
 
     def interrupt(*_: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from ..errors import RunError
 from ..lock import hold
 from .board import Board
 from .config import SweepConfig
-from .crew import Crew, Job, bury_dead, serve, worker_name
+from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
 from .plan import Plan, make_plan
 from .record import WORK, RunRecord
@@ -56,7 +56,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     bury_dead(board)
     _tidy(plan, board, known, console)
     if not waiting:
-        _write(plan, board, console)
+        _write(plan, board)
         _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
     _check(plan)
@@ -64,11 +64,11 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     _say(console, f"{plan.total - waiting} of {plan.total} runs are done, {waiting} to go, {workers} at a time.")
     crew = Crew(job, workers, board)
     try:
-        with Display(plan, board, console) as display:
+        with terminated(), Display(plan, board, console) as display:
             crew.watch(display.tick)
     finally:
         crew.stop()
-        _write(plan, board, console)
+        _write(plan, board)
     _say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
 
 
@@ -100,7 +100,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
     try:
         serve(job, console)
     finally:
-        _write(job.plan, board, console)
+        _write(job.plan, board)
 
 
 def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Console) -> None:
@@ -114,7 +114,7 @@ def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Consol
         )
 
 
-def _write(plan: Plan, board: Board, console: Console) -> None:
+def _write(plan: Plan, board: Board) -> None:
     """Bring `runs/` to what the storage knows; work folders go when nobody needs them any more."""
     write_records(plan, board.records(), known_records(plan))
     if board.finished():
