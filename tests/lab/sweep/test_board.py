@@ -137,7 +137,7 @@ def test_a_slot_queued_twice_is_made_once(tmp_path: Path):
     one.queue({})
     group = plan.groups[0]
     for slot in group.slots:
-        two._add(two._study(group), board_module._waiting(slot.key))
+        two._add(board_module._waiting(slot.key))
     ids = [taken(one).run.id, taken(two).run.id, *drain(one)]
     assert len(ids) == len(set(ids)) == plan.total
 
