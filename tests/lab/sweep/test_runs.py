@@ -46,7 +46,7 @@ def here(path: Path, url: str = "") -> tuple[Job, Board]:
     url = url or f"sqlite:///{plan.folder / 'sweep.db'}"
     plan.folder.mkdir(exist_ok=True)
     board = Board(plan, open_storage(url, GRACE), "watch")
-    board.queue({})
+    board.open({})
     return Job(plan, url, GRACE, 1), board
 
 
@@ -286,7 +286,7 @@ def test_a_hundred_runs_by_four_processes_killed_at_random(bert: Path, sentences
 def compare_with_a_quiet_sweep(path: Path, records: dict[str, RunRecord], folder: Path) -> None:
     plan: Plan = make_plan(read_sweep(path, out=str(folder / "quiet")))
     board = Board(plan, open_storage(f"sqlite:///{folder / 'quiet.db'}", GRACE), "quiet")
-    board.queue({})
+    board.open({})
     serve(Job(plan, f"sqlite:///{folder / 'quiet.db'}", GRACE, 1), Console(quiet=True))
     quiet = records_in(folder / "quiet")
     assert {name: results(record) for name, record in records.items()} == {

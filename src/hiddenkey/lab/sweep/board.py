@@ -1,7 +1,7 @@
 """What is to be done, who does it, and what came of it: the trials of a sweep in Optuna's storage.
 
-One study for a sweep, one trial for each attempt at a slot. Of the trials of a slot that wait or run, only the
-one with the lowest number counts, so that two processes that queue the same slot at the same moment do no harm.
+One study for a sweep, one trial for each attempt at a slot; a slot without a trial waits to be taken. Of the trials
+of a slot that wait or run, the one with the lowest number counts, so two workers may reach for it at the same moment.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class Board:
         self._study: int | None = None
         self._looked = -math.inf
 
-    def queue(self, known: dict[str, RunRecord]) -> int:
-        """Queue every slot that has no trial; those whose record is `known`, by id, as done. Says how many wait.
+    def open(self, known: dict[str, RunRecord]) -> int:
+        """Make the sweep known to the storage, with the records that are `known`, by id; how many runs are to do.
 
         Runs that were given up get new attempts.
         """
         with suppress(DuplicatedStudyError):
             insist(lambda: self._storage.create_new_study([StudyDirection.MINIMIZE], self.plan.name))
         found = self._by_key()
-        waiting = 0
+        to_do = 0
         for group in self.plan.groups:
             records = _records(group, found)
             for slot in group.slots:
@@ -80,10 +80,10 @@ class Board:
                     self._add(create_trial(value=record.value, user_attrs=attributes))
                     records.append(record)
                     continue
-                waiting += 1
-                if not any(trial.state in _LIVE for trial in trials):
+                to_do += 1
+                if trials and not any(trial.state in _LIVE for trial in trials):
                     self._add(_waiting(slot.key))
-        return waiting
+        return to_do
 
     def ready(self) -> bool:
         """Whether the storage knows the sweep."""
@@ -157,13 +157,17 @@ class Board:
 
     def _take(self, group: Group, slot: Slot, found: dict[str, list[FrozenTrial]]) -> Claim | None:
         trials = found.get(slot.key, [])
+        ours = None
         if not any(trial.state in _LIVE for trial in trials):
-            self._add(_again(slot, trials))
+            ours = self._add(_again(slot, trials))
             trials = self._by_key()[slot.key]
         live = [trial for trial in trials if trial.state in _LIVE]
-        if _is_done(trials) or not live or live[0].state == TrialState.RUNNING:
+        number = live[0]._trial_id if live else None
+        if ours is not None and (number != ours or _is_done(trials)):
+            self._attribute(ours, "spare", True)  # another worker was quicker
+            self._set(ours, TrialState.FAIL)
+        if number is None or _is_done(trials) or live[0].state == TrialState.RUNNING:
             return None
-        number = live[0]._trial_id
         # Before the claim: a trial without a heartbeat would never be taken from a worker that dies at once.
         insist(lambda: self._storage.record_heartbeat(number))
         try:
@@ -196,8 +200,8 @@ class Board:
     def _trials(self) -> list[FrozenTrial]:
         return insist(lambda: self._storage.get_all_trials(self._number(), deepcopy=False))
 
-    def _add(self, trial: FrozenTrial) -> None:
-        insist(lambda: self._storage.create_new_trial(self._number(), template_trial=trial))
+    def _add(self, trial: FrozenTrial) -> int:
+        return insist(lambda: self._storage.create_new_trial(self._number(), template_trial=trial))
 
     def _number(self) -> int:
         if self._study is None:
@@ -254,10 +258,11 @@ def _waiting(key: str, deaths: int = 0, errors: int = 0) -> FrozenTrial:
 
 
 def _again(slot: Slot, trials: list[FrozenTrial]) -> FrozenTrial:
-    """A new attempt at a slot whose last one failed, or was lost while it was queued."""
-    if not trials:
+    """A first attempt at a slot, or a new one where the last has failed."""
+    earlier = [trial for trial in trials if not trial.user_attrs.get("spare")]
+    if not earlier:
         return _waiting(slot.key)
-    attributes = trials[-1].user_attrs
+    attributes = earlier[-1].user_attrs
     error = attributes.get("error")
     deaths = attributes.get("deaths", 0) + (error is None)
     errors = attributes.get("errors", 0) + (error is not None)
