@@ -132,7 +132,7 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     earlier = read_result(folder)
     if earlier is not None:
         _require_same(earlier.config, config)
-    elif (folder / ADAPTER).exists() or (folder / CHECKPOINTS).exists():
+    elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
         raise RunError(
             f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "
             "Give another folder with --out, or --overwrite to delete them."
