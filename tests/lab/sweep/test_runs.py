@@ -24,7 +24,7 @@ from hiddenkey.lab.run import train
 from hiddenkey.lab.sweep import crew, worker
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
-from hiddenkey.lab.sweep.crew import Job, serve
+from hiddenkey.lab.sweep.crew import Job, is_alive, serve
 from hiddenkey.lab.sweep.file import read_sweep
 from hiddenkey.lab.sweep.plan import Plan, Run, make_plan
 from hiddenkey.lab.sweep.record import RunRecord, read_record
@@ -276,14 +276,14 @@ def test_a_hundred_runs_by_four_processes_killed_at_random(bert: Path, sentences
             process = subprocess.Popen(command, stderr=said)
             while process.poll() is None:
                 time.sleep(generator.uniform(0.2, 2.5))
-                busy = board.busy()
+                busy = [pid for entry in board.busy() if is_alive(pid := int(entry.worker.rpartition("-")[2]))]
                 if not busy or kills >= 24:
                     continue
                 kills += 1
                 if kills % 8 == 0:
                     process.send_signal(signal.SIGINT if kills % 16 else signal.SIGKILL)
                 else:
-                    os.kill(int(generator.choice(busy).worker.rpartition("-")[2]), signal.SIGKILL)
+                    os.kill(generator.choice(busy), signal.SIGKILL)
             if process.returncode == 0:
                 break
             assert process.returncode in (130, -signal.SIGKILL), (tmp_path / "said").read_text()

@@ -228,13 +228,13 @@ def _is_done(trials: list[FrozenTrial]) -> bool:
 def _records(group: Group, trials: dict[str, list[FrozenTrial]]) -> list[RunRecord]:
     """The records of a group, in the order of its slots."""
     done = [slot for slot in group.slots if _is_done(trials.get(slot.key, []))]
-    return [_record(slot, trials[slot.key]) for slot in done]
+    return [_record(group, slot, trials[slot.key]) for slot in done]
 
 
-def _record(slot: Slot, trials: list[FrozenTrial]) -> RunRecord:
+def _record(group: Group, slot: Slot, trials: list[FrozenTrial]) -> RunRecord:
     done = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
-    # A grid that has grown counts its trials anew.
-    return replace(make_record(done.user_attrs["record"]), trial=slot.trial)
+    # A grid that has grown counts its trials anew, and a sweep may have got another name.
+    return replace(make_record(done.user_attrs["record"]), sweep=group.sweep.name, trial=slot.trial)
 
 
 def _next(group: Group, slot: Slot, records: list[RunRecord]) -> Run:

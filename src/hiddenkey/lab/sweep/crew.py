@@ -139,7 +139,7 @@ def bury_dead(board: Board) -> None:
     """Take over what workers of this machine were at that are dead, without waiting for their silence."""
     for name in {entry.worker for entry in board.busy()}:
         machine, _, pid = name.rpartition("-")
-        if machine == _machine() and not _is_alive(int(pid)):
+        if machine == _machine() and not is_alive(int(pid)):
             board.bury(name)
 
 
@@ -147,7 +147,8 @@ def _machine() -> str:
     return f"{socket.gethostname()}-{uuid.getnode():x}"
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
     if os.name != "posix":
         return True  # nobody can be asked without doing harm
     try:

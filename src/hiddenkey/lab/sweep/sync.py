@@ -27,11 +27,11 @@ def write_records(plan: Plan, records: list[RunRecord], known: dict[str, RunReco
 
 
 def put_aside(plan: Plan, ids: set[str], known: dict[str, RunRecord]) -> int:
-    """Move records of runs that the plan no longer has to `other/`; how many were moved."""
+    """Move records of this sweep's runs that the plan no longer has to `other/`; how many were moved."""
     moved = 0
-    for name in known.keys() - ids:
+    for name, record in known.items():
         path = _path(plan, RUNS, name)
-        if path.exists():
+        if name not in ids and record.sweep == plan.sweep.name and path.exists():
             target = _path(plan, OTHER, name)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
