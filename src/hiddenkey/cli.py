@@ -13,11 +13,15 @@ import hiddenkey
 
 from .lab.bench.config import BenchConfig
 from .lab.config import TrainConfig
+from .lab.sweep.config import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap")
+LAB_EXTRA = (
+    *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
+    *("optuna", "sqlalchemy"),
+)
 
 HEADS = {
     "auto": "",
@@ -123,11 +127,19 @@ def run_bench(config: BenchConfig) -> None:
     bench(config)
 
 
+def run_sweep(config: SweepConfig) -> None:
+    """Make every run of a sweep file."""
+    from .lab.sweep.run import sweep
+
+    sweep(config)
+
+
 RUNNERS: dict[type, Callable[[Any], None]] = {
     TrainConfig: run_train,
     PlanCommand: run_plan,
     DoctorCommand: run_doctor,
     BenchConfig: run_bench,
+    SweepConfig: run_sweep,
 }
 
 
@@ -166,6 +178,7 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[TrainConfig, train]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
     )
     return tyro.cli(

@@ -84,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    text = json.dumps(_finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(Path(result.folder) / RESULT, text + "\n")
 
 
@@ -132,7 +132,7 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     earlier = read_result(folder)
     if earlier is not None:
         _require_same(earlier.config, config)
-    elif (folder / ADAPTER).exists() or (folder / CHECKPOINTS).exists():
+    elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
         raise RunError(
             f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "
             "Give another folder with --out, or --overwrite to delete them."
@@ -171,9 +171,10 @@ def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
         )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values in which NaN and infinities are None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
