@@ -17,7 +17,7 @@ from .lab.config import TrainConfig
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard")
+LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "jinja2", "markdown_it")
 
 HEADS = {
     "auto": "",
@@ -62,6 +62,16 @@ class DoctorCommand:
     """Print the findings as JSON."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write tables, figures and a page from the runs of sweeps: `hiddenkey report results/study --out docs`."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of sweeps, or folders above them; every runs/*.json below them is read."""
+    out: str = "docs"
+    """Where results.md, results.html and the folder results of tables and figures are written."""
 
 
 def run_train(config: TrainConfig) -> None:
@@ -121,11 +131,21 @@ def run_bench(config: BenchConfig) -> None:
     bench(config)
 
 
+def run_report(command: ReportCommand) -> None:
+    """Write the report and say where it is."""
+    if not command.folders:
+        raise hiddenkey.UserError("report needs a folder of runs: hiddenkey report results/study --out docs")
+    from .lab.report.write import write_report
+
+    print(write_report(command.folders, command.out))
+
+
 RUNNERS: dict[type, Callable[[Any], None]] = {
     TrainConfig: run_train,
     PlanCommand: run_plan,
     DoctorCommand: run_doctor,
     BenchConfig: run_bench,
+    ReportCommand: run_report,
 }
 
 
@@ -165,6 +185,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+        | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     )
     return tyro.cli(
         commands,

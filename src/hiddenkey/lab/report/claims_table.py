@@ -1,0 +1,84 @@
+"""The claims with their verdicts, and the rule in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from . import machine, words
+from .blocks import Block, Table, Text
+from .claims import MARGIN
+from .pool import Finding, Pool
+
+VERDICTS = ("replicated", "not replicated", "undecided", words.NOT_RUN)
+
+
+def blocks(found: list[Finding], pool: Pool | None) -> list[Block]:
+    """The rule and the table."""
+    return [Text(f"{count(found)} {rule(found)}"), table(found, pool)]
+
+
+def count(found: list[Finding]) -> str:
+    """How many claims have which verdict."""
+    counts = Counter(finding.verdict for finding in found)
+    parts = [f"{counts[name]} {name}" for name in VERDICTS if counts[name]]
+    return f"Of {len(found)} claims of the paper: {words.listed(parts)}."
+
+
+def rule(found: list[Finding]) -> str:
+    """The rule for a verdict, as fixed in claims.py."""
+    tested = sum(finding.difference is not None for finding in found)
+    return (
+        "The claims and the rule were fixed before the runs (`claims.py`). Each is one difference: the mean over tasks, "
+        "paired over seeds, of test metrics in points. “Better” is replicated where the difference is above 0 at "
+        f"p ≤ 0.05 after Holm's correction over the {words.plural(tested, 'claim')} that were run; not replicated "
+        "where it is below 0 by the same test, or where the interval ends below half of the paper's own gap (below "
+        f"{MARGIN} points at most). “No effect” is replicated where the whole interval lies within ± {MARGIN} points, "
+        f"“nothing added” where it ends below + {MARGIN}. Everything else is undecided."
+    )
+
+
+def table(found: list[Finding], pool: Pool | None) -> Table:
+    """One row for each claim."""
+    rows, data = [], []
+    for finding in found:
+        claim, change = finding.claim, finding.difference
+        rows.append(
+            [
+                claim.says + _pairs(finding),
+                finding.verdict,
+                words.difference(change),
+                str(change.n) if change else words.NOTHING,
+                words.p_value(finding.adjusted),
+                words.signed(claim.paper_gap) if claim.paper_gap is not None else words.NOTHING,
+                _tasks(finding, pool),
+                claim.place,
+            ]
+        )
+        about = {"claim": claim.says.replace("`", ""), "place": claim.place, "kind": claim.kind}
+        rest = {"paper_gap": machine.rounded(claim.paper_gap), "tasks": " ".join(finding.tasks)}
+        data.append(about | {"verdict": finding.verdict} | machine.gain(change, finding.adjusted) | rest)
+    headings = (
+        "claim",
+        "verdict",
+        "difference [95 %], points",
+        "n",
+        "p (Holm)",
+        "in the paper",
+        "tasks",
+        "where",
+    )
+    return Table("claims", "The paper's claims", headings, rows, data)
+
+
+def _pairs(finding: Finding) -> str:
+    missing = len(finding.claim.pairs) - len(finding.pairs)
+    if not missing or not finding.pairs:
+        return ""
+    return f" (only {words.listed(f'`{first}`' for first, _ in finding.pairs)})"
+
+
+def _tasks(finding: Finding, pool: Pool | None) -> str:
+    if not finding.tasks or pool is None:
+        return words.NOTHING
+    every = len(finding.tasks) == len(pool.tasks)
+    return f"all {len(finding.tasks)}" if every and len(finding.tasks) > 1 else ", ".join(finding.tasks)
