@@ -14,7 +14,11 @@ from hiddenkey.lab.sweep.record import RunRecord
 RATES = (0.05, 0.1, 0.2)
 METHODS = (
     "baseline",
-    *(f"{name} {pattern}" for name in ("hiddencut", "dropkey", "dropattention") for pattern in ("element", "column", "span")),
+    *(
+        f"{name} {pattern}"
+        for name in ("hiddencut", "dropkey", "dropattention")
+        for pattern in ("element", "column", "span")
+    ),
     *("hiddenkey-", "hiddenkey", "hiddenkey-js", "hiddenkey-input", "hiddenkey-output"),
 )
 RIVALS = ("lora_dropout", "weight decay", "smaller rank", "dropout", "neftune", "label smoothing", "r-drop")
@@ -107,7 +111,12 @@ def _record(
         lower_is_better=world.metric == "nll",
         best={} if failed else best,
         last={} if failed else epochs[-1],
-        test={} if failed else {"best": {world.metric: test_best, "loss": 0.4} | extra, "last": {world.metric: _share(test_best - decline), "loss": 0.6}},
+        test={}
+        if failed
+        else {
+            "best": {world.metric: test_best, "loss": 0.4} | extra,
+            "last": {world.metric: _share(test_best - decline), "loss": 0.6},
+        },
         epochs=[] if failed else epochs,
         data_rows={"train": 250, "validation": 250, "test": 872},
         trainable_parameters=73_728,

@@ -57,7 +57,9 @@ def _best(task: Task, method: str, steps: float) -> dict[Seed, float]:
     found = {}
     for seed, group in task.methods[method].items():
         runs = [run for run in group.runs if run.status == "finished"]
-        values = list(_present(row.get(f"validation_{run.metric}") for run in runs for row in _until(run.epochs, steps)))
+        values = list(
+            _present(row.get(f"validation_{run.metric}") for run in runs for row in _until(run.epochs, steps))
+        )
         if values:
             found[seed] = choose(values)
     return found

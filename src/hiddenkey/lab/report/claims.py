@@ -6,11 +6,11 @@ Values are test metrics of the best epoch of the trial that the validation part 
 
 Rule, with the 95 % interval of that difference and its p-value after Holm's correction over all claims that were run:
 
-- a claim of more ("more"): replicated if the difference is above 0 after the correction (p ≤ 0.05); not replicated if
-  it is below 0 after the correction, or if the interval's upper end is below half of the paper's own gap (or below the
-  margin, where half of the gap is more than that or the paper gives none); else undecided.
-- a claim of no effect ("same"): replicated if the interval lies within ± the margin; not replicated if it does not and
-  the difference is not 0 after the correction; else undecided.
+- a claim of more ("more"): replicated if the difference is above 0 after the correction (p ≤ 0.05); not replicated
+  if it is below 0 after the correction, or if the interval's upper end is below half of the paper's own gap (or below
+  the margin, where half of the gap is more than that or the paper gives none); else undecided.
+- a claim of no effect ("same"): replicated if the interval lies within ± the margin; not replicated if it does not
+  and the difference is not 0 after the correction; else undecided.
 - a claim of no gain ("no gain"): replicated if the interval's upper end is below the margin; not replicated if it is
   not and the difference is above 0 after the correction; else undecided.
 """
@@ -61,14 +61,14 @@ def _against_baseline(method: str, place: str, main: bool = False) -> Claim:
 
 CLAIMS = (
     _against_baseline(HIDDENKEY, "Table 1: the best method", main=True),
-    Claim("LoRA overfits as its rank grows: worse at the largest rank than at rank 8", "Fig. 5", "more", source="rank"),
+    Claim(
+        "LoRA overfits as its rank grows: worse at the largest rank than at rank 8", "Fig. 5", "more", source="rank"
+    ),
     Claim("LoRA's metric declines after its peak: last epoch worse than best", "Fig. 6", "more", source="epochs"),
     _against_baseline("dropkey column", "Table 1: the best pattern of DropKey"),
     _against_baseline("hiddencut element", "Table 1: the best pattern of HiddenCut"),
     _against_baseline("dropattention span", "Table 1: the best pattern of DropAttention"),
-    Claim(
-        "for DropKey, `column` beats `element`", "Table 1", "more", (("dropkey column", "dropkey element"),)
-    ),
+    Claim("for DropKey, `column` beats `element`", "Table 1", "more", (("dropkey column", "dropkey element"),)),
     Claim(
         "for HiddenCut, `element` beats `span`",
         "Table 1",
@@ -82,11 +82,15 @@ CLAIMS = (
         tuple((f"dropkey {pattern}", f"dropattention {pattern}") for pattern in PATTERNS),
     ),
     Claim("`hiddenkey-` beats `dropkey column` alone", "Table 1", "more", ((HIDDENKEY_MINUS, "dropkey column"),)),
-    Claim("`hiddenkey-` beats `hiddencut element` alone", "Table 1", "more", ((HIDDENKEY_MINUS, "hiddencut element"),)),
+    Claim(
+        "`hiddenkey-` beats `hiddencut element` alone", "Table 1", "more", ((HIDDENKEY_MINUS, "hiddencut element"),)
+    ),
     Claim("the KL loss helps: `hiddenkey` beats `hiddenkey-`", "Table 1", "more", ((HIDDENKEY, HIDDENKEY_MINUS),)),
     Claim("the JS loss has no effect", "Table 1, + JS", "same", (("hiddenkey-js", HIDDENKEY_MINUS),)),
     Claim("drops at the input add nothing", "Table 1, + input", "no gain", (("hiddenkey-input", HIDDENKEY_MINUS),)),
-    Claim("drops at the output add nothing", "Table 1, + output", "no gain", (("hiddenkey-output", HIDDENKEY_MINUS),)),
+    Claim(
+        "drops at the output add nothing", "Table 1, + output", "no gain", (("hiddenkey-output", HIDDENKEY_MINUS),)
+    ),
 )
 
 

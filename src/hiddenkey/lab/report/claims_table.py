@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from . import machine, words
-from .blocks import Block, Table, Text
-from .claims import MARGIN
+from .blocks import Block, Bullets, Table, Text
+from .claims import ALPHA, MARGIN, Verdict
 from .pool import Finding, Pool
 
-VERDICTS = ("replicated", "not replicated", "undecided", words.NOT_RUN)
+BASIS = (
+    "Claims and rule were fixed before the runs (`lab/report/claims.py`). Each claim is one difference: the mean "
+    "over tasks, paired over seeds, of test metrics in points."
+)
+VERDICTS: tuple[Verdict, ...] = ("replicated", "not replicated", "undecided", "not run")
 
 
-def blocks(found: list[Finding], pool: Pool | None) -> list[Block]:
+def blocks(found: Sequence[Finding], pool: Pool | None) -> list[Block]:
     """The rule and the table."""
-    return [Text(f"{count(found)} {rule(found)}"), table(found, pool)]
+    return [Text(f"{count(found)} {BASIS}"), table(found, pool), Bullets(rule(found))]
 
 
-def count(found: list[Finding]) -> str:
+def count(found: Sequence[Finding]) -> str:
     """How many claims have which verdict."""
     counts = Counter(finding.verdict for finding in found)
     parts = [f"{counts[name]} {name}" for name in VERDICTS if counts[name]]
     return f"Of {len(found)} claims of the paper: {words.listed(parts)}."
 
 
-def rule(found: list[Finding]) -> str:
+def rule(found: Sequence[Finding]) -> list[str]:
     """The rule for a verdict, as fixed in claims.py."""
     tested = sum(finding.difference is not None for finding in found)
-    return (
-        "The claims and the rule were fixed before the runs (`claims.py`). Each is one difference: the mean over tasks, "
-        "paired over seeds, of test metrics in points. “Better” is replicated where the difference is above 0 at "
-        f"p ≤ 0.05 after Holm's correction over the {words.plural(tested, 'claim')} that were run; not replicated "
-        "where it is below 0 by the same test, or where the interval ends below half of the paper's own gap (below "
-        f"{MARGIN} points at most). “No effect” is replicated where the whole interval lies within ± {MARGIN} points, "
-        f"“nothing added” where it ends below + {MARGIN}. Everything else is undecided."
-    )
+    return [
+        f"“Better” is replicated where the difference is above 0 at p ≤ {ALPHA} after Holm's correction over the "
+        f"{words.plural(tested, 'claim')} that were run; not replicated where it is below 0 by the same test, or "
+        f"where the interval ends below half of the paper's own gap (or below {MARGIN} points, if that is less).",
+        f"“No effect” is replicated where the whole interval lies within ± {MARGIN} points, “adds nothing” where it "
+        f"ends below + {MARGIN}; not replicated where it does not and the difference (for “adds nothing”: a gain) is "
+        "significant.",
+        "Everything else is undecided.",
+    ]
 
 
-def table(found: list[Finding], pool: Pool | None) -> Table:
+def table(found: Sequence[Finding], pool: Pool | None) -> Table:
     """One row for each claim."""
     rows, data = [], []
     for finding in found:

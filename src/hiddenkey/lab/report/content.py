@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import claims_table, figures, generation, headline, rivals, runs, table1
+from . import claims_table, costs, figures, generation, headline, rivals, runs, small_tables, table1
 from .blocks import Block, Report, Section, Text
-from .costs import cost_table
 from .machine import slug
 from .pool import Pool, findings, pools
 from .study import Task
@@ -15,9 +14,9 @@ HOW = (
     "Every method, the baseline included, had the same number of trials. For each seed the trial and the epoch were "
     "chosen on a validation part cut from the training data; the test part was looked at once, after training. Seeds "
     "were fixed beforehand and are shared by all methods, so differences are paired. Intervals are Student's 95 % "
-    "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests cannot "
-    "give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other seeds, not of "
-    "other tasks."
+    "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests "
+    "cannot give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other "
+    "seeds, not of other tasks."
 )
 
 
@@ -32,8 +31,8 @@ def make_report(tasks: Sequence[Task]) -> Report:
         Section("Table 1", _table1(found)),
         Section("Rate, rank and training", _figures(found)),
         Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
-        Section("Tables 2 to 5", generation.blocks(tasks)),
-        Section("Cost", [cost_table(tasks)]),
+        Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
+        Section("Cost", costs.blocks(tasks)),
         Section("How it was done", [Text(HOW), *runs.blocks(tasks)]),
     ]
     return Report("Results: dropout in LoRA fine-tuning", sections)

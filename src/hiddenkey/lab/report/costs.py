@@ -7,10 +7,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import machine, words
-from .blocks import Table
+from .blocks import Block, Table, Text
 from .budget import step_ratio, step_seconds
-from .paper import rank_of
+from .paper import HIDDENKEY, rank_of
 from .study import Task
+
+ROUGH = "Runs were made side by side on shared cores, so times are rough."
+
+
+def blocks(tasks: Sequence[Task]) -> list[Block]:
+    """HiddenKey in a sentence, and the table."""
+    ratios = [
+        f"{task.label} {words.TIMES} {ratio:.2f}"
+        for task in tasks
+        if (ratio := step_ratio(task, HIDDENKEY)) is not None
+    ]
+    told = f"A step of `{HIDDENKEY}` over one of the baseline: {', '.join(ratios) or words.NOT_RUN}. {ROUGH}"
+    return [Text(told), cost_table(tasks)]
 
 
 def cost_table(tasks: Sequence[Task]) -> Table:
@@ -18,15 +31,13 @@ def cost_table(tasks: Sequence[Task]) -> Table:
     methods = sorted({method for task in tasks for method in task.methods}, key=rank_of)
     data = [_cost(task, method) for task in tasks for method in task.methods]
     shown = {(row["task"], row["method"]): _words(row) for row in data}
-    rows = [
-        [f"`{method}`", *(shown.get((task.name, method), words.NOT_RUN) for task in tasks)] for method in methods
-    ]
+    rows = [[f"`{method}`", *(shown.get((task.name, method), words.NOT_RUN) for task in tasks)] for method in methods]
     headings = ("method", *(f"{task.label} ({task.model})" for task in tasks))
     note = (
-        "Median optimiser step over the baseline's; in brackets the median seconds of a whole run, evaluation included. "
-        "Runs were made side by side on shared cores, so these are rough."
+        "Median optimiser step over the baseline's; in brackets the median seconds of a whole run, evaluation "
+        "included. " + ROUGH
     )
-    return Table("cost", "Step time and seconds per run", headings, rows, data, note)
+    return Table("cost", "Step time and seconds per run", headings, rows, data, note, long=True)
 
 
 def _cost(task: Task, method: str) -> dict[str, Any]:
@@ -45,5 +56,5 @@ def _cost(task: Task, method: str) -> dict[str, Any]:
 
 def _words(row: dict[str, Any]) -> str:
     ratio, seconds = row["step_time_ratio"], row["median_seconds"]
-    first = words.NOTHING if ratio is None else f"× {ratio:.2f}"
+    first = words.NOTHING if ratio is None else f"{words.TIMES} {ratio:.2f}"
     return first if seconds is None else f"{first} ({seconds:.0f} s)"

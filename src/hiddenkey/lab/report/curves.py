@@ -30,7 +30,9 @@ def rate_curves(tasks: Sequence[Task], part: Part) -> list[Curve]:
     methods = [name for name in tasks[0].methods if all(name in task.methods for task in tasks)]
     curves = []
     for method in methods:
-        points = {rate: average([_at_rate(task, method, rate, part) for task in tasks]) for rate in _rates(tasks, method)}
+        points = {
+            rate: average([_at_rate(task, method, rate, part) for task in tasks]) for rate in _rates(tasks, method)
+        }
         curves.append(_curve(method, points))
     return [curve for curve in curves if curve.points]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from .curves import Curve
-from .paper import BASELINE
 from .statistics import Difference, Summary
 from .style import panel, style
 from .svg import colour, render, settings
@@ -27,7 +27,7 @@ def families(curves: Sequence[Curve], baseline: Summary | None, x: str, y: str) 
         grid = canvas.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axis, name in zip(grid.flat, names, strict=False):
             if baseline is not None:
-                axis.axhline(baseline.mean, color=colour("ink"), linewidth=1, label=BASELINE)
+                axis.axhline(baseline.mean, color=colour("ink"), linewidth=1)
                 if baseline.sd is not None:
                     low, high = baseline.mean - baseline.sd, baseline.mean + baseline.sd
                     axis.axhspan(low, high, color=colour("grid"), alpha=0.5, linewidth=0)
@@ -89,7 +89,12 @@ def _lines(axis: Axes, curves: Sequence[Curve], band: bool = False) -> None:
         xs, means = [x for x, _ in curve.points], [found.mean for _, found in curve.points]
         spread = [found.sd or 0.0 for _, found in curve.points]
         few = len(xs) <= 12
-        look = {"color": drawn.colour, "linestyle": drawn.line, "marker": drawn.mark if few else "", "markersize": 4}
+        look: dict[str, Any] = {
+            "color": drawn.colour,
+            "linestyle": drawn.line,
+            "marker": drawn.mark if few else "",
+            "markersize": 4,
+        }
         axis.plot(xs, means, linewidth=1.6, label=curve.method, **look)
         if band:
             low, high = ([mean + side * sd for mean, sd in zip(means, spread, strict=True)] for side in (-1, 1))

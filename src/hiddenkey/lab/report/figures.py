@@ -24,7 +24,9 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
     found = [(method, pooled) for method, pooled, _ in against(pool, BASELINE, names) if pooled.values]
     if not found:
         return []
-    rows = [(method, pooled.difference, gap(method, BASELINE) if method in TABLE1 else None) for method, pooled in found]
+    rows = [
+        (method, pooled.difference, gap(method, BASELINE) if method in TABLE1 else None) for method, pooled in found
+    ]
     shown = [(method, change, printed) for method, change, printed in rows if change is not None]
     title = f"Gain over the baseline, {_mean_of([task.label for task in pool.tasks])} ({pool.model})"
     alt = f"{title}, in points, with 95 % intervals. " + "; ".join(
@@ -63,40 +65,56 @@ def training(tasks: Sequence[Task]) -> list[Block]:
     found: list[Block] = []
     for place, task in enumerate(tasks):
         shown, figures = task.validation_metric, []
-        parts = (("train_loss", "training loss, without drops", 1.0), (f"validation_{shown.name}", f"validation {shown.label}", shown.scale))
+        parts = (
+            ("train_loss", "training loss, without drops", 1.0),
+            (f"validation_{shown.name}", f"validation {shown.label}", shown.scale),
+        )
         for column, label, scale in parts:
             curves = dynamics(task, TRAINED, column, scale)
             if curves:
                 title = f"{task.label}: {label}"
                 svg = drawing.lines(curves, "epoch", label, band=True)
-                figures.append(Figure(f"training-{slug(task.name)}-{slug(column)}", title, _alt(title, curves, 2, ends=True), svg))
+                figures.append(
+                    Figure(
+                        f"training-{slug(task.name)}-{slug(column)}", title, _alt(title, curves, 2, ends=True), svg
+                    )
+                )
         if figures:
-            found.append(Figures(figures, "Mean and sd over seeds, of the trials that validation chose.", f"Training on {task.label}", long=place > 0))
+            found.append(
+                Figures(
+                    figures,
+                    "Mean and sd over seeds, of the trials that validation chose.",
+                    f"Training on {task.label}",
+                    long=place > 0,
+                )
+            )
     return found or [Text(f"Training over epochs: {words.NOT_RUN}.")]
 
 
 def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
     parts: tuple[Part, Part] = ("validation", "test")
-    figures = []
+    where, several, figures = _mean_of([task.label for task in tasks]), len(tasks) > 1, []
     for part in parts:
         curves, baseline = rate_curves(tasks, part), level(tasks, BASELINE, part)
         if curves:
             metric = (tasks[0].metric if part == "test" else tasks[0].validation_metric).label
-            title = f"{_mean_of([task.label for task in tasks])}: {part} {metric if len(tasks) == 1 else 'metric'} against rate"
+            title = f"{where}: {part} {'metric' if several else metric} against rate"
             first = f"Baseline {_point(baseline, 2)}. " if baseline else ""
-            svg = drawing.families(curves, baseline, "drop rate", "points" if len(tasks) > 1 else f"{part} {metric}")
+            svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {metric}")
             figures.append(Figure(f"{name}-{part}", title, f"{title}. {first}{_alt('', curves, 2)}", svg))
     if not figures:
-        return Text(f"Metric against rate, {_mean_of([task.label for task in tasks])}: {words.NOT_RUN}.")
-    title = f"Metric against rate, {_mean_of([task.label for task in tasks])}"
-    return Figures(figures, f"{WHISKERS} Grey: the baseline, tuned, ± sd.", title, long)
+        return Text(f"Metric against rate, {where}: {words.NOT_RUN}.")
+    note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd."
+    return Figures(figures, note, f"Metric against rate, {where}", long)
 
 
 def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:
     last = [Curve(LAST, curve.points) for curve in rank_curves(tasks, "last") if curve.method == BASELINE]
     curves = [*rank_curves(tasks, "best"), *last]
     title = f"{_mean_of([task.label for task in tasks])}: test metric against the rank of LoRA"
-    svg = drawing.lines(curves, "rank of LoRA", "points" if len(tasks) > 1 else f"test {tasks[0].metric.label}", powers=True)
+    svg = drawing.lines(
+        curves, "rank of LoRA", "points" if len(tasks) > 1 else f"test {tasks[0].metric.label}", powers=True
+    )
     return Figure(name, title, _alt(title, curves, 2), svg)
 
 
@@ -114,5 +132,3 @@ def _point(found: Summary | None, digits: int) -> str:
 
 def _mean_of(labels: Sequence[str]) -> str:
     return labels[0] if len(labels) == 1 else f"mean of {words.listed(labels)}"
-
-

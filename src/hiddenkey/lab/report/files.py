@@ -22,9 +22,9 @@ _LATEX = {
     "<": r"$<$",
     ">": r"$>$",
     "±": r"$\pm$",
-    "×": r"$\times$",
+    "\N{MULTIPLICATION SIGN}": r"$\times$",
     "\N{MINUS SIGN}": "$-$",
-    "–": "--",
+    "\N{EN DASH}": "--",
     "≤": r"$\leq$",
     "ⁿ": r"$^n$",
 }
@@ -62,7 +62,8 @@ def markdown_text(report: Report, page: str, folder: str) -> str:
     """The short report: long tables are links to their files, long figures stay on the page."""
     parts = [
         f"# {report.title}",
-        f"Written by `hiddenkey report`; do not edit. The same with every figure and table on one page: [{page}]({page}).",
+        "Written by `hiddenkey report`; do not edit. The same with every figure and table on one page: "
+        f"[{page}]({page}).",
     ]
     for section in report.sections:
         parts.append(f"## {section.title}")
@@ -95,7 +96,9 @@ def _table(table: Table, folder: str) -> str:
 
 def _latex(cell: str) -> str:
     parts = re.split(r"`([^`]*)`", cell)
-    return "".join(_escape(part) if place % 2 == 0 else rf"\texttt{{{_escape(part)}}}" for place, part in enumerate(parts))
+    return "".join(
+        _escape(part) if place % 2 == 0 else rf"\texttt{{{_escape(part)}}}" for place, part in enumerate(parts)
+    )
 
 
 def _escape(text: str) -> str:

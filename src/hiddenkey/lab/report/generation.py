@@ -1,4 +1,4 @@
-"""Tables 2 to 5: generation (E2E, WebNLG), CoLA and QNLI, RTE and MRPC on a decoder."""
+"""Tables 2 and 3: generated texts, E2E and WebNLG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from . import machine, words
 from .blocks import Block, Table, Text
 from .metrics import metric
-from .paper import BASELINE, GENERATION_METRICS, METHODS, TABLE2, TABLE3, TABLE4, TABLE5
+from .paper import BASELINE, GENERATION_METRICS, TABLE2, TABLE3, TASK_LABELS
 from .pool import differences
 from .statistics import describe, holm, summarise
 from .study import Task
@@ -17,15 +17,13 @@ PARTS = ("all", "seen", "unseen")
 
 
 def blocks(tasks: Sequence[Task]) -> list[Block]:
-    """All four, each as far as it was run."""
+    """Both, each as far as it was run, and further tasks of this kind."""
     found: list[Block] = []
     for number, key in ((2, "e2e"), (3, "webnlg")):
         ours = [task for task in tasks if task.generation and task.key == key]
-        found += [_generation(number, task) for task in ours] or [Text(f"Table {number} ({key}): {words.NOT_RUN}.")]
-    decoders = [task for task in tasks if task.decoder and not task.generation]
-    encoders = [task for task in tasks if not task.decoder and not task.generation]
-    found += _small(4, "CoLA and QNLI", TABLE4, encoders, "RoBERTa-large")
-    found += _small(5, "RTE and MRPC on a decoder-only model", TABLE5, decoders, "LLaMA2-7B")
+        found += [_generation(number, task) for task in ours] or [
+            Text(f"Table {number}, {TASK_LABELS[key]}: {words.NOT_RUN}.")
+        ]
     others = [task for task in tasks if task.generation and task.key not in GENERATION_METRICS]
     return found + [_generation(0, task) for task in others]
 
@@ -55,8 +53,8 @@ def _generation(number: int, task: Task) -> Table:
     ]
     title = f"Table {number}: {task.label}" if number else task.label
     note = (
-        "Test part, mean ± sd over seeds; texts come from the adapter that was kept. Gain: positive where the method is "
-        "better, paired over seeds; paired t-test, Holm's correction over the methods of this table."
+        "Test part, mean ± sd over seeds; texts come from the adapter that was kept. Gain: positive where the method "
+        "is better, paired over seeds; paired t-test, Holm's correction over the methods of this table."
     )
     return Table(f"generation-{machine.slug(task.name)}", f"{title} ({about_task(task)})", headings, rows, data, note)
 
@@ -101,38 +99,4 @@ def _paper_rows(task: Task, shown: Sequence[tuple[str, str]]) -> list[list[str]]
 
 
 def _known(known: Mapping[tuple[str, str], float], shown: Sequence[tuple[str, str]]) -> list[str]:
-    return [
-        words.number(known[pair], metric(pair[1]).digits) if pair in known else words.NOTHING for pair in shown
-    ]
-
-
-def _small(
-    number: int, what: str, paper: Mapping[str, Mapping[str, tuple[float, float]]], tasks: Sequence[Task], model: str
-) -> list[Block]:
-    rows, data = [], []
-    for task in tasks:
-        if task.key not in paper:
-            continue
-        for method in (name for name in (BASELINE, *METHODS[1:]) if name in task.methods and name in paper[task.key]):
-            found = summarise(list(task.values(method).values()))
-            gain = describe(list(differences(task, method, BASELINE).values())) if method != BASELINE else None
-            mean, sd = paper[task.key][method]
-            change = words.NOTHING if method == BASELINE else words.difference(gain, task.metric.digits)
-            printed = mean - paper[task.key][BASELINE][0]
-            rows.append(
-                [
-                    f"{task.label} ({task.model})",
-                    f"`{method}`",
-                    words.mean_sd(found, task.metric.digits),
-                    str(found.n if found else 0),
-                    change,
-                    f"{mean:.2f} ± {sd:.2f}" + (f" ({words.signed(printed)})" if method != BASELINE else ""),
-                ]
-            )
-            data.append({"task": task.name, "method": method} | machine.summary(found) | machine.gain(gain))
-    title = f"Table {number}: {what}"
-    if not rows:
-        return [Text(f"{title}: {words.NOT_RUN}.")]
-    headings = ("task", "method", "ours", "n", "gain over baseline [95 %]", f"paper, {model} (gain)")
-    note = "Test metrics in points; gain paired over seeds."
-    return [Table(f"table{number}", title, headings, rows, data, note)]
+    return [words.number(known[pair], metric(pair[1]).digits) if pair in known else words.NOTHING for pair in shown]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from .svg import COLOURS, inline
 
 TEMPLATE = "page.html.j2"
 _WORDY = 28
+_TIED = "\N{NO-BREAK SPACE}"
 
 
 def page_text(report: Report, folder: str) -> str:
@@ -32,12 +34,19 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     markdown = MarkdownIt("commonmark", {"html": False})
-    environment.filters["words"] = lambda text: Markup(markdown.renderInline(text))
+    environment.filters["words"] = lambda text: Markup(markdown.renderInline(_kept_together(text)))
     environment.filters["picture"] = _picture
     environment.filters["verdict"] = lambda text: text.replace(" ", "-") if text in VERDICTS else ""
     environment.tests["wordy"] = lambda text: len(text) > _WORDY
     environment.globals["kind"] = _kind
     return environment.get_template(TEMPLATE)
+
+
+def _kept_together(text: str) -> str:
+    # No line may break inside "n = 5", "0.1 ± 0.2" or "[−0.1, +0.3]".
+    text = re.sub(r"\b([np]) ([=<]) (?=[\d<])", rf"\1{_TIED}\2{_TIED}", text)
+    text = re.sub(r" ± (?=\d)", f"{_TIED}±{_TIED}", text)
+    return re.sub(r" ?\[([^\] ]+), ([^\] ]+)\]", rf"{_TIED}[\1,{_TIED}\2]", text)
 
 
 def _picture(figure: Figure) -> Markup:

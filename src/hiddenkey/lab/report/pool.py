@@ -97,9 +97,7 @@ def findings(pool: Pool | None) -> list[Finding]:
     found = [_measure(pool, claim) for claim in CLAIMS]
     adjusted = holm([pooled.difference.p if pooled.difference else None for pooled, _ in found])
     return [
-        Finding(
-            claim, pooled.tasks, pairs, pooled.difference, p, verdict(claim, pooled.difference, p)
-        )
+        Finding(claim, pooled.tasks, pairs, pooled.difference, p, verdict(claim, pooled.difference, p))
         for claim, (pooled, pairs), p in zip(CLAIMS, found, adjusted, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVAL_NOTES, R
 from .pool import Pool, against
 from .statistics import Difference, holm
 from .study import When
-from .transfer import transfer_table
+from .transfer import transfer_table, transfer_words
 
 # First and second: method and epoch.
 EPOCHS: tuple[tuple[tuple[str, When], tuple[str, When]], ...] = (
@@ -24,11 +24,11 @@ EPOCHS: tuple[tuple[tuple[str, When], tuple[str, When]], ...] = (
 
 
 def blocks(pool: Pool) -> list[Block]:
-    """Four tables."""
-    found: list[Block] = [rivals_table(pool), early_stopping(pool), equal_time(pool)]
-    if len(pool.tasks) > 1:
-        return [*found, transfer_table(pool)]
-    return [*found, Text(f"Values chosen on another task: {words.NOT_RUN}; it takes two tasks.")]
+    """Four tables; the long ones with what they say of HiddenKey."""
+    found: list[Block] = [rivals_table(pool), early_stopping(pool), _in_time(pool), equal_time(pool)]
+    if len(pool.tasks) == 1:
+        return [*found, Text(f"Values chosen on another task: {words.NOT_RUN}; it takes two tasks.")]
+    return [*found, transfer_words(pool), transfer_table(pool)]
 
 
 def rivals_table(pool: Pool) -> Table:
@@ -55,8 +55,8 @@ def rivals_table(pool: Pool) -> Table:
         "p (Holm)",
     )
     note = (
-        "Points, mean over tasks, paired over seeds; every rival was tuned like the methods. Holm's correction over the "
-        "rivals that were run, for either comparison apart."
+        "Points, mean over tasks, paired over seeds; every rival was tuned like the methods. Holm's correction over "
+        "the rivals that were run, for either comparison apart."
     )
     return Table("rivals", "Rivals", headings, rows, data, note)
 
@@ -68,7 +68,13 @@ def early_stopping(pool: Pool) -> Table:
     rows, data = [], []
     for pair, pooled, p in zip(EPOCHS, found, adjusted, strict=True):
         first, second = (f"{method}, {when} epoch" for method, when in pair)
-        rows.append([f"`{pair[0][0]}`, {pair[0][1]} epoch", f"`{pair[1][0]}`, {pair[1][1]} epoch", *_cells(pooled.difference, p)])
+        rows.append(
+            [
+                f"`{pair[0][0]}`, {pair[0][1]} epoch",
+                f"`{pair[1][0]}`, {pair[1][1]} epoch",
+                *_cells(pooled.difference, p),
+            ]
+        )
         data.append({"first": first, "second": second} | machine.gain(pooled.difference, p))
     headings = ("first", "second", "first minus second [95 %]", "n", "p (Holm)")
     note = (
@@ -100,12 +106,23 @@ def equal_time(pool: Pool) -> Table:
         "p (Holm)",
     )
     note = (
-        "Validation metric in points, for each seed the best over trials and epochs, so it flatters both sides alike; "
-        "the test part was looked at for whole runs alone. In the baseline's time: only epochs (to the nearest) that the "
-        "method finishes while the baseline trains, by the ratio of median step times; its learning rate still falls "
-        "over all epochs. Runs were made side by side on shared cores, so times are rough."
+        "Validation metric in points, for each seed the best over trials and epochs, so it flatters both sides "
+        "alike; the test part was looked at for whole runs alone. In the baseline's time: only epochs (to the "
+        "nearest) that the method finishes while the baseline trains, by the ratio of median step times; its "
+        "learning rate still falls over all epochs. Runs were made side by side on shared cores, so times are rough."
     )
-    return Table("equal-time", "At equal training time", headings, rows, data, note)
+    return Table("equal-time", "At equal training time", headings, rows, data, note, long=True)
+
+
+def _in_time(pool: Pool) -> Text:
+    ratio, whole, budgeted = within_budget(pool, HIDDENKEY)
+    if budgeted.difference is None:
+        return Text(f"`{HIDDENKEY}` at the baseline's training time: {words.NOT_RUN}.")
+    return Text(
+        f"`{HIDDENKEY}` takes {_ratio(ratio)} of the baseline's step time. In the baseline's training time it gains "
+        f"{words.difference(budgeted.difference)} points of the validation metric over it, over all its epochs "
+        f"{words.difference(whole.difference)}; n = {budgeted.difference.n}."
+    )
 
 
 def _cells(found: Difference | None, adjusted: float | None) -> list[str]:
@@ -117,5 +134,4 @@ def _mean(found: Difference | None) -> float | None:
 
 
 def _ratio(value: float | None) -> str:
-    return words.NOTHING if value is None else f"× {value:.2f}"
-
+    return words.NOTHING if value is None else f"{words.TIMES} {value:.2f}"

@@ -24,7 +24,9 @@ def blocks(tasks: Sequence[Task]) -> list[Block]:
     notes = [note for task in tasks for note in _notes(task)]
     if notes:
         found.append(Bullets(notes))
-    failures = [f"`{run.id}` ({run.sweep}): {run.failure or 'no reason given'}" for run in records if run.status != "finished"]
+    failures = [
+        f"`{run.id}` ({run.sweep}): {run.failure or 'no reason given'}" for run in records if run.status != "finished"
+    ]
     if failures:
         rest = len(failures) - SHOWN_FAILURES
         more = [f"and {rest} more, in `runs.csv`"] if rest > 0 else []
@@ -54,20 +56,35 @@ def runs_table(tasks: Sequence[Task]) -> Table:
             ]
         )
     data = [_line(task, run) for task in tasks for run in task.records]
-    headings = ("sweep", "model", "runs", "failed", "methods", "seeds", "trials per method and seed", "further conditions", "hours")
+    headings = (
+        "sweep",
+        "model",
+        "runs",
+        "failed",
+        "methods",
+        "seeds",
+        "trials per method and seed",
+        "further conditions",
+        "hours",
+    )
     return Table("runs", "All runs", headings, rows, data, "`runs.csv` has a line for every run.")
 
 
 def _count(records: list[RunRecord]) -> str:
     failed = sum(run.status != "finished" for run in records)
     hours = sum(run.seconds for run in records) / 3600
-    return f"{words.plural(len(records), 'run')}, {failed:,} of them failed; {hours:.1f} hours of training, side by side."
+    total = words.plural(len(records), "run")
+    return f"{total}, {failed:,} of them failed; {hours:.1f} hours of training, side by side."
 
 
 def _notes(task: Task) -> list[str]:
     notes = []
     if task.incomplete:
-        what = "groups lack runs of some trials and are" if task.incomplete > 1 else "group lacks runs of some trials and is"
+        what = (
+            "groups lack runs of some trials and are"
+            if task.incomplete > 1
+            else "group lacks runs of some trials and is"
+        )
         notes.append(f"{task.name}: {task.incomplete} {what} left out.")
     trials = {
         method: max(len(group.runs) for group in groups.values()) for method, groups in task.methods.items() if groups

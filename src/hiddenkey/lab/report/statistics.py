@@ -108,7 +108,7 @@ def bootstrap(differences: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def sign_flip(differences: np.ndarray) -> float:
-    """How often |mean| is at least as large when signs are flipped: all 2^n flips, or 2^14 drawn ones for more pairs."""
+    """How often |mean| is at least as large when signs are flipped: all 2^n flips, or 2^14 drawn ones."""
     n = len(differences)
     if n <= _EXACT_UP_TO:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=n)))

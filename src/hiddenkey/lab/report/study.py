@@ -215,7 +215,9 @@ def _require_one_task(name: str, records: list[RunRecord]) -> None:
                 "One name is one task: give the sweeps different names."
             )
     if len({(run.task, run.metric) for run in records}) > 1:
-        raise RunError(f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names.")
+        raise RunError(
+            f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
+        )
 
 
 def _plain(value: Any) -> Any:

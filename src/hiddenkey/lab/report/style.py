@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from .paper import BASELINE, family
 from .svg import colour
 
+Line = str | tuple[int, tuple[int, int]]
+
 _FAMILIES = {BASELINE: "ink", "dropkey": "blue", "hiddencut": "brown", "dropattention": "red"}
-_PATTERNS = {"element": ("-", "o"), "column": ("--", "s"), "span": (":", "^")}
-_HIDDENKEYS = {
+_PATTERNS: dict[str, tuple[Line, str]] = {"element": ("-", "o"), "column": ("--", "s"), "span": (":", "^")}
+_HIDDENKEYS: dict[str, tuple[Line, str]] = {
     "hiddenkey-": ("--", "s"),
     "hiddenkey": ("-", "o"),
     "hiddenkey-js": ("-.", "D"),
@@ -24,7 +26,7 @@ class Style:
     """How a method is drawn."""
 
     colour: str
-    line: str | tuple[int, tuple[int, int]]
+    line: Line
     mark: str
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import AbstractContextManager
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
@@ -50,7 +51,7 @@ def colour(name: str) -> str:
     return COLOURS[name][0]
 
 
-def settings() -> mpl.RcParams:
+def settings() -> AbstractContextManager[None]:
     """The context to draw in: `with settings():`."""
     return mpl.rc_context(_SETTINGS)
 

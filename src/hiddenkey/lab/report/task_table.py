@@ -10,9 +10,9 @@ from .statistics import Difference, describe, holm, summarise
 from .study import Groups, Task
 
 NOTE = (
-    "Gains are positive where the method is better. p: paired t-test; Holm: corrected over the methods of this table; "
-    "sign flips: exact, never below 2/2ⁿ. Hedges g: mean over sd of the paired differences, corrected for small n. "
-    "Chosen: what the validation part chose, counted over seeds."
+    "Gains are positive where the method is better. p: paired t-test; Holm: corrected over the methods of this "
+    "table; sign flips: exact, never below 2/2ⁿ. Hedges g: mean over sd of the paired differences, corrected for "
+    "small n. Chosen: what the validation part chose, counted over seeds."
 )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import permutations
 
 from . import machine, words
-from .blocks import Table
+from .blocks import Table, Text
 from .metrics import metric
-from .paper import BASELINE, METHODS, RIVALS
+from .paper import BASELINE, HIDDENKEY, METHODS, RIVALS
 from .pool import Pool, Pooled
 from .statistics import Seed, average, holm
 from .study import Task, tested
@@ -18,7 +18,9 @@ def transfer_table(pool: Pool) -> Table:
     names = [method for method in (*METHODS, *RIVALS) if method in pool.methods]
     found = [(method, _lost(pool, method), _gained(pool, method)) for method in names]
     found = [row for row in found if row[1].values]
-    adjusted = holm([gained.difference.p if gained.difference and name != BASELINE else None for name, _, gained in found])
+    adjusted = holm(
+        [gained.difference.p if gained.difference and name != BASELINE else None for name, _, gained in found]
+    )
     rows, data = [], []
     for (method, lost, gained), p in zip(found, adjusted, strict=True):
         gain = None if method == BASELINE else gained.difference
@@ -35,10 +37,21 @@ def transfer_table(pool: Pool) -> Table:
         "p (Holm)",
     )
     note = (
-        "Test metrics in points, mean over all ordered pairs of tasks, paired over seeds: for each seed the trial that "
-        "validation chose on the one task is used on the other. The baseline is tuned on each task itself."
+        "Test metrics in points, mean over all ordered pairs of tasks, paired over seeds: for each seed the trial "
+        "that validation chose on the one task is used on the other. The baseline is tuned on each task itself."
     )
-    return Table("transfer", "Values chosen on another task", headings, rows, data, note)
+    return Table("transfer", "Values chosen on another task", headings, rows, data, note, long=True)
+
+
+def transfer_words(pool: Pool) -> Text:
+    """What becomes of HiddenKey."""
+    lost, gained = _lost(pool, HIDDENKEY).difference, _gained(pool, HIDDENKEY).difference
+    if lost is None or gained is None:
+        return Text(f"`{HIDDENKEY}` with values chosen on another task: {words.NOT_RUN}.")
+    return Text(
+        f"With values chosen on another task `{HIDDENKEY}` changes by {words.difference(lost)} points, and lies "
+        f"{words.difference(gained)} over the baseline that is tuned on the task itself; n = {gained.n}."
+    )
 
 
 def transferred(source: Task, target: Task, method: str) -> dict[Seed, float]:
@@ -72,5 +85,3 @@ def _over_pairs(pool: Pool, method: str, reference: str) -> Pooled:
             maps.append({seed: values[seed] - own[seed] for seed in sorted(shared)})
             names.add(target.label)
     return Pooled(tuple(sorted(names)), average(maps))
-
-

@@ -10,7 +10,8 @@ from .statistics import Difference, Summary
 
 MINUS = "\N{MINUS SIGN}"
 NOT_RUN = "not run"
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -56,10 +57,16 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+def p_equals(value: float | None) -> str:
+    """`p = 0.03`, `p < 0.001`."""
+    text = p_value(value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
 def counted(values: Iterable[str]) -> str:
     """`0.1 ×3, 0.2 ×2`: the most frequent first, then by value."""
     counts = sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))
-    return ", ".join(f"{value} ×{count}" for value, count in counts) or NOTHING
+    return ", ".join(f"{value} {TIMES}{count}" for value, count in counts) or NOTHING
 
 
 def parameters(params: dict[str, Any]) -> str:
