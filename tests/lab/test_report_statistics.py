@@ -101,19 +101,34 @@ def test_without_any_effect_hardly_ever_is_a_claim_of_more_replicated(monkeypatc
 
 def findings_of(effects, chance):
     methods = ("baseline", "hiddenkey-", "hiddenkey", "hiddenkey-js", "hiddenkey-input", "hiddencut element")
-    tasks = [make_task(name, make_records(World(task=name, effects=effects, methods=methods), chance * 2 + place)) for place, name in enumerate(("sst2", "rte"))]
+    tasks = [
+        make_task(name, make_records(World(task=name, effects=effects, methods=methods), chance * 2 + place))
+        for place, name in enumerate(("sst2", "rte"))
+    ]
     return {finding.claim.says: finding for finding in findings(pools(tasks)[0])}
 
 
 def test_an_effect_of_known_size_is_found(monkeypatch):
     monkeypatch.setattr(statistics, "bootstrap", lambda differences: (None, None))
-    effects = {"hiddenkey": 0.02, "hiddenkey-": 0.02, "hiddenkey-js": 0.02, "hiddenkey-input": 0.0, "hiddencut element": -0.02}
+    effects = {
+        "hiddenkey": 0.02,
+        "hiddenkey-": 0.02,
+        "hiddenkey-js": 0.02,
+        "hiddenkey-input": 0.0,
+        "hiddencut element": -0.02,
+    }
     covered, verdicts = 0, []
     for chance in range(20):
         found = findings_of(effects, chance)
         main = found["`hiddenkey` beats LoRA alone"]
         covered += main.difference.low <= 2.0 <= main.difference.high
-        verdicts.append((main.verdict, found["`hiddencut element` beats LoRA alone"].verdict, found["drops at the input add nothing"].verdict))
+        verdicts.append(
+            (
+                main.verdict,
+                found["`hiddencut element` beats LoRA alone"].verdict,
+                found["drops at the input add nothing"].verdict,
+            )
+        )
     assert covered >= 16
     assert sum(one == "replicated" for one, _, _ in verdicts) >= 18
     assert sum(two == "not replicated" for _, two, _ in verdicts) >= 19

@@ -1,7 +1,7 @@
 """Paired differences over seeds: interval, tests, effect size, correction for many comparisons.
 
 Which interval and which test decide, and why. With 5 seeds the exact sign-flip test cannot give less than
-p = 2/32 = 0.06, and the bootstrap, which only reshuffles 5 numbers, gives intervals that hold the truth in about 83 %
+p = 2/32 = 0.06, and the bootstrap, which only reshuffles 5 numbers, gives intervals that hold the truth in about 84 %
 of cases instead of 95 % (`tests/lab/test_report_statistics.py` simulates both). So the interval and the p-value that
 decide are Student's, on the paired differences: right for normal differences at every n, close for others. Bootstrap
 and sign-flip stand beside them.
