@@ -33,8 +33,9 @@ def families(curves: Sequence[Curve], baseline: Summary | None, x: str, y: str) 
                     axis.axhspan(low, high, color=colour("grid"), alpha=0.5, linewidth=0)
             _lines(axis, [curve for curve in curves if panel(curve.method) == name])
             _legend(axis, 1)
-        for axis in grid.flat[len(names) :]:
-            axis.set_axis_off()
+        for place in range(len(names), rows * columns):
+            grid.flat[place].set_axis_off()
+            grid.flat[place - columns].tick_params(labelbottom=True)
         canvas.supxlabel(x, fontsize=10)
         canvas.supylabel(y, fontsize=10)
         return render(canvas)

@@ -15,7 +15,7 @@ from .study import Task
 from .style import LAST
 
 TRAINED = (BASELINE, "dropkey column", "hiddencut element", HIDDENKEY_MINUS, HIDDENKEY)
-WHISKERS = "Mean and sd over seeds."
+WHISKERS = "Mean and sd over seeds; differences are paired, so surer than the sd suggests."
 
 
 def gains(pool: Pool, suffix: str = "") -> list[Block]:
@@ -28,7 +28,7 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
         (method, pooled.difference, gap(method, BASELINE) if method in TABLE1 else None) for method, pooled in found
     ]
     shown = [(method, change, printed) for method, change, printed in rows if change is not None]
-    title = f"Gain over the baseline, {_mean_of([task.label for task in pool.tasks])} ({pool.model})"
+    title = f"{_mean_of([task.label for task in pool.tasks])}: gain over the baseline ({pool.model})"
     alt = f"{title}, in points, with 95 % intervals. " + "; ".join(
         f"{method} {words.difference(change)}" for method, change, _ in shown
     )
@@ -103,9 +103,9 @@ def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
             svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {metric}")
             figures.append(Figure(f"{name}-{part}", title, f"{title}. {first}{_alt('', curves, 2)}", svg))
     if not figures:
-        return Text(f"Metric against rate, {where}: {words.NOT_RUN}.")
+        return Text(f"{where}: metric against rate: {words.NOT_RUN}.")
     note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd."
-    return Figures(figures, note, f"Metric against rate, {where}", long)
+    return Figures(figures, note, f"{where}: metric against rate", long)
 
 
 def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:
@@ -131,4 +131,4 @@ def _point(found: Summary | None, digits: int) -> str:
 
 
 def _mean_of(labels: Sequence[str]) -> str:
-    return labels[0] if len(labels) == 1 else f"mean of {words.listed(labels)}"
+    return labels[0] if len(labels) == 1 else f"Mean of {len(labels)} tasks"

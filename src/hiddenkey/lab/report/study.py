@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,7 +94,7 @@ class Task:
         """Whether texts are generated."""
         return self.records[0].task == "causal-lm"
 
-    @property
+    @cached_property
     def metric(self) -> Metric:
         """What a result is: BLEU where texts were generated, else the metric that chose the epoch."""
         first = self.records[0]
