@@ -13,11 +13,12 @@ import hiddenkey
 
 from .lab.bench.config import BenchConfig
 from .lab.config import TrainConfig
+from .lab.sweep.config import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "jinja2", "markdown_it")
+LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "optuna", "jinja2", "markdown_it")
 
 HEADS = {
     "auto": "",
@@ -85,6 +86,8 @@ def run_train(config: TrainConfig) -> None:
     result = train(config)
     print("last epoch:", _metrics(result.last))
     print(f"best epoch by {result.metric}:", _metrics(result.best))
+    for epoch, metrics in result.test.items():
+        print(f"test, {epoch} epoch:", _metrics(metrics))
     print(f"adapter: {result.adapter}\nresult: {config.out}/result.json")
 
 
@@ -131,6 +134,13 @@ def run_bench(config: BenchConfig) -> None:
     bench(config)
 
 
+def run_sweep(config: SweepConfig) -> None:
+    """Make every run of a sweep file."""
+    from .lab.sweep.run import sweep
+
+    sweep(config)
+
+
 def run_report(command: ReportCommand) -> None:
     """Write the report and say where it is."""
     if not command.folders:
@@ -145,6 +155,7 @@ RUNNERS: dict[type, Callable[[Any], None]] = {
     PlanCommand: run_plan,
     DoctorCommand: run_doctor,
     BenchConfig: run_bench,
+    SweepConfig: run_sweep,
     ReportCommand: run_report,
 }
 
@@ -184,6 +195,7 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[TrainConfig, train]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
+        | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     )

@@ -141,12 +141,12 @@ def _epochs(world: World, truth: float, decline: float, rng: np.random.Generator
 
 def _texts(quality: float, rng: np.random.Generator) -> dict[str, float]:
     return {
-        "bleu": round(60 * quality + rng.normal(0, 0.3), 3),
+        "bleu": round(0.6 * quality + rng.normal(0, 0.003), 5),
         "nist": round(8 * quality, 3),
-        "meteor": round(45 * quality, 3),
-        "rouge_l": round(70 * quality, 3),
+        "meteor": round(0.45 * quality, 5),
+        "rouge_l": round(0.7 * quality, 5),
         "cider": round(2.2 * quality, 3),
-        "ter": round(50 * (1 - quality), 3),
+        "ter": round(0.5 * (1 - quality), 5),
         "nll": round(3.8 - quality, 4),
     }
 

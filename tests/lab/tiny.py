@@ -15,7 +15,7 @@ WORDS = ("the", "film", "was", "and", "a", "play", "in", "town", *GOOD, *BAD)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
-def save_tokenizer(folder: Path, decoder: bool) -> None:
+def save_tokenizer(folder: Path, decoder: bool, longest: int = 64) -> None:
     """One token per word; a decoder's has an end mark and no pad token."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -28,7 +28,7 @@ def save_tokenizer(folder: Path, decoder: bool) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=longest, **names).save_pretrained(folder)
 
 
 def save_bert(folder: Path) -> Path:

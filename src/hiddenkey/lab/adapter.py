@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ A LoRA adapter for `{model}`, trained on `{data}` ({task}, {rows} rows) with hid
 - rank {r}, alpha {alpha}, learning rate {learning_rate}, {epochs} epochs, batch size {batch}, seed {seed}
 - the adapter is that of the {keep} epoch
 
-| validation | last epoch | best epoch by {metric} |
-|---|---|---|
-{rows_of_metrics}
+{tables}
 
 The adapter needs PEFT alone; the recipe works in training only and changes nothing here.
 
@@ -60,11 +59,6 @@ def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
 
 def _card(result: RunResult) -> str:
     config = result.config
-    names = [name for name in result.last if name.startswith("validation_")]
-    table = [
-        f"| {name.removeprefix('validation_')} | {result.last[name]:.4g} | {result.best[name]:.4g} |"
-        for name in names
-    ]
     causal = result.task == "causal-lm"
     return _CARD.format(
         name=Path(result.folder).name,
@@ -81,8 +75,22 @@ def _card(result: RunResult) -> str:
         batch=config["batch_size"],
         seed=config["seed"],
         keep=config["keep"],
-        metric=result.metric,
-        rows_of_metrics="\n".join(table),
+        tables="\n\n".join(_tables(result)),
         auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
         options="".join(f", {name}={value!r}" for name, value in result.load_options.items()),
     )
+
+
+def _tables(result: RunResult) -> Iterator[str]:
+    validation = [
+        {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
+        for row in (result.last, result.best)
+    ]
+    yield _table("validation", result.metric, *validation)
+    if result.test:
+        yield _table("test", result.metric, result.test["last"], result.test["best"])
+
+
+def _table(part: str, metric: str, last: dict[str, float], best: dict[str, float]) -> str:
+    head = [f"| {part} | last epoch | best epoch by {metric} |", "|---|---|---|"]
+    return "\n".join([*head, *(f"| {name} | {last[name]:.4g} | {best[name]:.4g} |" for name in last)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +62,8 @@ class RunResult:
     """Median, 20th and 80th percentile, and number of optimiser steps."""
     seconds: float
     """Wall-clock seconds of this process, from the first check to the adapter."""
+    test: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Metrics on the test part of the "best" and of the "last" epoch's model; empty where there is no such part."""
     failure: str = ""
     """Why the run failed."""
 
@@ -80,7 +82,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    text = json.dumps(_finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
     write_text(Path(result.folder) / RESULT, text + "\n")
 
 
@@ -166,9 +168,10 @@ def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
         )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values in which NaN and infinities are None."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -57,6 +57,18 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
     return None
 
 
+def require_whole(checkpoint: Path) -> None:
+    """Raises RunError where a checkpoint that is needed is gone or damaged."""
+    if not (checkpoint / _MARK).exists():
+        fault = "is gone, or was not written to its end"
+    else:
+        changed = _changed(checkpoint)
+        if not changed:
+            return
+        fault = f"is damaged: {', '.join(changed)} changed after it was written"
+    raise RunError(f"{checkpoint} {fault}. Bring the files back, or start anew with --overwrite.")
+
+
 def is_last(checkpoint: Path) -> bool:
     """Whether training had come to its end when the checkpoint was written: all steps done, or stopped early."""
     callbacks = _state(checkpoint)["stateful_callbacks"]

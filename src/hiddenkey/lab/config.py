@@ -35,9 +35,11 @@ class TrainConfig:
     data_config: str = ""
     """Configuration of a hub data set that has several."""
     validation: str = ""
-    """Validation file, or the name of the validation split of a hub data set."""
+    """Validation file, or the name of a part of the data; none given: its validation or dev part."""
     validation_fraction: float = 0.1
-    """Share of the training rows put aside where the data has no validation part."""
+    """Share of the training rows put aside where no validation part is left; whole prompts of causal-lm."""
+    test: str = ""
+    """Test file, or the name of a part of the data (test, dev, a hub split); looked at once, after training."""
     text_columns: tuple[str, ...] = ()
     """One or two text columns; none given: found by their usual names."""
     label_column: str = ""
@@ -54,6 +56,8 @@ class TrainConfig:
     """Train on this many rows, chosen by data_seed; 0 = all."""
     eval_size: int = 0
     """Validate on this many rows, chosen by data_seed; 0 = all."""
+    test_size: int = 0
+    """Test on this many rows, of causal-lm prompts, the same for every seed; 0 = all."""
     train_eval_size: int = 500
     """Training rows on which the training loss is measured without drops after every epoch; 0 = none."""
     data_seed: int = 0
@@ -92,6 +96,8 @@ class TrainConfig:
     """Gradients are clipped to this norm."""
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes or tokens."""
+    neftune_alpha: float = 0.0
+    """Noise on the embedded tokens in training (NEFTune, arXiv 2310.05914); 0 = none."""
     seed: int = 0
     """Seed of the new weights, the order of the data and the drops."""
 
@@ -131,6 +137,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {value!r} is not allowed: {allowed}.")
         if bool(self.prompt_column) != bool(self.completion_column):
             raise ConfigError("prompt_column and completion_column come together: give both or neither.")
+        if self.test_size and not self.test:
+            raise ConfigError(f"test_size = {self.test_size} needs a test part: name it with test.")
         if self.prompt_column and self.task in ("classification", "regression"):
             raise ConfigError(f"task {self.task!r} has text_columns and label_column, not prompt_column.")
 
@@ -200,10 +208,13 @@ _RULES: dict[str, tuple[Any, str]] = {
         (_at_least_one, "it is a whole number of 1 or more"),
     ),
     **dict.fromkeys(
-        ("train_size", "eval_size", "train_eval_size", "max_steps", "patience", "save_steps", "seed", "data_seed"),
+        (
+            *("train_size", "eval_size", "test_size", "train_eval_size"),
+            *("max_steps", "patience", "save_steps", "seed", "data_seed"),
+        ),
         (_not_negative, "it is a whole number of 0 or more"),
     ),
-    **dict.fromkeys(("weight_decay", "warmup"), (_not_negative, "it is 0 or more")),
+    **dict.fromkeys(("weight_decay", "warmup", "neftune_alpha"), (_not_negative, "it is 0 or more")),
     **dict.fromkeys(("learning_rate", "max_grad_norm"), (_positive, "it is more than 0")),
     **dict.fromkeys(("lora_dropout", "label_smoothing"), (_share, "it is from 0 to below 1")),
     "max_length": (lambda value: value >= 2, "it is 2 tokens or more"),

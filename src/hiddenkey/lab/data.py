@@ -18,7 +18,7 @@ _SHOWN_ROWS = 10
 
 @dataclass(frozen=True)
 class Examples:
-    """Two parts with the same columns.
+    """The parts with the same columns.
 
     Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt` and
     `completion`. `label_names` are the classes in the order of their numbers, empty for the other tasks.
@@ -27,6 +27,7 @@ class Examples:
     task: TaskName
     train: Dataset
     validation: Dataset
+    test: Dataset | None = None
     label_names: tuple[str, ...] = ()
 
 
@@ -40,12 +41,12 @@ def load_examples(config: TrainConfig) -> Examples:
     source = read_source(config)
     columns = find_columns(config, source.train)
     train, validation = source.train, source.validation
-    _check_rows(train, columns, "training data")
+    for rows, part in ((train, "training"), (validation, "validation"), (source.test, "test")):
+        if rows is not None:
+            require_columns(rows, [*columns.texts, columns.label], f"{part} data")
+            _check_rows(rows, columns, f"{part} data")
     if validation is None:
-        train, validation = _split(train, config)
-    else:
-        require_columns(validation, [*columns.texts, columns.label], "validation data")
-        _check_rows(validation, columns, "validation data")
+        train, validation = _split(train, columns, config)
     names = _label_names(train, columns.label) if columns.task == "classification" else ()
     train = _subset(train, config.train_size, config.data_seed, "train_size")
     validation = _subset(validation, config.eval_size, config.data_seed, "eval_size")
@@ -53,6 +54,7 @@ def load_examples(config: TrainConfig) -> Examples:
         task=columns.task,
         train=_normalise(train, columns, names, "training data"),
         validation=_normalise(validation, columns, names, "validation data"),
+        test=None if source.test is None else _test_part(source.test, columns, names, config.test_size),
         label_names=names,
     )
 
@@ -85,12 +87,34 @@ def _refuse(part: str, fault: str, rows: list[int]) -> None:
     )
 
 
-def _split(rows: Dataset, config: TrainConfig) -> tuple[Dataset, Dataset]:
-    held_out = max(1, round(config.validation_fraction * len(rows)))
-    if held_out >= len(rows):
-        raise DataError(f"{len(rows)} rows cannot be split into training and validation; give more rows.")
-    parts = rows.train_test_split(test_size=held_out, seed=config.data_seed)
-    return parts["train"], parts["test"]
+def _split(rows: Dataset, columns: Columns, config: TrainConfig) -> tuple[Dataset, Dataset]:
+    groups = _groups(rows, columns)
+    held_out = max(1, round(config.validation_fraction * len(groups)))
+    if held_out >= len(groups):
+        raise DataError(
+            f"{len(rows)} rows ({len(groups)} of them different) cannot be split into training and validation; give "
+            "more rows."
+        )
+    parts = Dataset.from_dict({"rows": groups}).train_test_split(test_size=held_out, seed=config.data_seed)
+    train, validation = ([i for group in parts[name]["rows"] for i in group] for name in ("train", "test"))
+    return rows.select(train), rows.select(validation)
+
+
+def _groups(rows: Dataset, columns: Columns) -> list[list[int]]:
+    """Numbers of the rows that belong together: the references of one prompt, and every other row by itself."""
+    if columns.task != "causal-lm":
+        return [[i] for i in range(len(rows))]
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(rows[columns.texts[0]]):
+        groups.setdefault(_prompt(prompt), []).append(i)
+    return list(groups.values())
+
+
+def _test_part(rows: Dataset, columns: Columns, names: tuple[str, ...], size: int) -> Dataset:
+    # Chosen without a seed of the run: all runs are compared on the same rows.
+    groups = _groups(rows, columns)
+    chosen = _subset(Dataset.from_dict({"rows": groups}), size, 0, "test_size")["rows"]
+    return _normalise(rows.select([i for group in chosen for i in group]), columns, names, "test data")
 
 
 def _subset(rows: Dataset, size: int, seed: int, field: str) -> Dataset:
@@ -144,13 +168,17 @@ def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: st
 def _pairs(rows: Dataset, columns: Columns) -> Dataset:
     prompts, completions = [], []
     for prompt, completion in zip(rows[columns.texts[0]], rows[columns.label], strict=True):
-        text = "; ".join(map(str, prompt)) if isinstance(prompt, list) else str(prompt)
+        text = _prompt(prompt)
         for target in completion if isinstance(completion, list) else [completion]:
             prompts.append(text)
             completions.append(str(target))
     if not completions:
-        raise DataError(f"Every list in column {columns.label!r} is empty; training and validation need completions.")
+        raise DataError(f"Every list in column {columns.label!r} is empty; every part needs completions.")
     return Dataset.from_dict({"prompt": prompts, "completion": completions})
+
+
+def _prompt(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _scores(labels: list[Any], columns: Columns) -> list[float]:

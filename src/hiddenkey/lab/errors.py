@@ -19,5 +19,9 @@ class RunError(LabError):
     """An output folder that cannot be used: unwritable, full, or holding another run."""
 
 
+class BusyError(RunError):
+    """A folder in which another process is at work."""
+
+
 class NonFiniteLossError(LabError):
     """The loss became NaN or infinite, so training stopped."""

@@ -9,24 +9,24 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from .errors import RunError
+from .errors import BusyError
 
 _LOCK = ".lock"
 
 
 @contextmanager
-def hold(folder: Path, console: Console) -> Iterator[None]:
+def hold(folder: Path, console: Console, doing: str = "training") -> Iterator[None]:
     """Keep other processes out of an existing folder.
 
     Raises:
-        RunError: another process is in it.
+        BusyError: another process is in it, `doing` the same.
     """
     lock = FileLock(folder / _LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise RunError(
-            f"Another process is training in {folder}. Wait until it ends, or give another folder with --out."
+        raise BusyError(
+            f"Another process is {doing} in {folder}. Wait until it ends, or give another folder with --out."
         ) from None
     except NotImplementedError:
         console.print(f"The file system of {folder} has no locks; do not start this run twice.", highlight=False)

@@ -23,7 +23,7 @@ from .adapter import save_adapter
 from .artifacts import CHECKPOINTS, RunResult, make_folder, open_folder, require_space, write_result
 from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
 from .checkpoints import is_last, last_checkpoint, unmark
-from .config import TrainConfig
+from .config import Keep, TrainConfig
 from .data import Examples, load_examples
 from .errors import LabError, RunError
 from .lock import hold
@@ -31,6 +31,7 @@ from .models import load_model, load_tokenizer
 from .settings import training_arguments
 from .skeleton import build_skeleton
 from .tasks import Task, choose_metric, make_task
+from .testing import final_scores, load_weights
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class _Checked:
     tokenizer: Any
     train: Dataset
     validation: Dataset
+    test: Dataset | None
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
@@ -80,11 +82,13 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     write_result(result)
     try:
         _fit(trainer, config, console)
+        result = _last_record(result, checked, trainer)
+        result = replace(result, test=_test(result, checked, trainer, console))
     except LabError as error:
         with suppress(OSError):  # a full disk takes no note of it either
             write_result(replace(result, status="failed", failure=str(error)))
         raise
-    result = _last_record(result, checked, trainer, started)
+    result = replace(result, status="finished", seconds=round(time.perf_counter() - started, 3))
     with written("The adapter"):
         save_adapter(trainer.model, checked.tokenizer, result)
         write_result(result)
@@ -125,7 +129,10 @@ def _check(config: TrainConfig, recipe: Any) -> _Checked:
     tokenizer = load_tokenizer(config, skeleton)
     train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
     validation = task.tokenise(examples.validation, tokenizer, config.max_length)
-    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation))
+    test = None
+    if examples.test is not None:
+        test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
+    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test)
 
 
 def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
@@ -200,9 +207,8 @@ def _fit(trainer: Any, config: TrainConfig, console: Console) -> None:
 def _take_up(trainer: Any, checkpoint: Path) -> None:
     """What a training left that was killed after its last checkpoint: the Trainer would train a step more."""
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    best = trainer.state.best_model_checkpoint
-    chosen = Path(best).name if trainer.args.load_best_model_at_end and best else checkpoint.name
-    trainer._load_from_checkpoint(str(checkpoint.with_name(chosen)))
+    state = trainer.state
+    load_weights(trainer, state.best_global_step if trainer.args.load_best_model_at_end else state.global_step)
     clock = trainer.state.stateful_callbacks[StepClock.__name__]
     _callback(trainer, StepClock).seconds = clock["attributes"]["seconds"]
 
@@ -222,7 +228,7 @@ def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: 
         task=checked.examples.task,
         versions=provenance.versions(),
         commit=provenance.commit(),
-        data_rows={"train": len(checked.train), "validation": len(checked.validation)},
+        data_rows=_row_counts(checked),
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         load_options=_load_options(checked, trainer.model),
         metric=checked.metric,
@@ -237,19 +243,23 @@ def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: 
     )
 
 
+def _row_counts(checked: _Checked) -> dict[str, int]:
+    parts = {"train": checked.train, "validation": checked.validation, "test": checked.test}
+    return {name: len(rows) for name, rows in parts.items() if rows is not None}
+
+
 def _load_options(checked: _Checked, model: Any) -> dict[str, Any]:
     if checked.examples.task == "causal-lm":
         return {}
     return {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
 
 
-def _last_record(running: RunResult, checked: _Checked, trainer: Any, started: float) -> RunResult:
+def _last_record(running: RunResult, checked: _Checked, trainer: Any) -> RunResult:
     history = trainer.state.log_history
     epochs = summary.epochs_of(history)
     rates = trainer.attachment.rates()
     return replace(
         running,
-        status="finished",
         last=epochs[-1],
         best=summary.best_of(epochs, checked.metric, checked.metric in checked.task.lower_is_better),
         epochs=epochs,
@@ -257,5 +267,12 @@ def _last_record(running: RunResult, checked: _Checked, trainer: Any, started: f
         drop_rates=summary.drop_rates(history),
         drop_rates_by_site={site: rate if math.isfinite(rate) else None for site, rate in rates.items()},
         step_seconds=summary.step_seconds(_callback(trainer, StepClock).seconds),
-        seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _test(result: RunResult, checked: _Checked, trainer: Any, console: Console) -> dict[str, dict[str, float]]:
+    if checked.test is None:
+        return {}
+    console.print(f"Testing on {len(checked.test)} rows.", highlight=False)
+    steps: dict[Keep, int] = {"best": int(result.best["step"]), "last": int(result.last["step"])}
+    return final_scores(trainer, checked.test, steps, result.config["keep"])

@@ -40,6 +40,7 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         lr_scheduler_type=config.scheduler,
         max_grad_norm=config.max_grad_norm,
         label_smoothing_factor=config.label_smoothing,
+        neftune_noise_alpha=config.neftune_alpha or None,
         seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),  # said outright, or bfloat16 is refused there
         bf16=config.dtype == "bfloat16",

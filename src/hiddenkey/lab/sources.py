@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,49 @@ from datasets.exceptions import DatasetGenerationError
 
 from .config import TrainConfig
 from .errors import DataError
+from .parts import FORMATS, Places, choose_parts, parts_of_folder
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-
-# A name, perhaps with "set", perhaps with the number of a shard: train, trainset, train-00000-of-00002.
-_TRAIN = re.compile(r"train(ing)?([_-]?set)?([-_.]\d.*)?")
-_VALIDATION = re.compile(r"(validation|valid|val|dev)([_-]?set)?([-_.]\d.*)?")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows as they were read: the training part, and the validation part where there is one."""
+    """Rows as they were read: the training part, and the validation and test parts where there are such."""
 
     train: Dataset
     validation: Dataset | None
+    test: Dataset | None
 
 
 def read_source(config: TrainConfig) -> Source:
-    """Read `config.data`, and `config.validation` where it is given.
+    """Read `config.data`, and `config.validation` and `config.test` where they are given.
 
     Raises:
-        DataError: a format that is not known, or a part that is missing.
+        DataError: a format that is not known, a part that is missing, or one that would be used twice.
         OSError: a file or a hub data set that cannot be read.
     """
     path = Path(config.data).expanduser()
+    hub: DatasetDict | None = None
     if path.is_dir():
-        train, validation = _read_folder(path, config)
+        there = parts_of_folder(path)
     elif path.suffix.lower() in FORMATS:
-        train, validation = _read_files([path], config), None
+        there = {"train": (str(path.resolve()),)}
     else:
-        return _read_hub(config)
-    if config.validation:
-        validation = _read_files([Path(config.validation).expanduser()], config)
-    return Source(train, validation)
+        hub = _load_hub(config)
+        there = {name: (name,) for name in hub}
+    parts = choose_parts(there, config)
 
+    def read(places: Places) -> Dataset:
+        if hub is not None and places[0] in hub:
+            return hub[places[0]]
+        return _read_files([Path(place) for place in places], config)
 
-def _read_folder(folder: Path, config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in FORMATS)
-    train = [file for file in files if _TRAIN.fullmatch(file.stem.lower())]
-    validation = [file for file in files if _VALIDATION.fullmatch(file.stem.lower())]
-    if not train:
-        found = ", ".join(file.name for file in files) or "none of a known format"
-        raise DataError(
-            f"{folder} has no training file (files: {found}). Name one train{' or train'.join(FORMATS)}, "
-            "or give the file itself as data."
-        )
-    return _read_files(train, config), _read_files(validation, config) if validation else None
+    train = read(parts.train)
+    return Source(
+        train,
+        read(parts.validation) if parts.validation else None,
+        read(parts.test) if parts.test else None,
+    )
 
 
 def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
@@ -89,17 +84,6 @@ def _csv_options(suffix: str, config: TrainConfig) -> dict[str, Any]:
     if config.column_names:
         options["names"] = list(config.column_names)
     return options
-
-
-def _read_hub(config: TrainConfig) -> Source:
-    parts = _load_hub(config)
-    if "train" not in parts:
-        raise DataError(f"{config.data} has no split 'train'; it has {', '.join(parts)}.")
-    wanted = [config.validation] if config.validation else ["validation", "validation_matched", "dev"]
-    found = next((name for name in wanted if name in parts), None)
-    if config.validation and found is None:
-        raise DataError(f"{config.data} has no split {config.validation!r}; it has {', '.join(parts)}.")
-    return Source(parts["train"], parts[found] if found else None)
 
 
 def _load_hub(config: TrainConfig) -> DatasetDict:

@@ -60,6 +60,16 @@ def make_task(examples: Examples, separator: str) -> Task:
     return makers[examples.task]()
 
 
+def lower_is_better(task: str, metric: str) -> bool:
+    """Whether a better model has this metric of the task lower."""
+    kinds: dict[str, type[Classification | Regression | Completion]] = {
+        "classification": Classification,
+        "regression": Regression,
+        "causal-lm": Completion,
+    }
+    return metric in kinds[task].lower_is_better
+
+
 def choose_metric(task: Task, asked: str) -> str:
     """The metric of the best epoch.
 

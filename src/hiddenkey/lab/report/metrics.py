@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ METRICS = {
         Metric("pearson", "Pearson", 100),
         Metric("spearman", "Spearman", 100),
         Metric("token_accuracy", "token accuracy", 100),
-        Metric("bleu", "BLEU"),
+        Metric("bleu", "BLEU", 100),
         Metric("nist", "NIST", digits=3),
-        Metric("meteor", "METEOR"),
-        Metric("rouge_l", "ROUGE-L"),
+        Metric("meteor", "METEOR", 100),
+        Metric("rouge_l", "ROUGE-L", 100),
         Metric("cider", "CIDEr", digits=3),
-        Metric("ter", "TER", lower_is_better=True),
+        Metric("ter", "TER", 100, lower_is_better=True),
         Metric("nll", "NLL", lower_is_better=True, digits=3),
         Metric("perplexity", "perplexity", lower_is_better=True),
         Metric("mse", "squared error", lower_is_better=True, digits=3),
@@ -46,5 +46,6 @@ METRICS = {
 
 
 def metric(name: str, lower_is_better: bool = False) -> Metric:
-    """The metric of that name; an unknown one is shown as it is."""
-    return METRICS.get(name) or Metric(name, name, lower_is_better=lower_is_better, digits=3)
+    """The metric of that name, `bleu_seen` and the like included; an unknown one is shown as it is."""
+    known = METRICS.get(name.removesuffix("_seen").removesuffix("_unseen"))
+    return replace(known, name=name) if known else Metric(name, name, lower_is_better=lower_is_better, digits=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 BASELINE = "baseline"
 HIDDENKEY = "hiddenkey"
@@ -118,9 +119,10 @@ def family(method: str) -> str:
 
 
 def task_key(sweep: str) -> str | None:
-    """The paper's task that a sweep's name begins with: `STS-B 500` is `stsb`; None: none of its tasks."""
-    plain = re.sub(r"[^a-z0-9]", "", sweep.lower())
-    return next((key for key in TASK_LABELS if plain.startswith(key)), None)
+    """The paper's task that a sweep's name holds: `roberta-STS-B` is `stsb`; None: none of its tasks."""
+    words = re.findall(r"[a-z0-9]+", sweep.lower())
+    words += [first + second for first, second in pairwise(words)]
+    return next((key for key in TASK_LABELS if key in words), None)
 
 
 def true_average(method: str) -> float:
@@ -139,8 +141,9 @@ def gap(first: str, second: str) -> float:
 
 
 def rank_of(method: str) -> tuple[int, int, str]:
-    """Sorts methods: Table 1 in its order, then rivals, then the rest by name."""
+    """Sorts methods: Table 1 in its order, then rivals, then the rest by name; `dropkey` alone as its patterns."""
     for place, names in enumerate((METHODS, RIVALS)):
-        if method in names:
-            return place, names.index(method), method
+        for name in (f"{method} {PATTERNS[0]}", method):
+            if name in names:
+                return place, names.index(name), method
     return 2, 0, method

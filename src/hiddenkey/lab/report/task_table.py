@@ -49,8 +49,11 @@ def task_table(task: Task) -> Table:
 
 def chosen_values(groups: Groups) -> str:
     """What validation chose, counted over seeds."""
+    tried = [run.params for group in groups.values() for run in group.runs]
+    varied = [name for name in (tried[0] if tried else {}) if len({str(params.get(name)) for params in tried}) > 1]
     runs = [group.chosen("best") for group in groups.values()]
-    return words.counted(words.parameters(run.params) if run else "all failed" for run in runs)
+    chosen = [{name: run.params.get(name) for name in varied} if run else None for run in runs]
+    return words.counted("all failed" if params is None else words.parameters(params) for params in chosen)
 
 
 def about_task(task: Task) -> str:

@@ -70,7 +70,7 @@ def counted(values: Iterable[str]) -> str:
 
 
 def parameters(params: dict[str, Any]) -> str:
-    """What a trial chose: `0.1` for a lone rate, else names and values."""
+    """What was chosen: `0.1` for a lone rate, else names and values."""
     if list(params) == ["p"]:
         return _short(params["p"])
     return " ".join(f"{name} {_short(value)}" for name, value in params.items()) or "as given"

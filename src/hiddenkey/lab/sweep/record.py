@@ -1,54 +1,137 @@
-"""What a sweep leaves behind: one JSON file for each run."""
+"""One run of a sweep, as it is kept: `runs/<id>.json`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, fields
+import math
+import re
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import hiddenkey
+
+from ..artifacts import write_text
+from ..config import TrainConfig
 from ..errors import RunError
+
+RUNS = "runs"
+OTHER = "other"
+WORK = "work"
+
+_DEFAULTS = {entry.name: entry.default for entry in fields(TrainConfig) if entry.default is not MISSING}
+_LONGEST_SLUG = 100
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a sweep, as `runs/<id>.json` holds it."""
+    """One run: what was asked, and what came of it. Names of metrics are those of `RunResult`."""
 
     id: str
+    """Readable, and at its end eight digits of a hash of what makes the run."""
     sweep: str
+    """The task's name."""
     method: str
     params: dict[str, Any]
+    """What the method varied."""
     axes: dict[str, Any]
+    """Seed and the like."""
     trial: int
+    """Which of the method's trials on these axes, from 1."""
     config: dict[str, Any]
+    """All fields of TrainConfig."""
     recipe: str
-    status: str
+    """The recipe in its normal form."""
+    status: Literal["finished", "failed"]
     failure: str
+    """Why it failed: a loss that is not finite."""
     task: str
     metric: str
+    """The validation metric that chooses among epochs and trials."""
     lower_is_better: bool
     best: dict[str, Any]
     last: dict[str, Any]
-    test: dict[str, dict[str, Any]]
+    test: dict[str, Any]
+    """Test metrics of the best epoch's model and of the last one's; empty where there was no test."""
     epochs: list[dict[str, Any]]
     data_rows: dict[str, int]
     trainable_parameters: int
     drop_rates: dict[str, Any]
     step_seconds: dict[str, float]
     seconds: float
+    """Wall-clock seconds of the process that finished it."""
     started: str
+    """When that process began, in UTC."""
     versions: dict[str, str]
     commit: str | None
 
+    @property
+    def value(self) -> float:
+        """What a search minimises: the best epoch's metric, negated where higher is better; infinite if failed."""
+        metric = self.best.get(f"validation_{self.metric}")
+        if self.status == "failed" or metric is None or not math.isfinite(metric):
+            return math.inf
+        return float(metric if self.lower_is_better else -metric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def run_id(method: str, values: dict[str, Any], config: TrainConfig) -> str:
+    """The name of a run: method and values, and a hash of all fields that differ from their defaults.
+
+    So a field that a later version adds changes no id. `out` and `overwrite` say nothing about a run.
+    """
+    made_of = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("out", "overwrite") and (name not in _DEFAULTS or value != _plain_default(name))
+    }
+    made_of["recipe"] = str(hiddenkey.parse(config.recipe))
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:8]
+    words = [method, *(f"{name}{_short(value)}" for name, value in values.items())]
+    slug = "-".join(re.sub(r"[^a-z0-9._]+", "-", word.lower()).strip("-") for word in words)
+    return f"{slug[:_LONGEST_SLUG].strip('-')}-{digest}"
+
+
+def write_record(record: RunRecord, folder: Path) -> Path:
+    """Write `runs/<id>.json` in the sweep's folder: a reader sees it whole or not at all."""
+    path = folder / RUNS / f"{record.id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+    return path
+
 
 def read_record(path: Path) -> RunRecord:
-    """The record in a file.
+    """One record.
 
     Raises:
         RunError: a file that this version did not write.
     """
     try:
-        return RunRecord(**json.loads(path.read_text(encoding="utf-8")))
+        return make_record(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        names = ", ".join(field.name for field in fields(RunRecord))
-        raise RunError(f"{path} is not a run of this version ({error}); it should hold: {names}.") from error
+        names = ", ".join(entry.name for entry in fields(RunRecord))
+        raise RunError(
+            f"{path} is not a record of this version ({error}); it should hold: {names}. "
+            "Move it away, and the run is made again."
+        ) from error
+
+
+def make_record(found: dict[str, Any]) -> RunRecord:
+    """A record from its plain values. Raises TypeError where names are missing or unknown."""
+    return RunRecord(**found)
+
+
+def _plain_default(name: str) -> Any:
+    default = _DEFAULTS[name]
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

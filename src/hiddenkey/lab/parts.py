@@ -1,0 +1,95 @@
+"""Which part of the data is learnt from, which chooses the epoch, and which is the test: no row is two of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from .config import TrainConfig
+from .errors import DataError
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+_ENDINGS = ", ".join(FORMATS)
+
+Places = tuple[str, ...]
+"""Where the rows of a part lie: paths of files, or a split of a hub data set; empty: nowhere."""
+
+# A name, perhaps with "set", perhaps with the number of a shard: train, trainset, train-00000-of-00002.
+_KINDS = {
+    "train": re.compile(r"train(ing)?([_-]?set)?([-_.]\d.*)?"),
+    "validation": re.compile(r"(validation|valid|val|dev)([_-]?set)?([_-]matched)?([-_.]\d.*)?"),
+    "test": re.compile(r"test([_-]?set)?(_w_refs)?([-_.]\d.*)?"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts of a run; without a place for validation its rows are cut from the training rows."""
+
+    train: Places
+    validation: Places
+    test: Places
+
+
+def parts_of_folder(folder: Path) -> dict[str, Places]:
+    """The data files of a folder, under their names without endings."""
+    found: dict[str, Places] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in FORMATS:
+            found[file.stem] = (*found.get(file.stem, ()), str(file.resolve()))
+    return found
+
+
+def choose_parts(there: dict[str, Places], config: TrainConfig) -> Parts:
+    """The parts that `config` names, out of those that are there.
+
+    A part asked for as the test is never the validation part as well: then validation is cut from training.
+
+    Raises:
+        DataError: a part that is not there, or one that would be used twice.
+    """
+    train = _of_kind("train", there)
+    if not train:
+        raise DataError(
+            f"{config.data} has no training part; it has {_names(there)}. Name a file train with an ending of "
+            f"{_ENDINGS}, or give the file itself as data."
+        )
+    test = _find(config.test, there, config.data) if config.test else ()
+    if config.validation:
+        validation = _find(config.validation, there, config.data)
+    else:
+        found = _of_kind("validation", there)
+        validation = () if set(found) & set(test) else found
+    _require_apart({"training": train, "validation": validation, "test": test})
+    return Parts(train, validation, test)
+
+
+def _find(name: str, there: dict[str, Places], data: str) -> Places:
+    if Path(name).suffix.lower() in FORMATS:
+        return (str(Path(name).expanduser().resolve()),)
+    kind = next((kind for kind, names in _KINDS.items() if names.fullmatch(name.lower())), "")
+    found = there.get(name) or (_of_kind(kind, there) if kind else ())
+    if not found:
+        raise DataError(f"{data} has no part {name!r}; it has {_names(there)}. A file works too: {_ENDINGS}.")
+    return found
+
+
+def _of_kind(kind: str, there: dict[str, Places]) -> Places:
+    return tuple(place for name, places in there.items() if _KINDS[kind].fullmatch(name.lower()) for place in places)
+
+
+def _names(there: dict[str, Places]) -> str:
+    return ", ".join(there) or f"no file ending in {_ENDINGS}"
+
+
+def _require_apart(parts: dict[str, Places]) -> None:
+    for (one, first), (other, second) in combinations(parts.items(), 2):
+        shared = sorted(set(first) & set(second))
+        if shared:
+            raise DataError(
+                f"{shared[0]} would be both the {one} part and the {other} part; what is learnt from or chosen by "
+                "tells nothing about new data. Give another part or file."
+            )

@@ -1,0 +1,197 @@
+"""From a sweep file to its groups, trials and runs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import hiddenkey
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from .draw import draw_random
+from .file import Method, SweepFile, Values
+from .record import WORK, run_id
+from .space import Choice, Space, plain
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, what it was made of, and its configuration."""
+
+    id: str
+    sweep: str
+    method: str
+    params: Values
+    axes: Values
+    trial: int
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one trial of a group; `run` is None where the search fills it later."""
+
+    key: str
+    trial: int
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """A method on one combination of axes: the trials among which one is chosen by validation.
+
+    `name` is unique in a storage that holds many sweeps, and another one when anything but the grid changes.
+    """
+
+    sweep: SweepFile
+    method: Method
+    axes: Values
+
+    @cached_property
+    def name(self) -> str:
+        """Sweep, method, axes, and a hash of what all trials share."""
+        shared: dict[str, Any] = {
+            "base": self.sweep.base | self.method.fields,
+            "recipe": self.method.recipe,
+            "search": self.sweep.search,
+        }
+        if self.ordered:
+            shared["space"] = {name: repr(dimension) for name, dimension in self.method.space.items()}
+        digest = hashlib.sha256(json.dumps(shared, sort_keys=True, default=list).encode()).hexdigest()[:8]
+        axes = " ".join(f"{name}={plain(value)}" for name, value in self.axes.items())
+        return " / ".join(filter(None, (self.sweep.name, self.method.name, axes, digest)))
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a trial waits for those before it: a search that learns from them."""
+        return self.sweep.search == "tpe"
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """Its trials, in order."""
+        if self.ordered:
+            return tuple(Slot(f"trial {trial}", trial, None) for trial in range(1, self.sweep.trials + 1))
+        runs = (self.run(trial, params) for trial, params in enumerate(self._settings(), 1))
+        return tuple(Slot(run.id, run.trial, run) for run in runs)
+
+    def run(self, trial: int, params: Values) -> Run:
+        """The run of these parameters.
+
+        Raises:
+            ConfigError: a value that is not allowed.
+            RecipeError: a recipe that does not parse.
+        """
+        method = self.method
+        in_recipe = {name: _text(value) for name, value in params.items() if name not in _FIELDS}
+        values = self.sweep.base | self.axes | method.fields
+        values |= {name: value for name, value in params.items() if name in _FIELDS}
+        config = TrainConfig(**values, recipe=method.recipe.format(**in_recipe), out=self.sweep.out)
+        try:
+            config.check()
+            name = run_id(method.name, params | self.axes, config)
+        except hiddenkey.UserError as error:
+            raise type(error)(f"methods.{method.name}, {_told(params | self.axes)}: {error}") from None
+        folder = str(Path(self.sweep.out) / WORK / name)
+        config = TrainConfig(**values, recipe=config.recipe, out=folder)
+        return Run(name, self.sweep.name, method.name, params, self.axes, trial, config)
+
+    def corners(self) -> Iterator[Run]:
+        """Runs that show whether every value of the space is allowed: each one's ends, the others at their first."""
+        first = {name: dimension.ends[0] for name, dimension in self.method.space.items()}
+        yield self.run(0, first)
+        for name, dimension in self.method.space.items():
+            for end in dimension.ends[1:]:
+                yield self.run(0, first | {name: end})
+
+    def _settings(self) -> list[Values]:
+        if self.sweep.search == "grid":
+            return _grid(self.method.space)
+        return draw_random(self.method.space, self.sweep.trials, self.name)
+
+
+_FIELDS = frozenset(TrainConfig.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All groups of a sweep: for every combination of axes, every method."""
+
+    sweep: SweepFile
+    groups: tuple[Group, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where records, logs and the storage lie."""
+        return Path(self.sweep.out)
+
+    @property
+    def total(self) -> int:
+        """Number of runs."""
+        return sum(len(group.slots) for group in self.groups)
+
+
+def make_plan(sweep: SweepFile) -> Plan:
+    """Expand a sweep; every configuration and recipe is checked.
+
+    Raises:
+        ConfigError: unequal numbers of trials, two equal runs, model or data missing, a value that is not allowed.
+        RecipeError: a recipe that does not parse.
+    """
+    for name in ("model", "data"):
+        if name not in sweep.base and not any(name in axis[0] for axis in sweep.axes):
+            raise ConfigError(f"base: {name} is missing; every run needs a model and data.")
+    _check_counts(sweep)
+    combinations = [_merged(points) for points in itertools.product(*sweep.axes)]
+    groups = tuple(Group(sweep, method, axes) for axes in combinations for method in sweep.methods)
+    for group in groups:
+        if group.ordered:
+            list(group.corners())
+    _check_ids(groups)
+    return Plan(sweep, groups)
+
+
+def _merged(points: tuple[Values, ...]) -> Values:
+    return {name: value for point in points for name, value in point.items()}
+
+
+def _grid(space: Space) -> list[Values]:
+    lists = [dimension.values for dimension in space.values() if isinstance(dimension, Choice)]
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def _check_counts(sweep: SweepFile) -> None:
+    if sweep.search != "grid":
+        return
+    counts = {method.name: len(_grid(method.space)) for method in sweep.methods}
+    if len(set(counts.values())) > 1:
+        usual = Counter(counts.values()).most_common(1)[0][0]
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ConfigError(
+            f"methods have unequal numbers of trials, so that the one with more would win by chance: {told}. "
+            f"Give every grid as many points, for instance {usual}."
+        )
+
+
+def _check_ids(groups: tuple[Group, ...]) -> None:
+    seen: set[str] = set()
+    for group in groups:
+        for slot in group.slots:
+            if slot.run is not None and slot.run.id in seen:
+                raise ConfigError(f"{slot.run.id} stands for two runs that are equal; take one of them out.")
+            seen.add(slot.key if slot.run is not None else f"{group.name} {slot.key}")
+
+
+def _text(value: Any) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _told(values: Values) -> str:
+    return ", ".join(f"{name} = {plain(value)!r}" for name, value in values.items())

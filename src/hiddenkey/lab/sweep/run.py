@@ -1,0 +1,129 @@
+"""`hiddenkey sweep`: from a file to all its records."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+from rich.console import Console
+
+from ..artifacts import make_folder
+from ..errors import RunError
+from ..lock import hold
+from .board import Board
+from .config import SweepConfig
+from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
+from .file import read_sweep
+from .plan import Plan, make_plan
+from .record import WORK, RunRecord
+from .show import Display, print_plan
+from .storage import FILE, open_storage, url_of
+from .sync import known_records, put_aside, write_records
+
+_WAIT_FOR_SWEEP = 300.0
+
+
+def sweep(config: SweepConfig, console: Console | None = None) -> Plan:
+    """Make every run of a sweep that is not made yet; returns when all are.
+
+    Raises:
+        UserError: a mistake in the file, its recipes, data or models; a run that cannot be made.
+        OSError: a file, model or data set that cannot be read or written.
+    """
+    console = console or Console(stderr=True)
+    config.check()
+    plan = make_plan(read_sweep(config.file, config.set, config.out))
+    if config.dry_run:
+        _check(plan)
+        print_plan(plan, console)
+        return plan
+    make_folder(plan.folder)
+    job = Job(plan, url_of(config.storage, plan.folder), config.grace, _threads(config))
+    if config.worker:
+        _join(job, config, console)
+        return plan
+    with hold(plan.folder, console, "running a sweep"):
+        _lead(job, config.workers, console)
+    return plan
+
+
+def _lead(job: Job, workers: int, console: Console) -> None:
+    plan = job.plan
+    known = known_records(plan)
+    board = Board(plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
+    waiting = board.queue(known)
+    bury_dead(board)
+    _tidy(plan, board, known, console)
+    if not waiting:
+        _write(plan, board)
+        _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
+        return
+    _check(plan)
+    print_plan(plan, console)
+    _say(console, f"{plan.total - waiting} of {plan.total} runs are done, {waiting} to go, {workers} at a time.")
+    crew = Crew(job, workers, board)
+    try:
+        with terminated(), Display(plan, board, console) as display:
+            crew.watch(display.tick)
+    finally:
+        crew.stop()
+        _write(plan, board)
+    _say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
+
+
+def _check(plan: Plan) -> None:
+    # Slow to import: a mistake in the file has been told by now.
+    from ..quiet import quieten
+    from .check import check_plan
+
+    quieten()
+    check_plan(plan)
+
+
+def _join(job: Job, config: SweepConfig, console: Console) -> None:
+    if not config.storage and not (job.plan.folder / FILE).exists():
+        raise RunError(
+            f"{job.plan.folder} holds no {FILE}: start the sweep without --worker first, or give the --storage of "
+            "the one that runs."
+        )
+    board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
+    deadline = time.monotonic() + _WAIT_FOR_SWEEP
+    while not board.ready():
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"The storage does not know this sweep ({job.plan.sweep.name}). Start it on one machine without "
+                "--worker, and give both the same file."
+            )
+        _say(console, "Waiting for the sweep to be started on another machine.")
+        time.sleep(5)
+    try:
+        serve(job, console)
+    finally:
+        _write(job.plan, board)
+
+
+def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Console) -> None:
+    asked = {slot.run.id for group in plan.groups for slot in group.slots if slot.run is not None}
+    moved = put_aside(plan, asked | {record.id for record in board.records()}, known)
+    if moved:
+        _say(
+            console,
+            f"{moved} records are of runs that the file no longer asks for: moved to {plan.folder}/other, and taken "
+            "back when it asks for them again.",
+        )
+
+
+def _write(plan: Plan, board: Board) -> None:
+    """Bring `runs/` to what the storage knows; work folders go when nobody needs them any more."""
+    write_records(plan, board.records(), known_records(plan))
+    if board.finished():
+        shutil.rmtree(plan.folder / WORK, ignore_errors=True)
+
+
+def _threads(config: SweepConfig) -> int:
+    return config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

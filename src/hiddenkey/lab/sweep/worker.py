@@ -1,0 +1,137 @@
+"""A worker: takes one run after another, and keeps what came of each."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+import hiddenkey
+
+from ..artifacts import RunResult, finite, read_result
+from ..errors import BusyError, NonFiniteLossError, RunError
+from ..run import train
+from ..tasks import lower_is_better
+from .board import Board, Claim
+from .plan import Plan, Run
+from .record import RunRecord, write_record
+from .space import plain
+
+_PAUSE = 1.0
+_OF_RESULT = (
+    *("config", "recipe", "failure", "task", "metric", "best", "last", "test", "epochs", "data_rows"),
+    *("trainable_parameters", "drop_rates", "step_seconds", "seconds", "versions", "commit"),
+)
+
+
+def work(plan: Plan, board: Board, interval: float, console: Console) -> None:
+    """Make runs until all of the sweep are done, by whomever; the heartbeat goes every `interval` seconds.
+
+    Raises:
+        UserError: a run cannot be made, and why.
+    """
+    while True:
+        claim = board.take()
+        if claim is not None:
+            console.print(f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}", highlight=False, soft_wrap=True)
+            _work_on(plan, board, claim, interval, console)
+        elif board.finished():
+            return
+        else:
+            time.sleep(_PAUSE)  # the others are at the last runs, which may yet be ours
+
+
+def _work_on(plan: Plan, board: Board, claim: Claim, interval: float, console: Console) -> None:
+    with _heartbeat(board, claim, interval, console):
+        try:
+            record = make_run(claim.run, console)
+        except (KeyboardInterrupt, SystemExit):
+            board.release(claim)
+            raise
+        except BusyError as error:  # its last worker was silent, but lives
+            console.print(str(error), highlight=False, soft_wrap=True)
+            time.sleep(_PAUSE)
+            board.release(claim)
+            return
+        except (RunError, OSError) as error:
+            _note(board, claim, error, console)
+            return
+        except hiddenkey.UserError as error:
+            board.fail(claim, str(error), final=True)
+            raise
+        except Exception as error:  # noqa: BLE001 - kept, tried again, and told when it stays
+            _note(board, claim, error, console)
+            return
+    if board.finish(claim, record):
+        write_record(record, plan.folder)
+        shutil.rmtree(claim.run.config.out, ignore_errors=True)
+
+
+def make_run(run: Run, console: Console) -> RunRecord:
+    """Train, and make a record of it; a loss that is not finite is a result too.
+
+    Raises:
+        as `hiddenkey.lab.run.train`, but for NonFiniteLossError.
+    """
+    started = datetime.now(UTC)
+    try:
+        result = train(run.config, console)
+    except NonFiniteLossError as error:
+        found = read_result(Path(run.config.out))
+        if found is None:
+            raise
+        result = replace(found, status="failed", failure=str(error))
+    finally:
+        gc.collect()  # the Trainer and its model hold one another
+    return _record(run, result, started)
+
+
+def _record(run: Run, result: RunResult, started: datetime) -> RunRecord:
+    found = finite(asdict(result))
+    return RunRecord(
+        id=run.id,
+        sweep=run.sweep,
+        method=run.method,
+        params={name: plain(value) for name, value in run.params.items()},
+        axes={name: plain(value) for name, value in run.axes.items()},
+        trial=run.trial,
+        status="finished" if result.status == "finished" else "failed",
+        lower_is_better=lower_is_better(result.task, result.metric),
+        started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **{name: found[name] for name in _OF_RESULT},
+    )
+
+
+def _note(board: Board, claim: Claim, error: Exception, console: Console) -> None:
+    console.print("".join(traceback.format_exception(error)), highlight=False, soft_wrap=True, markup=False)
+    text = str(error) if isinstance(error, (hiddenkey.UserError, OSError)) else f"{type(error).__name__}: {error}"
+    board.fail(claim, text)
+
+
+@contextmanager
+def _heartbeat(board: Board, claim: Claim, interval: float, console: Console) -> Iterator[None]:
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(interval):
+            try:
+                board.beat(claim)
+            except Exception as error:  # noqa: BLE001 - the run goes on without its storage, which may come back
+                console.print(f"No heartbeat: {error}", highlight=False, markup=False, soft_wrap=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

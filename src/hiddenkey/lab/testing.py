@@ -1,0 +1,41 @@
+"""The one look at the test part, after training: by the best epoch's model and by the last epoch's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from .checkpoints import require_whole
+from .config import Keep
+
+_TIMES = ("_runtime", "_per_second", "_preparation_time")
+
+
+def load_weights(trainer: Any, step: int) -> None:
+    """Give the trainer's model the weights of the checkpoint of `step`.
+
+    Raises:
+        RunError: the checkpoint is gone or damaged.
+    """
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    require_whole(checkpoint)
+    trainer._load_from_checkpoint(str(checkpoint))
+
+
+def final_scores(trainer: Any, rows: Dataset, steps: dict[Keep, int], keep: Keep) -> dict[str, dict[str, float]]:
+    """Test metrics of the models that the checkpoints of `steps` hold; the one to `keep` stays in the trainer.
+
+    Raises:
+        RunError: a checkpoint is gone or damaged.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for step in sorted(set(steps.values()), key=lambda step: step == steps[keep]):
+        load_weights(trainer, step)
+        found[step] = _metrics(trainer.predict(rows, metric_key_prefix="test").metrics)
+    return {name: found[step] for name, step in steps.items()}
+
+
+def _metrics(found: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("test_"): value for name, value in found.items() if not name.endswith(_TIMES)}

@@ -1,0 +1,100 @@
+"""Every file of experiments/ is checked with a tiny model of its architecture and tiny data in the hub's place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import GPT2Config, LlamaConfig, RobertaConfig
+
+from hiddenkey.lab.sweep.config import SweepConfig
+from hiddenkey.lab.sweep.file import read_sweep
+from hiddenkey.lab.sweep.plan import make_plan
+from hiddenkey.lab.sweep.run import sweep
+
+from .. import tiny
+
+ROOT = Path(__file__).parents[3]
+PAPER = sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
+MODELS = {"roberta": "roberta-large", "gpt2": "gpt2-medium", "llama2": "meta-llama/Llama-2-7b-hf"}
+VOCABULARY = len(tiny.SPECIAL) + len(tiny.WORDS)
+
+
+def save_model(kind: str, folder: Path) -> Path:
+    """Configuration and tokenizer, no weights: a dry run reads none."""
+    small = {"vocab_size": VOCABULARY, "bos_token_id": 2, "eos_token_id": 3}
+    if kind == "roberta":
+        config = RobertaConfig(
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=514,
+            pad_token_id=1,
+            **small,
+        )
+    elif kind == "gpt2":
+        config = GPT2Config(n_embd=16, n_layer=4, n_head=2, n_positions=1024, **small)
+    else:
+        config = LlamaConfig(
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=4096,
+            **small,
+        )
+    config.save_pretrained(folder)
+    tiny.save_tokenizer(folder, decoder=kind != "roberta", longest=512)
+    return folder
+
+
+def save_data(kind: str, folder: Path) -> Path:
+    """Parts with the names that the hub or the original files have."""
+    folder.mkdir()
+    if kind == "e2e":
+        for name in ("trainset", "devset", "testset_w_refs"):
+            rows = tiny.paired_rows(12)
+            tiny.write_csv(folder / f"{name}.csv", [{"mr": r["prompt"], "ref": r["completion"]} for r in rows])
+    elif kind == "webnlg":
+        for name in ("train", "dev", "test"):
+            rows = [{"triples": ["a | b | c"], "texts": ["the film was fine"], "seen": True}] * 12
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        for name in ("train", "validation"):
+            with (folder / f"{name}.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["sentence1", "sentence2", "label"])
+                writer.writerows(["the film", f"was {tiny.WORDS[i % 12]}", i % 2] for i in range(30))
+    return folder
+
+
+def test_the_paper_has_eleven_setups():
+    assert [path.stem for path in PAPER] == [
+        *("gpt2-e2e", "gpt2-webnlg", "llama2-e2e", "llama2-mrpc", "llama2-rte"),
+        *("roberta-cola", "roberta-mrpc", "roberta-qnli", "roberta-rte", "roberta-sst2", "roberta-stsb"),
+    ]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_an_experiment_can_be_run(path: Path, tmp_path: Path):
+    kind, task = path.stem.split("-")
+    given = read_sweep(path)
+    assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)}\n")
+    assert given.name == path.stem
+    assert given.base["model"] == MODELS[kind]
+    runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
+    assert {run.config.test for run in runs if run} == {"test" if task in ("e2e", "webnlg") else "validation"}
+    sets = (f"model={save_model(kind, tmp_path / 'model')}", f"data={save_data(task, tmp_path / 'data')}")
+    config = SweepConfig(str(path), dry_run=True, set=sets, out=str(tmp_path / "out"))
+    assert sweep(config, Console(quiet=True)).total == len(runs)
+
+
+def test_a_setup_that_does_not_fit_its_model_is_told(tmp_path: Path):
+    path = next(path for path in PAPER if path.stem == "roberta-rte")
+    sets = (f"model={save_model('gpt2', tmp_path / 'model')}", f"data={save_data('rte', tmp_path / 'data')}")
+    with pytest.raises(Exception, match="max_length = 9999"):
+        sweep(SweepConfig(str(path), dry_run=True, set=(*sets, "max_length=9999")), Console(quiet=True))

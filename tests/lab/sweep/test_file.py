@@ -1,0 +1,201 @@
+"""The sweep file: what it expands to, and every mistake told before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hiddenkey.errors import RecipeError, UserError
+from hiddenkey.lab.errors import ConfigError
+from hiddenkey.lab.sweep.draw import draw_tpe
+from hiddenkey.lab.sweep.file import read_sweep
+from hiddenkey.lab.sweep.plan import Plan, make_plan
+from hiddenkey.lab.sweep.space import Choice, Range
+
+from .tools import plan_of, sweep_values, write_sweep
+
+LR = {"low": "1e-5", "high": 1e-3, "log": True}
+P = {"low": 0.01, "high": 0.3}
+
+
+def with_grids(learning_rate: Any, p: Any) -> dict[str, Any]:
+    return {
+        "baseline": {"recipe": "baseline", "grid": {"learning_rate": learning_rate}},
+        "hiddenkey": {"recipe": "hiddenkey@{p} ~ kl*{weight}", "grid": {"p": p, "weight": [1.0]}},
+    }
+
+
+def runs_of(plan: Plan) -> list[Any]:
+    return [slot.run for group in plan.groups for slot in group.slots]
+
+
+def test_every_method_has_every_trial_on_every_combination_of_axes(tmp_path: Path):
+    axes = {"seed, data_seed": [[1, 11], [2, 12], [3, 13]], "lora_r": [4, 8]}
+    plan = plan_of(tmp_path, methods=with_grids([1e-4, 2e-4], [0.1, 0.2]), axes=axes)
+    runs = runs_of(plan)
+    assert plan.total == len(runs) == 2 * 2 * 3 * 2
+    assert len({run.id for run in runs}) == len(runs)
+    assert Counter(run.method for run in runs) == {"baseline": 12, "hiddenkey": 12}
+    assert {(run.config.seed, run.config.data_seed) for run in runs} == {(1, 11), (2, 12), (3, 13)}
+    first = next(run for run in runs if run.method == "hiddenkey")
+    assert first.config.recipe == "hiddenkey@0.1 ~ kl*1.0"
+    assert (first.params, first.axes, first.trial) == (
+        {"p": 0.1, "weight": 1.0},
+        {"seed": 1, "data_seed": 11, "lora_r": 4},
+        1,
+    )
+    assert first.config.out == f"{tmp_path}/out/work/{first.id}"
+    assert first.id.startswith("hiddenkey-p0.1-weight1-seed1-data_seed11-lora_r4-")
+
+
+def test_a_method_may_set_what_the_base_sets(tmp_path: Path):
+    methods = {
+        "baseline": {"recipe": "baseline", "grid": {"epochs": [2, 3]}},
+        "short": {"recipe": "baseline", "set": {"epochs": 4, "weight_decay": 0}, "grid": {"seed": [1, 2]}},
+    }
+    runs = runs_of(plan_of(tmp_path, methods=methods, axes=None))
+    assert [run.config.epochs for run in runs] == [2, 3, 4, 4]
+    assert [run.config.weight_decay for run in runs] == [0.1, 0.1, 0.0, 0.0]
+
+
+def test_an_id_is_made_of_the_run_and_of_nothing_else(tmp_path: Path):
+    ids = [run.id for run in runs_of(plan_of(tmp_path))]
+    methods = sweep_values(tmp_path)["methods"]
+    methods["dropkey column"]["recipe"] = "logits:column@{p}"  # the same in other words
+    same = plan_of(tmp_path, out=str(tmp_path / "elsewhere"), name="other", methods=methods)
+    assert [run.id for run in runs_of(same)] == ids
+    base = sweep_values(tmp_path)["base"]
+    assert [run.id for run in runs_of(plan_of(tmp_path, base=base | {"weight_decay": 0.1}))] == ids, "the default"
+    assert not set(ids) & {run.id for run in runs_of(plan_of(tmp_path, base=base | {"epochs": 2}))}
+
+
+def test_fields_of_the_base_can_be_set_from_outside(tmp_path: Path):
+    sweep = read_sweep(write_sweep(tmp_path), ["model=./tiny", "learning_rate=1e-3", "text_columns=[a, b]"], "there")
+    assert sweep.base["model"] == "./tiny"
+    assert (sweep.base["learning_rate"], sweep.base["text_columns"], sweep.out) == (1e-3, ("a", "b"), "there")
+    for wrong, said in (("modle=x", "model"), ("model", "field=value"), ("seed=1", "base and in axes")):
+        with pytest.raises(ConfigError, match=said):
+            read_sweep(write_sweep(tmp_path), [wrong])
+
+
+def test_random_search_draws_the_same_every_time_and_more_trials_begin_with_them(tmp_path: Path):
+    methods = with_grids(LR, P)
+    plan, same, more = (plan_of(tmp_path, methods=methods, search="random", trials=trials) for trials in (3, 3, 5))
+    assert runs_of(plan) == runs_of(same)
+    for group, longer in zip(plan.groups, more.groups, strict=True):
+        assert [slot.run for slot in longer.slots[:3]] == [slot.run for slot in group.slots]
+    rates = {run.params["p"] for run in runs_of(plan) if run.method == "hiddenkey"}
+    assert len(rates) == 6, "other draws for every seed"
+    assert all(0.01 <= rate <= 0.3 for rate in rates)
+    assert all(1e-5 <= run.config.learning_rate <= 1e-3 for run in runs_of(plan) if run.method == "baseline")
+
+
+def test_random_search_in_a_small_space_takes_every_setting_once(tmp_path: Path):
+    methods = {"baseline": {"recipe": "baseline", "grid": {"lora_r": {"low": 1, "high": 6}}}}
+    runs = runs_of(plan_of(tmp_path, methods=methods, axes=None, search="random", trials=6))
+    assert sorted(run.config.lora_r for run in runs) == [1, 2, 3, 4, 5, 6]
+
+
+def test_tpe_moves_to_where_it_was_good_and_repeats_nothing():
+    space = {"p": Range(0.0, 1.0, log=False, whole=False), "layers": Choice(("a", "b", ("c", "d")))}
+    earlier: list[tuple[dict[str, Any], float]] = []
+    for trial in range(1, 31):
+        setting = draw_tpe(space, trial, "group", earlier)
+        assert setting == draw_tpe(space, trial, "group", earlier)
+        earlier.append((setting, abs(setting["p"] - 0.3) + (setting["layers"] != "b")))
+    late = [setting for setting, _ in earlier[20:]]
+    assert sum(abs(setting["p"] - 0.3) for setting in late) / len(late) < 0.15
+    small = {"r": Choice((1, 2, 3, 4))}
+    taken: list[tuple[dict[str, Any], float]] = []
+    for trial in range(1, 5):
+        taken.append((draw_tpe(small, trial, "group", taken), 1.0))
+    assert sorted(setting["r"] for setting, _ in taken) == [1, 2, 3, 4]
+
+
+METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"nmae": "x"}, "unknown name 'nmae'; did you mean 'name'"),
+        ({"name": None}, "name is missing"),
+        ({"name": 3}, "name = 3"),
+        ({"base": {"model": "m", "data": "d", "epoch": 1}}, "did you mean 'epochs'"),
+        ({"base": {"model": "m", "data": "d", "epochs": "two"}}, "epochs = 'two'"),
+        ({"base": {"model": "m", "data": "d", "out": "x"}}, "base: unknown name 'out'"),
+        ({"base": {"model": "m"}}, "data is missing"),
+        ({"base": {"model": "m", "data": "d", "seed": 1}}, "base and in axes"),
+        ({"base": {"model": "m", "data": "d", "epochs": 0}}, "epochs = 0"),
+        ({"base": []}, "base = "),
+        ({"methods": {}}, "methods = {}"),
+        ({"methods": {"a": {"recipe": "baseline", "gird": {}}}}, "did you mean 'grid'"),
+        ({"methods": {"a": {"grid": {}}}}, "recipe is missing"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkey@{q}"}}}, "has {q}, but grid has no q"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkey@0.1"}}}, "p is neither a field nor in the recipe"),
+        ({"methods": {"a": {"recipe": "dropkey@{seed}", "grid": {"seed": [1]}}}}, "seed is an axis"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkey@{p:.1f}"}}}, "no more in the braces"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkey@{p"}}}, "write {p}"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkie@{p}"}}}, "dropkie"),
+        ({"methods": {"a": METHOD | {"grid": {"p": [0.1, 1.0]}}}}, "p = 1.0"),
+        ({"methods": {"a": METHOD | {"grid": {"p": [0.1, "1e-1"]}}}}, "stands in it twice"),
+        ({"methods": {"a": METHOD | {"grid": {"p": 0.1}}}}, "a list of one or more values"),
+        ({"methods": {"a": METHOD | {"grid": {"p": []}}}}, "a list of one or more values"),
+        ({"methods": {"a": METHOD | {"grid": {"p": [True]}}}}, "a number or a text"),
+        ({"methods": {"a": METHOD | {"grid": {"p": P}}}}, "ranges need search"),
+        ({"methods": {"a": METHOD, "b": {"recipe": "baseline"}}}, "a 2, b 1"),
+        ({"methods": {"a": METHOD | {"set": {"seed": 3}}}}, "seed is an axis"),
+        (
+            {"methods": {"a": {"recipe": "baseline", "set": {"lora_r": 4}, "grid": {"lora_r": [4]}}}},
+            "set and in grid",
+        ),
+        ({"methods": {"a": {"recipe": "baseline", "grid": {"recipe": ["a"]}}}}, "recipe cannot be varied"),
+        ({"methods": {"a": {"recipe": "baseline"}, "A": {"recipe": "baseline"}}}, "two runs that are equal"),
+        ({"axes": {"sed": [1]}}, "did you mean 'seed'"),
+        ({"axes": {"seed": 1}}, "a list of one or more values"),
+        ({"axes": {"seed": [1, 1]}}, "stands in it twice"),
+        ({"axes": {"seed": [-1]}}, "seed = -1"),
+        ({"axes": {"seed, data_seed": [1, 2]}}, "lists of 2 values"),
+        ({"axes": {"seed": [1], "seed, data_seed": [[1, 2]]}}, "two axes"),
+        ({"search": "anneal"}, "search = 'anneal'"),
+        ({"trials": 4}, "trials is for search"),
+        ({"search": "random"}, "needs trials"),
+        ({"search": "random", "trials": 3}, "2 different settings, but trials = 3"),
+        (
+            {"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.3, "high": 0.1}}}}},
+            "low",
+        ),
+        ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.1}}}}}, "missing: high"),
+        ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"high": 1.0}}}}}, "p = 1.0"),
+        (
+            {"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"step": 1}}}}},
+            "unknown: step",
+        ),
+    ],
+)
+def test_mistakes_are_told(tmp_path: Path, changes: dict[str, Any], said: str):
+    with pytest.raises(UserError) as error:
+        plan_of(tmp_path, **changes)
+    assert isinstance(error.value, (ConfigError, RecipeError))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "name: [", "name: a\nname: b\n", "!!python/object/apply:os.system [ls]", "\x00"]
+)
+def test_what_is_no_mapping_with_every_key_once_is_told(tmp_path: Path, text: str):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"sweep\.yaml"):
+        make_plan(read_sweep(path))
+
+
+def test_the_same_method_twice_is_told(tmp_path: Path):
+    path = tmp_path / "sweep.yaml"
+    entry = "  a: {recipe: baseline}\n"
+    path.write_text(f"name: x\nout: y\nbase: {{model: m, data: d}}\nmethods:\n{entry}{entry}")
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        read_sweep(path)

@@ -1,0 +1,302 @@
+"""Whole sweeps of tiny models: every run is made once, whatever is killed, and the same command continues."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
+from hiddenkey.lab.lock import hold
+from hiddenkey.lab.run import train
+from hiddenkey.lab.sweep import crew, worker
+from hiddenkey.lab.sweep.board import Board
+from hiddenkey.lab.sweep.config import SweepConfig
+from hiddenkey.lab.sweep.crew import Job, serve
+from hiddenkey.lab.sweep.file import read_sweep
+from hiddenkey.lab.sweep.plan import Plan, make_plan
+from hiddenkey.lab.sweep.record import RunRecord, read_record
+from hiddenkey.lab.sweep.run import sweep
+from hiddenkey.lab.sweep.storage import open_storage
+
+from .tools import GRACE, sweep_values, write_sweep
+
+PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
+BASE = {"epochs": 1, "batch_size": 16, "max_length": 16, "train_eval_size": 0}
+
+
+@pytest.fixture
+def base(bert: Path, sentences: Path) -> dict[str, Any]:
+    return BASE | {"model": str(bert), "data": str(sentences)}
+
+
+def here(path: Path, url: str = "") -> tuple[Job, Board]:
+    """A sweep queued, and a board to watch it."""
+    plan = make_plan(read_sweep(path))
+    url = url or f"sqlite:///{plan.folder / 'sweep.db'}"
+    plan.folder.mkdir(exist_ok=True)
+    board = Board(plan, open_storage(url, GRACE), "watch")
+    board.queue({})
+    return Job(plan, url, GRACE, 1), board
+
+
+def work_here(path: Path) -> Board:
+    """Make a sweep in this process."""
+    job, board = here(path)
+    serve(job, Console(quiet=True))
+    return board
+
+
+def records_in(folder: Path) -> dict[str, RunRecord]:
+    return {path.stem: read_record(path) for path in (folder / "runs").glob("*.json")}
+
+
+def said_by(config: SweepConfig, path: Path) -> str:
+    with path.open("w") as file:
+        sweep(config, Console(file=file, width=200))
+    return path.read_text()
+
+
+def results(record: RunRecord) -> tuple[Any, ...]:
+    """What does not depend on clocks and places."""
+    epochs = [{name: value for name, value in row.items() if "seconds" not in name} for row in record.epochs]
+    return record.id, record.params, record.axes, record.trial, record.recipe, record.best, record.last, epochs
+
+
+def kill_after(board: Board, runs: int) -> threading.Thread:
+    """Kill a worker once so many runs are done and it is at the next."""
+
+    def kill() -> None:
+        while True:
+            busy = board.busy()
+            if len(board.records()) >= runs and busy:
+                os.kill(int(busy[0].worker.rpartition("-")[2]), signal.SIGKILL)
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_two_workers_of_which_one_is_killed(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base | {"epochs": 3})
+    _, board = here(path)
+    killer = kill_after(board, 2)
+    said = said_by(SweepConfig(str(path), workers=2, threads=1), tmp_path / "said")
+    killer.join(1)
+    assert not killer.is_alive()
+    out = tmp_path / "out"
+    records = records_in(out)
+    assert records.keys() == {record.id for record in board.records()}
+    assert len(records) == 8
+    assert "8/8" in said
+    assert "All 8 runs" in said
+    assert not (out / "work").exists()
+    assert (out / "logs" / "worker-2.log").read_text()
+    one = next(iter(records.values()))
+    alone = train(next(s.run.config for g in board.plan.groups for s in g.slots if s.run and s.run.id == one.id))
+    assert (one.best, one.last, one.data_rows) == (alone.best, alone.last, alone.data_rows)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("runs/*.json")}
+    assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("runs/*.json")} == before
+
+
+def test_a_sweep_that_has_lost_its_database_or_its_records(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base, axes=None)
+    work_here(path)
+    out = tmp_path / "out"
+    records = records_in(out)
+    (out / "sweep.db").unlink()
+    assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
+    for file in (out / "runs").iterdir():
+        file.unlink()
+    assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
+    assert records_in(out) == records
+
+
+def test_a_changed_base_makes_other_runs_and_puts_the_old_ones_aside(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base, axes=None)
+    first = {record.id for record in work_here(path).records()}
+    write_sweep(tmp_path, base=base | {"lora_r": 2}, axes=None)
+    second = {record.id for record in work_here(path).records()}
+    assert not first & second
+    out = tmp_path / "out"
+    assert "4 records are of runs that the file no longer asks for" in said_by(
+        SweepConfig(str(path)), tmp_path / "said"
+    )
+    assert records_in(out).keys() == second
+    assert {file.stem for file in (out / "other").iterdir()} == first
+    (out / "sweep.db").unlink()
+    write_sweep(tmp_path, base=base, axes=None)
+    assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
+    assert records_in(out).keys() == first
+
+
+RANGES = {
+    "baseline": {"recipe": "baseline", "grid": {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}}},
+    "dropkey": {"recipe": "dropkey:column@{p}", "grid": {"p": {"low": 0.01, "high": 0.3}}},
+}
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_searches(base: dict[str, Any], tmp_path: Path, search: str):
+    path = write_sweep(tmp_path, base=base, axes=None, methods=RANGES, search=search, trials=2)
+    work_here(path)
+    records = records_in(tmp_path / "out")
+    assert sorted((record.method, record.trial) for record in records.values()) == [
+        ("baseline", 1),
+        ("baseline", 2),
+        ("dropkey", 1),
+        ("dropkey", 2),
+    ]
+    assert all(
+        record.config["learning_rate"] == record.params["learning_rate"]
+        for record in records.values()
+        if record.method == "baseline"
+    )
+
+
+def test_two_folders_on_one_storage(base: dict[str, Any], tmp_path: Path):
+    path, url = write_sweep(tmp_path, base=base, axes=None), f"sqlite:///{tmp_path / 'shared.db'}"
+    job, board = here(path, url)
+    serve(job, Console(quiet=True))
+    there = SweepConfig(str(path), worker=True, storage=url, out=str(tmp_path / "there"), grace=GRACE)
+    sweep(there, Console(quiet=True))
+    assert records_in(tmp_path / "there") == records_in(tmp_path / "out")
+    assert len(board.records()) == 4
+
+
+def test_a_loss_that_is_not_finite_is_a_record(base: dict[str, Any], tmp_path: Path):
+    methods = {"baseline": {"recipe": "baseline", "grid": {"learning_rate": [1e-4, 1e38]}}}
+    work_here(write_sweep(tmp_path, base=base | {"log_steps": 1, "max_grad_norm": 1e30}, axes=None, methods=methods))
+    good, bad = sorted(records_in(tmp_path / "out").values(), key=lambda record: record.trial)
+    assert (good.status, bad.status) == ("finished", "failed")
+    assert "learning rate 1e+38" in bad.failure
+    assert bad.value > good.value
+
+
+def test_an_error_is_tried_again_and_then_stops_the_sweep(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tries: list[str] = []
+    real = worker.train
+
+    def full(config: Any, console: Any) -> Any:
+        tries.append(config.out)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+        return real(config, console)
+
+    monkeypatch.setattr(worker, "train", full)
+    path = write_sweep(tmp_path, base=base, axes=None)
+    work_here(path)
+    assert len(tries) == 6
+    assert len(records_in(tmp_path / "out")) == 4
+    monkeypatch.setattr(worker, "train", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    write_sweep(tmp_path, base=base | {"lora_r": 2}, axes=None)
+    with pytest.raises(RunError, match=r"failed 3 times(?s:.*)No space left"):
+        work_here(path)
+
+
+def test_mistakes_are_told_before_anything_runs(base: dict[str, Any], tmp_path: Path):
+    for change, error, said in (
+        ({"data": "gone.csv"}, OSError, "gone.csv"),
+        ({"label_column": "lable"}, DataError, "lable"),
+        ({"metric": "bleu"}, ConfigError, "bleu"),
+        ({"target_modules": ["nothing"]}, ConfigError, "nothing"),
+        ({"max_length": 100}, ConfigError, "100"),
+    ):
+        path = write_sweep(tmp_path, base=base | change)
+        for config in (SweepConfig(str(path), dry_run=True), SweepConfig(str(path))):
+            with pytest.raises(error, match=said):
+                sweep(config, Console(quiet=True))
+        assert not (tmp_path / "out" / "work").exists()
+    with pytest.raises(RunError, match="without --worker first"):
+        sweep(SweepConfig(str(path), worker=True, out=str(tmp_path / "new")), Console(quiet=True))
+    for flags in ({"workers": 0}, {"threads": -1}, {"grace": 1}, {"worker": True, "workers": 2}):
+        with pytest.raises(ConfigError):
+            sweep(SweepConfig(str(path), **flags), Console(quiet=True))
+
+
+def test_one_sweep_at_a_time_in_a_folder(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base)
+    (tmp_path / "out").mkdir()
+    with hold(tmp_path / "out", Console(quiet=True)), pytest.raises(BusyError, match="running a sweep"):
+        sweep(SweepConfig(str(path)), Console(quiet=True))
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base | {"model": "set from outside"})
+    said = said_by(SweepConfig(str(path), dry_run=True, set=(f"model={base['model']}",)), tmp_path / "said")
+    assert "dropkey column      4  dropkey:column@{p}" in said
+    assert "8  runs in 4 groups" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_workers_that_are_not_forked(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(crew, "_context", lambda: multiprocessing.get_context("spawn"))
+    path = write_sweep(tmp_path, base=base)
+    assert "All 8 runs" in said_by(SweepConfig(str(path), workers=2, threads=1), tmp_path / "said")
+
+
+@pytest.mark.full
+def test_a_hundred_runs_by_four_processes_killed_at_random(bert: Path, sentences: Path, tmp_path: Path):
+    values = sweep_values(tmp_path, base=BASE | {"model": str(bert), "data": str(sentences), "epochs": 3})
+    path = write_sweep(tmp_path, base=values["base"], axes={"seed": list(range(25))})
+    job, board = here(path)
+    assert job.plan.total == 100
+    command = [*PROGRAM, "sweep", str(path), "--workers", "4", "--threads", "1", "--grace", "8"]
+    generator, kills = random.Random(0), 0
+    with (tmp_path / "said").open("w") as said:
+        while True:
+            process = subprocess.Popen(command, stderr=said)
+            while process.poll() is None:
+                time.sleep(generator.uniform(0.2, 2.5))
+                busy = board.busy()
+                if not busy or kills >= 24:
+                    continue
+                kills += 1
+                if kills % 8 == 0:
+                    process.send_signal(signal.SIGINT if kills % 16 else signal.SIGKILL)
+                else:
+                    os.kill(int(generator.choice(busy).worker.rpartition("-")[2]), signal.SIGKILL)
+            if process.returncode == 0:
+                break
+            assert process.returncode in (130, -signal.SIGKILL), (tmp_path / "said").read_text()
+    assert kills >= 20
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    records = records_in(tmp_path / "out")
+    assert records.keys() == {slot.run.id for group in job.plan.groups for slot in group.slots if slot.run}
+    assert not (tmp_path / "out" / "work").exists()
+    compare_with_a_quiet_sweep(path, records, tmp_path)
+
+
+def compare_with_a_quiet_sweep(path: Path, records: dict[str, RunRecord], folder: Path) -> None:
+    plan: Plan = make_plan(read_sweep(path, out=str(folder / "quiet")))
+    board = Board(plan, open_storage(f"sqlite:///{folder / 'quiet.db'}", GRACE), "quiet")
+    board.queue({})
+    serve(Job(plan, f"sqlite:///{folder / 'quiet.db'}", GRACE, 1), Console(quiet=True))
+    quiet = records_in(folder / "quiet")
+    assert {name: results(record) for name, record in records.items()} == {
+        name: results(record) for name, record in quiet.items()
+    }
+
+
+def test_the_command(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base | {"epochs": 0})
+    done = subprocess.run([*PROGRAM, "sweep", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "epochs = 0" in done.stderr
+    assert "Traceback" not in done.stderr
