@@ -90,7 +90,11 @@ def test_the_decline_is_best_against_last():
 def test_patterns_count_as_far_as_both_were_run():
     names = ("baseline", "dropkey element", "dropkey column", "dropattention element", "dropattention span")
     pool = pool_of(methods=names, effects={"dropattention element": -0.02})
-    assert found(pool, "DropKey beats DropAttention").pairs == (("dropkey element", "dropattention element"),)
+    key = found(pool, "DropKey beats DropAttention")
+    assert key.partly
+    assert key.claim.pairs == (("dropkey element", "dropattention element"),)
+    assert key.claim.paper_gap == pytest.approx(91.59 - 90.8875)
+    assert not found(pool, "`column` beats `element`").partly
     assert found(pool, "DropKey beats DropAttention").difference.mean == pytest.approx(2.0, abs=0.3)
     assert found(pool, "`hiddenkey` beats LoRA").verdict == "not run"
 

@@ -77,10 +77,9 @@ def table(found: Sequence[Finding], pool: Pool | None) -> Table:
 
 
 def _pairs(finding: Finding) -> str:
-    missing = len(finding.claim.pairs) - len(finding.pairs)
-    if not missing or not finding.pairs:
+    if not finding.partly:
         return ""
-    return f" (only {words.listed(f'`{first}`' for first, _ in finding.pairs)})"
+    return f" (run: {words.listed(f'`{first}`' for first, _ in finding.claim.pairs)})"
 
 
 def _tasks(finding: Finding, pool: Pool | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .claims import CLAIMS, Claim, Verdict, verdict
 from .metrics import metric
@@ -60,8 +60,10 @@ class Finding:
     """A claim and what was found."""
 
     claim: Claim
+    """Of several pairs those alone that were run; all where none was."""
+    partly: bool
+    """Whether some of its pairs were not run."""
     tasks: tuple[str, ...]
-    pairs: tuple[tuple[str, str], ...]
     difference: Difference | None
     adjusted: float | None
     """p-value after Holm's correction over all claims that were run."""
@@ -94,24 +96,30 @@ def against(pool: Pool, reference: str, methods: Sequence[str]) -> list[tuple[st
 
 def findings(pool: Pool | None) -> list[Finding]:
     """Every claim with its verdict."""
-    found = [_measure(pool, claim) for claim in CLAIMS]
-    adjusted = holm([pooled.difference.p if pooled.difference else None for pooled, _ in found])
+    claims = [_as_run(pool, claim) for claim in CLAIMS]
+    found = [_measure(pool, claim) for claim in claims]
+    changes = [pooled.difference for pooled in found]
+    adjusted = holm([change.p if change else None for change in changes])
     return [
-        Finding(claim, pooled.tasks, pairs, pooled.difference, p, verdict(claim, pooled.difference, p))
-        for claim, (pooled, pairs), p in zip(CLAIMS, found, adjusted, strict=True)
+        Finding(claim, claim != whole, pooled.tasks, change, p, verdict(claim, change, p))
+        for whole, claim, pooled, change, p in zip(CLAIMS, claims, found, changes, adjusted, strict=True)
     ]
 
 
-def _measure(pool: Pool | None, claim: Claim) -> tuple[Pooled, tuple[tuple[str, str], ...]]:
+def _as_run(pool: Pool | None, claim: Claim) -> Claim:
+    tasks = pool.tasks if pool else ()
+    run = tuple(pair for pair in claim.pairs if any(set(pair) <= set(task.methods) for task in tasks))
+    return replace(claim, pairs=run) if run else claim
+
+
+def _measure(pool: Pool | None, claim: Claim) -> Pooled:
     if pool is None:
-        return Pooled((), {}), ()
+        return Pooled((), {})
     if claim.source == "rank":
-        return pool.over(_rank_differences), ()
+        return pool.over(_rank_differences)
     if claim.source == "epochs":
-        return pool.compare(BASELINE, BASELINE, "best", "last"), ()
-    # A pair counts where both methods were run on some task.
-    run = tuple(pair for pair in claim.pairs if any(set(pair) <= set(task.methods) for task in pool.tasks))
-    return pool.over(lambda task: average([values for pair in run if (values := differences(task, *pair))])), run
+        return pool.compare(BASELINE, BASELINE, "best", "last")
+    return pool.over(lambda task: average([found for pair in claim.pairs if (found := differences(task, *pair))]))
 
 
 def _rank_differences(task: Task) -> dict[Seed, float]:
