@@ -8,7 +8,7 @@ import pytest
 
 from hiddenkey.lab.report.claims import CLAIMS, MARGIN, refuting, verdict
 from hiddenkey.lab.report.paper import METHODS
-from hiddenkey.lab.report.pool import Pool, against, findings, pools
+from hiddenkey.lab.report.pool import Pool, against, differences, findings, pools
 from hiddenkey.lab.report.statistics import Difference
 from hiddenkey.lab.report.study import make_task
 
@@ -42,6 +42,7 @@ NO_PAPER = next(claim for claim in CLAIMS if claim.source == "rank")
         (NO_GAIN, -2.0, 0.4, 0.01, "replicated"),
         (NO_GAIN, 0.2, 0.9, 0.01, "not replicated"),
         (NO_GAIN, -0.2, 0.9, 0.30, "undecided"),
+        (NO_GAIN, -2.0, 0.6, 0.01, "undecided"),
     ],
 )
 def test_the_rule(claim, low, high, p, expected):
@@ -121,6 +122,16 @@ def test_models_are_not_mixed_and_generation_is_kept_apart():
     ]
     found_pools = pools([make_task(world.task, make_records(world)) for world in worlds])
     assert [(pool.model, len(pool.tasks)) for pool in found_pools] == [("all-MiniLM-L6-v2", 2), ("SmolLM2-135M", 1)]
+
+
+def test_a_lower_ter_is_a_gain():
+    world = World(task="e2e", kind="causal-lm", metric="nll", methods=("baseline", "hiddenkey"), noise=0.0)
+    task = make_task("e2e", make_records(replace(world, effects={"hiddenkey": 0.05})))
+    assert all(
+        gain == pytest.approx(2.5, abs=0.01)
+        for gain in differences(task, "hiddenkey", "baseline", name="ter").values()
+    )
+    assert all(value > 0 for value in differences(task, "hiddenkey", "baseline").values())
 
 
 def test_holm_is_over_the_methods_compared():
