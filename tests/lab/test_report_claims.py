@@ -52,6 +52,7 @@ def test_the_rule(claim, low, high, p, expected):
 def test_nothing_run_and_one_seed_decide_nothing():
     assert verdict(MORE, None, None) == "not run"
     assert verdict(MORE, Difference(1, 3.0), None) == "undecided"
+    assert verdict(MORE, Difference(2, 3.0, 0.1, 2.0, 4.0), 0.01) == "undecided"
 
 
 def test_what_refutes_is_half_the_papers_gap_or_the_margin():

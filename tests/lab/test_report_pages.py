@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from hiddenkey.cli import main
+from hiddenkey.lab.report import generation
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
+from hiddenkey.lab.report.study import make_task
 from hiddenkey.lab.report.write import write_report
 
 from .made_up import World, make_records, write_records
@@ -160,6 +163,20 @@ def test_tables_2_and_4_have_the_papers_numbers_beside_ours(docs: Path):
     assert "| paper, GPT2-Medium: `hiddenkey` | 69.76 | 8.765 | 46.80 | 71.78 | 2.511 |" in text
     assert "69.91 ± 0.52 (+1.95)" in text
     assert "91.16 for `hiddenkey-input`" in text
+
+
+def test_webnlg_has_its_three_parts():
+    world = World(task="gpt2-webnlg", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    records = [
+        replace(one, test={"best": one.test["best"] | {"bleu_seen": 0.6, "ter_unseen": 0.4}})
+        for one in make_records(world)
+    ]
+    table = generation.blocks([make_task(world.task, records)])[1]
+    assert list(table.headings[1:5]) == ["BLEU, all", "METEOR, all", "TER, all", "NLL, all"]
+    row = dict(zip(table.headings, table.rows[0], strict=True))
+    assert (row["BLEU, seen"], row["TER, unseen"]) == ("60.00 ± 0.00", "40.00 ± 0.00")
+    paper = dict(zip(table.headings, table.rows[-1], strict=True))
+    assert (paper["BLEU, all"], paper["BLEU, seen"], paper["TER, unseen"]) == ("55.27", "62.49", "45.20")
 
 
 def test_the_page_needs_no_network_and_holds_together(docs: Path):

@@ -13,6 +13,7 @@ Rule, with the 95 % interval of that difference and its p-value after Holm's cor
   and the difference is not 0 after the correction; else undecided.
 - a claim of no gain ("no gain"): replicated if the interval's upper end is below the margin; not replicated if it is
   not and the difference is above 0 after the correction; else undecided.
+- with fewer than 3 seeds: undecided.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MARGIN = 0.5
 """Points. The methods of the paper's Table 1 lie 0.8 above its baseline on average; 0.5 is less than that, and about
 the standard deviation over seeds that the paper prints for a single task."""
 ALPHA = 0.05
+FEWEST = 3
+"""Seeds without which nothing is decided."""
 
 Kind = Literal["more", "same", "no gain"]
 Source = Literal["methods", "rank", "epochs"]
@@ -109,7 +112,7 @@ def verdict(claim: Claim, found: Difference | None, adjusted: float | None) -> V
     """The rule of this file; `adjusted` is the p-value after Holm's correction."""
     if found is None:
         return "not run"
-    if found.low is None or found.high is None or adjusted is None:
+    if found.n < FEWEST or found.low is None or found.high is None or adjusted is None:
         return "undecided"
     differs = adjusted <= ALPHA
     if claim.kind == "more":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from . import machine, words
 from .blocks import Block, Bullets, Table, Text
-from .claims import ALPHA, MARGIN, Verdict
+from .claims import ALPHA, FEWEST, MARGIN, Verdict
 from .pool import Finding, Pool
 
 BASIS = (
@@ -39,7 +39,7 @@ def rule(found: Sequence[Finding]) -> list[str]:
         f"“No effect” is replicated where the whole interval lies within ± {MARGIN} points, “adds nothing” where it "
         f"ends below + {MARGIN}; not replicated where it does not and the difference (for “adds nothing”: a gain) is "
         "significant.",
-        "Everything else is undecided.",
+        f"Everything else, and whatever has fewer than {FEWEST} seeds, is undecided.",
     ]
 
 

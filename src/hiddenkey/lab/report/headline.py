@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from . import claims_table, figures, words
 from .blocks import Block, Bullets, Text
 from .budget import step_ratio
+from .claims import refuting
 from .paper import BASELINE, HIDDENKEY, METHODS
 from .pool import Finding, Pool, against
 from .statistics import Difference
@@ -26,23 +27,26 @@ def _answer(main: Finding, pool: Pool) -> str:
         return f"`{HIDDENKEY}` against LoRA alone: {words.NOT_RUN}."
     over = f"{words.plural(len(main.tasks), 'task')} ({', '.join(main.tasks)})"
     where = f"the mean over {over}" if len(main.tasks) > 1 else over
+    shown, tests = f"{words.signed(change.mean)} points", f"n = {words.plural(change.n, 'seed')}"
+    if change.low is not None:
+        shown = f"{words.difference(change)} points"
+        tests = f"95 % interval, {tests}, {words.p_equals(change.p)}, after Holm's correction over all claims "
+        tests += words.p_equals(main.adjusted)
     return (
         f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, both tuned with the "
-        f"same number of trials: **{words.difference(change)} points** (95 % interval, n = "
-        f"{words.plural(change.n, 'seed')}, {words.p_equals(change.p)}, after Holm's correction over all claims "
-        f"{words.p_equals(main.adjusted)})."
+        f"same number of trials: **{shown}** ({tests})."
     )
 
 
 def _verdict(main: Finding, change: Difference) -> str:
     if change.low is None or change.high is None:
-        return "Does HiddenKey help? One seed cannot tell."
+        return "Whether HiddenKey helps is undecided: one seed cannot tell."
     if main.verdict == "replicated":
         return "HiddenKey helps."
     if main.verdict == "not replicated" and change.high < 0:
         return "HiddenKey does harm here."
     if main.verdict == "not replicated":
-        return f"No gain as the paper's: more than {words.signed(change.high)} points is unlikely here."
+        return f"HiddenKey does not help here: a gain of {refuting(main.claim):g} points is ruled out."
     if change.low > 0:
         return "HiddenKey seems to help, but not surely after correction for all claims."
     return "Whether HiddenKey helps is undecided."
