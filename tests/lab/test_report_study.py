@@ -10,6 +10,7 @@ import pytest
 
 from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report.budget import within_budget
+from hiddenkey.lab.report.conditions import blocks
 from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
 from hiddenkey.lab.report.paper import TABLE1, family, gap, method_key, misprinted, rank_of, task_key, true_average
 from hiddenkey.lab.report.pool import pools
@@ -100,6 +101,22 @@ def test_ranks_are_conditions_of_their_own_and_the_main_one_fills_the_gap():
     curve = rank_curves([task], "best")[0]
     assert (curve.method, [rank for rank, _ in curve.points]) == ("baseline", [4, 8, 64])
     assert curve.points[-1][1].mean < curve.points[0][1].mean - 3
+
+
+def test_a_plain_condition_with_other_trials_is_no_rank():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
+    fewer = [one for one in records if one.trial < 2 or one.axes.get("lora_r")]
+    assert list(make_task("sst2", fewer).ranks("baseline")) == [4, 64]
+
+
+def test_every_further_condition_has_its_own_baseline():
+    task = make_task("sst2", make_records(replace(SMALL, noise=0.0, rank_effects={4: 0.0, 64: -0.03})))
+    table = blocks([task])[0]
+    found = {(row["lora_r"], row["method"]): row for row in table.data}
+    assert set(found) == {(rank, method) for rank in (4, 64) for method in ("baseline", "hiddenkey-")}
+    assert found[64, "hiddenkey-"]["gain_mean"] == pytest.approx(3.0, abs=0.02)
+    assert found[4, "hiddenkey-"]["gain_mean"] == pytest.approx(0.0, abs=0.02)
+    assert blocks([make_task("sst2", make_records(SMALL))]) == []
 
 
 def test_without_a_plain_condition_rank_8_is_the_main_one():

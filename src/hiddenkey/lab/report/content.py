@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import claims_table, costs, figures, generation, headline, rivals, runs, small_tables, table1
+from . import claims_table, conditions, costs, figures, generation, headline, rivals, runs, small_tables, table1
 from .blocks import Block, Report, Section, Text
 from .machine import slug
 from .pool import Pool, findings, pools
@@ -29,7 +29,7 @@ def make_report(tasks: Sequence[Task]) -> Report:
         Section("Does it help?", headline.blocks(main, claims)),
         Section("Claims", claims_table.blocks(claims, main)),
         Section("Table 1", _table1(found)),
-        Section("Rate, rank and training", _figures(found)),
+        Section("Rate, rank and training", [*_figures(found), *conditions.blocks(tasks)]),
         Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
         Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
         Section("Cost", costs.blocks(tasks)),

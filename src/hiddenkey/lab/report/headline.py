@@ -86,6 +86,6 @@ def _stopped(pool: Pool) -> list[str]:
     if found is None:
         return []
     return [
-        f"Early stopping alone gains the baseline {words.difference(found)} points over its last epoch, n = "
-        f"{found.n}. Every method here has it."
+        f"The baseline's best epoch lies {words.difference(found)} points over its last one, n = {found.n}: so much "
+        "is early stopping worth, which every method here has."
     ]

@@ -9,7 +9,7 @@ from .claims import CLAIMS, Claim, Verdict, verdict
 from .metrics import metric
 from .paper import BASELINE, rank_of
 from .statistics import Difference, Seed, Values, average, describe, holm
-from .study import Task, When
+from .study import Condition, Task, When
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,18 @@ class Finding:
 
 
 def differences(
-    task: Task, first: str, second: str, when: When = "best", second_when: When | None = None, name: str = ""
+    task: Task,
+    first: str,
+    second: str,
+    when: When = "best",
+    second_when: When | None = None,
+    name: str = "",
+    condition: Condition | None = None,
 ) -> dict[Seed, float]:
     """First minus second by seed, turned so that positive is better."""
     lower = (metric(name) if name else task.metric).lower_is_better
-    one, other = task.values(first, when, name), task.values(second, second_when or when, name)
+    one = task.values(first, when, name, condition)
+    other = task.values(second, second_when or when, name, condition)
     sign = -1.0 if lower else 1.0
     return {seed: sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())}
 

@@ -10,6 +10,7 @@ from typing import Any
 from ..sweep.record import RunRecord
 from . import machine, words
 from .blocks import Block, Bullets, Table, Text
+from .conditions import shown
 from .metrics import metric
 from .study import Task
 
@@ -51,7 +52,7 @@ def runs_table(tasks: Sequence[Task]) -> Table:
                 str(len(methods)),
                 str(len(seeds)),
                 words.listed(str(count) for count in sorted(trials)),
-                words.listed(_condition(condition) for condition in task.conditions if condition != task.main),
+                words.listed(shown(condition) for condition in task.conditions if condition != task.main),
                 f"{sum(run.seconds for run in task.records) / 3600:.2f}",
             ]
         )
@@ -124,10 +125,6 @@ def _device(run: RunRecord) -> str:
 
 def _short(commit: str) -> str:
     return commit[:10] + ("+" if commit.endswith("+") else "")
-
-
-def _condition(condition: tuple[tuple[str, Any], ...]) -> str:
-    return " ".join(f"{name} {value}" for name, value in condition) or "without further axes"
 
 
 def _line(task: Task, run: RunRecord) -> dict[str, Any]:

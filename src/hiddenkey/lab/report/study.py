@@ -122,14 +122,18 @@ class Task:
         return {seed: value for seed, value in found.items() if value is not None}
 
     def ranks(self, method: str) -> dict[int, Condition]:
-        """The conditions that differ in the rank alone, by rank; the main one counts where no axis has its rank."""
+        """The conditions that differ in the rank alone, by rank.
+
+        The plain one is among them where no axis has its rank, if the method had as many trials there.
+        """
         found: dict[int, Condition] = {}
         for condition, methods in self.conditions.items():
             if method in methods and {name for name, _ in condition} == {_RANK}:
                 found[int(dict(condition)[_RANK])] = condition
-        if found and self.main == () and method in self.methods:
-            run = next(iter(self.methods[method].values())).runs[0]
-            found.setdefault(int(run.config[_RANK]), self.main)
+        plain = self.conditions.get((), {}).get(method)
+        if found and plain and _trials(plain) == _trials(self.conditions[next(iter(found.values()))][method]):
+            run = next(iter(plain.values())).runs[0]
+            found.setdefault(int(run.config[_RANK]), ())
         return dict(sorted(found.items()))
 
 
@@ -196,6 +200,10 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
             incomplete += len(seeds) - len(whole)
             conditions[condition][method] = whole
     return Task(name, tuple(records), conditions, incomplete, _main(conditions))
+
+
+def _trials(groups: Groups) -> int:
+    return max((len(group.runs) for group in groups.values()), default=0)
 
 
 def _main(conditions: dict[Condition, dict[str, Groups]]) -> Condition:

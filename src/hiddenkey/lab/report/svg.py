@@ -64,10 +64,10 @@ def render(canvas: Canvas) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}", text)
-    text = re.sub(r"(font(?:-family)?: ?[^;\"]*?)'DejaVu Sans'[^;\"]*", rf"\1{_FONTS}", text)
+    text = re.sub(r" ?font-family: [^;\"]*;", "", text).replace("<svg ", f'<svg font-family="{_FONTS}" ', 1)
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda found: found.group() if found.group(1) in used else "", text)
-    return re.sub(r"[ \t]+\n", "\n", text)
+    return re.sub(r"\s*\n\s*", "\n", text)
 
 
 def inline(svg: str, name: str, alt: str) -> str:
