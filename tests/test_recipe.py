@@ -49,6 +49,11 @@ GOOD = {
     "hiddenkey-js@0.1": "logits:column@0.1 + hidden:element@0.1 ~ js*1.0",
     "hiddenkey-input@0.1": "input:element@0.1 + logits:column@0.1 + hidden:element@0.1",
     "hiddenkey-output@0.1": "logits:column@0.1 + hidden:element@0.1 + output:element@0.1",
+    "dropout@0.1": "input:element@0.1 + weights:element:rescale@0.1 + hidden:element@0.1 + output:element@0.1",
+    "r-drop[:]@0.1 ~ kl-rdrop*5": (
+        "input:element@0.1 + weights[:]:element:rescale@0.1 + hidden[:]:element@0.1 + output:element@0.1 "
+        "~ kl-rdrop*5.0"
+    ),
     "dropkey@0.2": "logits:element@0.2",
     "dropkey:column@0.2": "logits:column@0.2",
     "dropattention@0.05": "weights:element@0.05",

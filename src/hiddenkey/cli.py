@@ -18,7 +18,10 @@ from .lab.sweep.config import SweepConfig
 INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
-LAB_EXTRA = ("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "optuna", "jinja2", "markdown_it")
+LAB_EXTRA = (
+    *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
+    *("optuna", "sqlalchemy", "jinja2", "markdown_it"),
+)
 
 HEADS = {
     "auto": "",

@@ -1,7 +1,7 @@
 """The methods of the paper by name: a table that reads like Table 1 of arXiv 2403.00812.
 
 `drops` is a recipe without rates; the rate of the preset is that of every drop in it. A preset of one drop
-takes another pattern after a colon: `dropkey:column@0.1`.
+takes another pattern after a colon: `dropkey:column@0.1`. The last two rows are rivals that the paper leaves out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """One row: position:pattern pairs, the consistency, and where it comes from."""
+    """One row: position and pattern (or pattern:compensation) pairs, the consistency, and where it comes from."""
 
     drops: tuple[tuple[str, str], ...]
     consistency: str | None
@@ -19,6 +19,7 @@ class Preset:
 
 
 HIDDENKEY_MINUS = (("logits", "column"), ("hidden", "element"))
+EVERYWHERE = (("input", "element"), ("weights", "element:rescale"), ("hidden", "element"), ("output", "element"))
 
 # fmt: off
 PRESETS: dict[str, Preset] = {
@@ -32,5 +33,7 @@ PRESETS: dict[str, Preset] = {
     "hiddenkey-js":  Preset(HIDDENKEY_MINUS,                             "js", "Table 1, + JS; eq. 12"),
     "hiddenkey-input":  Preset((*HIDDENKEY_MINUS, ("input", "element")),  None, "Table 1, + input"),
     "hiddenkey-output": Preset((*HIDDENKEY_MINUS, ("output", "element")), None, "Table 1, + output"),
+    "dropout":       Preset(EVERYWHERE,                                  None, "plain dropout (JMLR 15, 2014)"),
+    "r-drop":        Preset(EVERYWHERE,                                  "kl-rdrop", "arXiv 2106.14448"),
 }
 # fmt: on

@@ -152,10 +152,11 @@ def _preset(name: str, axes: list[str], rate: str | None, layers: LayerSlice | N
         raise RecipeError(f"{name!r} fixes {preset.drops}; write out the drops to change more than the rate")
     p = _rate(name, rate)
     drops = []
-    for position_name, pattern in preset.drops:
+    for position_name, usual in preset.drops:
         position = POSITIONS[position_name]
         inner = layers if position.per_layer else None
-        drops.append(_drop(position, axes[0] if axes else pattern, None, p, inner))
+        pattern, _, compensation = (axes[0] if axes else usual).partition(":")
+        drops.append(_drop(position, pattern, compensation or None, p, inner))
     return drops, preset.consistency
 
 

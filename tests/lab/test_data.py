@@ -98,10 +98,12 @@ def test_empty_list_of_texts_makes_no_example_but_all_of_them_are_an_error(tmp_p
 
 
 def test_named_prompt_and_completion_columns_win(tmp_path: Path):
-    rows = [{"text": "a", "label": i % 2, "in": "x", "out": "y"} for i in range(4)]
+    rows = [{"text": "a", "label": i % 2, "in": f"x{i % 2}", "out": "y"} for i in range(4)]
     path = tiny.write_csv(tmp_path / "rows.csv", rows)
     assert load(path).task == "classification"
-    assert load(path, prompt_column="in", completion_column="out").train[0] == {"prompt": "x", "completion": "y"}
+    named = load(path, prompt_column="in", completion_column="out")
+    assert {row["prompt"] for row in (*named.train, *named.validation)} == {"x0", "x1"}
+    assert set(named.train["completion"]) == {"y"}
 
 
 def test_subset_is_a_function_of_the_seed(sentences: Path):

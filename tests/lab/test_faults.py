@@ -67,6 +67,18 @@ def test_a_run_killed_after_its_last_step_trains_no_further(
     assert continued.step_seconds["steps"] == whole.step_seconds["steps"]
 
 
+def test_a_run_killed_before_its_first_step_starts_again(
+    config: TrainConfig,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_result", stop)
+        with pytest.raises(Killed):
+            run.train(config)
+    assert (Path(config.out) / "checkpoints").exists(), "made by the Trainer"
+    assert run.train(config).status == "finished"
+
+
 def test_the_end_of_an_epoch_is_saved_with_its_evaluation(
     config: TrainConfig,  # noqa: F811
     tmp_path: Path,

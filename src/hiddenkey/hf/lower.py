@@ -16,9 +16,9 @@ from .modes import another_forward
 class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
-    `layers` is empty where nothing can be shared: several stacks, drops from the start, or an adapter that draws in
-    every layer, or came after the plan. constant: the second view gets no gradient; otherwise both views' meets in
-    them.
+    `layers` is empty where nothing can be shared: several stacks, drops from the start, noise on the embedded tokens
+    (NEFTune), or an adapter that draws in every layer, or came after the plan. constant: the second view
+    gets no gradient; otherwise both views' meets in them.
     """
 
     def __init__(self, attachment: Attachment, *, constant: bool) -> None:
@@ -27,7 +27,8 @@ class LowerLayers:
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
-        draws = plan.adapter_dropouts or restless(attachment.model) or late
+        noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
+        draws = plan.adapter_dropouts or restless(attachment.model) or late or noise
         if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         self.layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers[:shared]]

@@ -93,4 +93,9 @@ def _tables(result: RunResult) -> Iterator[str]:
 
 def _table(part: str, metric: str, last: dict[str, float], best: dict[str, float]) -> str:
     head = [f"| {part} | last epoch | best epoch by {metric} |", "|---|---|---|"]
-    return "\n".join([*head, *(f"| {name} | {last[name]:.4g} | {best[name]:.4g} |" for name in last)])
+    rows = [f"| {name} | {_number(last, name)} | {_number(best, name)} |" for name in {**last, **best}]
+    return "\n".join([*head, *rows])
+
+
+def _number(metrics: dict[str, float], name: str) -> str:
+    return f"{metrics[name]:.4g}" if name in metrics else ""

@@ -15,6 +15,7 @@ from .errors import RunError
 RESULT = "result.json"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+GENERATIONS = "generations.jsonl"
 _FREE_BYTES = 64 * 2**20
 
 # A folder may be moved, and overwrite says nothing about the run.
@@ -63,7 +64,8 @@ class RunResult:
     seconds: float
     """Wall-clock seconds of this process, from the first check to the adapter."""
     test: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Metrics on the test part of the "best" and of the "last" epoch's model; empty where there is no such part."""
+    """Metrics on the test part of the "best" and of the "last" epoch's model, those of generated texts of the model
+    that is kept; empty where there is no such part."""
     failure: str = ""
     """Why the run failed."""
 
@@ -130,7 +132,7 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     earlier = read_result(folder)
     if earlier is not None:
         _require_same(earlier.config, config)
-    elif (folder / ADAPTER).exists() or (folder / CHECKPOINTS).exists():
+    elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
         raise RunError(
             f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "
             "Give another folder with --out, or --overwrite to delete them."
@@ -151,6 +153,7 @@ def require_space(folder: Path, needed: int) -> None:
 def _clear(folder: Path) -> None:
     # Only what a run writes: the folder may hold other files.
     (folder / RESULT).unlink(missing_ok=True)
+    (folder / GENERATIONS).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)

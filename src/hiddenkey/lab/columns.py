@@ -86,4 +86,7 @@ def _task_of(rows: Dataset, label: str) -> TaskName:
 
 def _not_found(what: str, flags: str, rows: Dataset) -> DataError:
     has = ", ".join(rows.column_names)
-    return DataError(f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}.")
+    return DataError(
+        f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}. Where these are data, "
+        "the file has no header line: give --column-names."
+    )

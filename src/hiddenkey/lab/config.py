@@ -13,6 +13,8 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "pol
 Dtype = Literal["float32", "bfloat16", "float16"]
 Keep = Literal["last", "best"]
 
+GENERATION_METRICS = ("bleu", "nist", "ter", "meteor", "rouge_l", "cider")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -101,6 +103,17 @@ class TrainConfig:
     seed: int = 0
     """Seed of the new weights, the order of the data and the drops."""
 
+    generation_metrics: tuple[str, ...] = ()
+    """Metrics of texts generated for the test prompts: bleu, nist, ter, and with Java meteor, rouge_l, cider."""
+    num_beams: int = 10
+    """Beams of the search; 1 = greedy."""
+    length_penalty: float = 0.9
+    """A beam's log-probability is divided by its number of tokens to this power."""
+    no_repeat_ngram: int = 4
+    """No generated text has the same run of so many tokens twice; 0 = allowed."""
+    max_new_tokens: int = 128
+    """Longest generated text in tokens."""
+
     keep: Keep = "last"
     """Which epoch's adapter is written: the last one's, or the best one's by `metric`."""
     metric: str = ""
@@ -139,6 +152,8 @@ class TrainConfig:
             raise ConfigError("prompt_column and completion_column come together: give both or neither.")
         if self.test_size and not self.test:
             raise ConfigError(f"test_size = {self.test_size} needs a test part: name it with test.")
+        if self.generation_metrics and not self.test:
+            raise ConfigError("generation_metrics need the prompts of a test part: name it with test.")
         if self.prompt_column and self.task in ("classification", "regression"):
             raise ConfigError(f"task {self.task!r} has text_columns and label_column, not prompt_column.")
 
@@ -201,21 +216,28 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
+_METRICS_ALLOWED = f"they are of {', '.join(GENERATION_METRICS)}"
+
 _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("model", "data", "out", "recipe"), (_filled, "it needs a value")),
     **dict.fromkeys(
-        ("lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "log_steps"),
+        (
+            *("lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"),
+            *("log_steps", "num_beams", "max_new_tokens"),
+        ),
         (_at_least_one, "it is a whole number of 1 or more"),
     ),
     **dict.fromkeys(
         (
             *("train_size", "eval_size", "test_size", "train_eval_size"),
-            *("max_steps", "patience", "save_steps", "seed", "data_seed"),
+            *("max_steps", "patience", "save_steps", "seed", "data_seed", "no_repeat_ngram"),
         ),
         (_not_negative, "it is a whole number of 0 or more"),
     ),
     **dict.fromkeys(("weight_decay", "warmup", "neftune_alpha"), (_not_negative, "it is 0 or more")),
     **dict.fromkeys(("learning_rate", "max_grad_norm"), (_positive, "it is more than 0")),
+    "length_penalty": (lambda value: -float("inf") < value < float("inf"), "it is a finite number"),
+    "generation_metrics": (lambda value: set(value) <= set(GENERATION_METRICS), _METRICS_ALLOWED),
     **dict.fromkeys(("lora_dropout", "label_smoothing"), (_share, "it is from 0 to below 1")),
     "max_length": (lambda value: value >= 2, "it is 2 tokens or more"),
     "validation_fraction": (lambda value: 0 < value < 1, "it is between 0 and 1, both excluded"),

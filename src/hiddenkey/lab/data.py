@@ -20,8 +20,9 @@ _SHOWN_ROWS = 10
 class Examples:
     """The parts with the same columns.
 
-    Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt` and
-    `completion`. `label_names` are the classes in the order of their numbers, empty for the other tasks.
+    Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt`,
+    `completion`, and `seen` where the rows say whether training has their kind. `label_names` are the classes in the
+    order of their numbers, empty for the other tasks.
     """
 
     task: TaskName
@@ -166,15 +167,21 @@ def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: st
 
 
 def _pairs(rows: Dataset, columns: Columns) -> Dataset:
-    prompts, completions = [], []
-    for prompt, completion in zip(rows[columns.texts[0]], rows[columns.label], strict=True):
-        text = _prompt(prompt)
+    named = {"prompt": columns.texts[0], "completion": columns.label, **_marks(rows)}
+    pairs: dict[str, list[Any]] = {name: [] for name in named}
+    for prompt, completion, *marks in zip(*(rows[column] for column in named.values()), strict=True):
         for target in completion if isinstance(completion, list) else [completion]:
-            prompts.append(text)
-            completions.append(str(target))
-    if not completions:
+            for name, value in zip(pairs, (_prompt(prompt), str(target), *marks), strict=True):
+                pairs[name].append(value)
+    if not pairs["completion"]:
         raise DataError(f"Every list in column {columns.label!r} is empty; every part needs completions.")
-    return Dataset.from_dict({"prompt": prompts, "completion": completions})
+    return Dataset.from_dict(pairs)
+
+
+def _marks(rows: Dataset) -> dict[str, str]:
+    # WebNLG's test part says of each entry whether training had its category.
+    feature = rows.features.get("seen")
+    return {"seen": "seen"} if getattr(feature, "dtype", "") == "bool" else {}
 
 
 def _prompt(value: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 from .config import TrainConfig
@@ -63,7 +62,12 @@ def choose_parts(there: dict[str, Places], config: TrainConfig) -> Parts:
     else:
         found = _of_kind("validation", there)
         validation = () if set(found) & set(test) else found
-    _require_apart({"training": train, "validation": validation, "test": test})
+    for part, places in (("training", train), ("validation", validation)):
+        if set(places) & set(test):
+            raise DataError(
+                f"test = {config.test!r} is the {part} part of {config.data} too; what is learnt from or chosen by "
+                "tells nothing about new data. Give another part or file."
+            )
     return Parts(train, validation, test)
 
 
@@ -82,14 +86,7 @@ def _of_kind(kind: str, there: dict[str, Places]) -> Places:
 
 
 def _names(there: dict[str, Places]) -> str:
-    return ", ".join(there) or f"no file ending in {_ENDINGS}"
-
-
-def _require_apart(parts: dict[str, Places]) -> None:
-    for (one, first), (other, second) in combinations(parts.items(), 2):
-        shared = sorted(set(first) & set(second))
-        if shared:
-            raise DataError(
-                f"{shared[0]} would be both the {one} part and the {other} part; what is learnt from or chosen by "
-                "tells nothing about new data. Give another part or file."
-            )
+    return (
+        ", ".join(Path(place).name for places in there.values() for place in places)
+        or f"no file ending in {_ENDINGS}"
+    )

@@ -26,6 +26,7 @@ from .checkpoints import is_last, last_checkpoint, unmark
 from .config import Keep, TrainConfig
 from .data import Examples, load_examples
 from .errors import LabError, RunError
+from .generation import Prompt, collect_prompts, generation_scores
 from .lock import hold
 from .models import load_model, load_tokenizer
 from .settings import training_arguments
@@ -45,6 +46,7 @@ class _Checked:
     train: Dataset
     validation: Dataset
     test: Dataset | None
+    prompts: list[Prompt]
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
@@ -83,7 +85,7 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     try:
         _fit(trainer, config, console)
         result = _last_record(result, checked, trainer)
-        result = replace(result, test=_test(result, checked, trainer, console))
+        result = replace(result, test=_test(config, result, checked, trainer, console))
     except LabError as error:
         with suppress(OSError):  # a full disk takes no note of it either
             write_result(replace(result, status="failed", failure=str(error)))
@@ -132,7 +134,8 @@ def _check(config: TrainConfig, recipe: Any) -> _Checked:
     test = None
     if examples.test is not None:
         test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
-    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test)
+    prompts = collect_prompts(config, examples.test, tokenizer, skeleton)
+    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test, prompts)
 
 
 def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
@@ -270,9 +273,15 @@ def _last_record(running: RunResult, checked: _Checked, trainer: Any) -> RunResu
     )
 
 
-def _test(result: RunResult, checked: _Checked, trainer: Any, console: Console) -> dict[str, dict[str, float]]:
+def _test(
+    config: TrainConfig, result: RunResult, checked: _Checked, trainer: Any, console: Console
+) -> dict[str, dict[str, float]]:
     if checked.test is None:
         return {}
     console.print(f"Testing on {len(checked.test)} rows.", highlight=False)
     steps: dict[Keep, int] = {"best": int(result.best["step"]), "last": int(result.last["step"])}
-    return final_scores(trainer, checked.test, steps, result.config["keep"])
+    found = final_scores(trainer, checked.test, steps, config.keep)
+    if checked.prompts:
+        console.print(f"Generating for {len(checked.prompts)} prompts.", highlight=False)
+        found[config.keep] |= generation_scores(trainer, checked.prompts, config)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from datasets.exceptions import DatasetGenerationError
 from .config import TrainConfig
 from .errors import DataError
 from .parts import FORMATS, Places, choose_parts, parts_of_folder
+
+# GLUE's CoLA files have no header line.
+_COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
+_COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
@@ -67,7 +72,7 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; training needs rows.")
     suffix = suffixes.pop()
-    options = _csv_options(suffix, config) if FORMATS[suffix] == "csv" else {}
+    options = _csv_options(files[0], config) if FORMATS[suffix] == "csv" else {}
     names = [str(file.resolve()) for file in files]
     try:
         return load_dataset(FORMATS[suffix], data_files={"train": names}, split="train", **options)
@@ -76,13 +81,16 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
         raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {error.__cause__ or error}") from error
 
 
-def _csv_options(suffix: str, config: TrainConfig) -> dict[str, Any]:
+def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
     # Words such as "null" and "NA" are texts; an empty field stays an empty text.
     options: dict[str, Any] = {"keep_default_na": False}
-    if suffix == ".tsv":
+    names = config.column_names
+    if file.suffix.lower() == ".tsv":
         options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    if config.column_names:
-        options["names"] = list(config.column_names)
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            names = names or (_COLA_COLUMNS if _COLA.fullmatch(lines.readline().rstrip("\n")) else ())
+    if names:
+        options["names"] = list(names)
     return options
 
 

@@ -82,6 +82,19 @@ class Completion:
         return {"nll": float(nll), "perplexity": _exp(float(nll)), "token_accuracy": float(right)}
 
 
+def prompt_ids(prompts: list[str], separator: str, tokenizer: Any) -> list[list[int]]:
+    """Token ids before the completion, as training sees them.
+
+    Some tokenizers join the separator with what follows, so they are read off a text that goes on.
+    """
+    ends = [len(prompt + separator) for prompt in prompts]
+    tokens = tokenizer([prompt + separator + "x" for prompt in prompts], return_offsets_mapping=True)
+    return [
+        ids[: next(i for i, (_, stop) in enumerate(offsets) if stop > end)]
+        for ids, offsets, end in zip(tokens["input_ids"], tokens["offset_mapping"], ends, strict=True)
+    ]
+
+
 def _row(
     ids: list[int], offsets: list[tuple[int, int]], boundary: int, end: int | None, max_length: int
 ) -> dict[str, list[int]]:

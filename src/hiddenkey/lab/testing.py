@@ -34,7 +34,7 @@ def final_scores(trainer: Any, rows: Dataset, steps: dict[Keep, int], keep: Keep
     for step in sorted(set(steps.values()), key=lambda step: step == steps[keep]):
         load_weights(trainer, step)
         found[step] = _metrics(trainer.predict(rows, metric_key_prefix="test").metrics)
-    return {name: found[step] for name, step in steps.items()}
+    return {name: dict(found[step]) for name, step in steps.items()}
 
 
 def _metrics(found: dict[str, float]) -> dict[str, float]:

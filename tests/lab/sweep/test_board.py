@@ -44,7 +44,7 @@ def test_a_run_is_taken_once(tmp_path: Path):
     plan = plan_of(tmp_path)
     one, two = board_of(plan, tmp_path, "one"), board_of(plan, tmp_path, "two")
     assert not two.ready()
-    assert one.queue({}) == plan.total == 8
+    assert one.open({}) == plan.total == 8
     assert two.ready()
     claims = [taken((one, two)[turn % 2]) for turn in range(8)]
     assert len({claim.run.id for claim in claims}) == 8
@@ -56,12 +56,12 @@ def test_a_run_is_taken_once(tmp_path: Path):
     assert one.finished()
     assert two.finished()
     assert [record.id for record in two.records()] == [s.run.id for g in plan.groups for s in g.slots if s.run]
-    assert one.queue({}) == 0
+    assert one.open({}) == 0
 
 
 def test_a_run_given_back_waits_again(tmp_path: Path):
     board = board_of(plan_of(tmp_path), tmp_path)
-    board.queue({})
+    board.open({})
     claim = taken(board)
     board.release(claim)
     assert taken(board) == claim
@@ -70,7 +70,7 @@ def test_a_run_given_back_waits_again(tmp_path: Path):
 def test_the_run_of_a_dead_worker_is_taken_over_and_comes_too_late_from_it(tmp_path: Path):
     plan = plan_of(tmp_path)
     dead, alive = board_of(plan, tmp_path, "dead"), board_of(plan, tmp_path, "alive")
-    dead.queue({})
+    dead.open({})
     claim = taken(dead)
     alive.bury("dead")
     again = taken(alive)
@@ -86,7 +86,7 @@ def test_the_run_of_a_dead_worker_is_taken_over_and_comes_too_late_from_it(tmp_p
 def test_a_silent_worker_counts_as_dead_and_one_that_beats_does_not(tmp_path: Path):
     plan = plan_of(tmp_path)
     silent, alive = board_of(plan, tmp_path, "silent"), board_of(plan, tmp_path, "alive")
-    alive.queue({})
+    alive.open({})
     lost, kept = taken(silent), taken(alive)
     for _ in range(7):
         time.sleep(0.85)
@@ -99,34 +99,34 @@ def test_a_silent_worker_counts_as_dead_and_one_that_beats_does_not(tmp_path: Pa
 def test_a_run_whose_workers_die_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(board_module, "DEATHS", 2)
     board = board_of(plan_of(tmp_path), tmp_path)
-    board.queue({})
+    board.open({})
     for _ in range(2):
         taken(board)
         board.bury("one")
     with pytest.raises(RunError, match="2 workers died"):
         board.take()
-    board.queue({})  # the command once more
+    board.open({})  # the command once more
     taken(board)
 
 
 def test_an_error_is_tried_three_times_and_a_mistake_once(tmp_path: Path):
     board = board_of(plan_of(tmp_path), tmp_path)
-    board.queue({})
+    board.open({})
     for _ in range(3):
         board.fail(taken(board), "the disk is full")
     with pytest.raises(RunError, match=r"failed 3 times(?s:.*)the disk is full"):
         board.take()
-    board.queue({})
+    board.open({})
     board.fail(taken(board), "no such column", final=True)
     with pytest.raises(RunError, match="no such column"):
         board.take()
 
 
-def test_what_a_kill_lost_between_two_steps_is_queued_again(tmp_path: Path):
+def test_what_a_kill_lost_between_two_steps_is_made(tmp_path: Path):
     board = board_of(plan_of(tmp_path), tmp_path)
-    board.queue({})
+    board.open({})
     claim = taken(board)
-    board._set(claim.trial, TrialState.FAIL)  # and killed before it was queued again
+    board._set(claim.trial, TrialState.FAIL)  # and killed before anything else
     assert claim.run.id in drain(board)
     assert board.finished()
 
@@ -134,10 +134,10 @@ def test_what_a_kill_lost_between_two_steps_is_queued_again(tmp_path: Path):
 def test_a_slot_queued_twice_is_made_once(tmp_path: Path):
     plan = plan_of(tmp_path)
     one, two = board_of(plan, tmp_path, "one"), board_of(plan, tmp_path, "two")
-    one.queue({})
+    one.open({})
     group = plan.groups[0]
     for slot in group.slots:
-        two._add(two._study(group), board_module._waiting(slot.key))
+        two._add(board_module._waiting(slot.key))
     ids = [taken(one).run.id, taken(two).run.id, *drain(one)]
     assert len(ids) == len(set(ids)) == plan.total
 
@@ -145,17 +145,17 @@ def test_a_slot_queued_twice_is_made_once(tmp_path: Path):
 def test_known_records_are_not_made_again(tmp_path: Path):
     plan = plan_of(tmp_path)
     first = board_of(plan, tmp_path)
-    first.queue({})
+    first.open({})
     drain(first)
     known = {record.id: record for record in first.records()}
     missing = known.pop(next(iter(known)))
     (tmp_path / "new").mkdir()
     board = board_of(plan, tmp_path / "new")
-    assert board.queue(known) == 1
+    assert board.open(known) == 1
     assert drain(board) == [missing.id]
     more = plan_of(tmp_path, axes={"seed": [1, 2, 3]})
     grown = board_of(more, tmp_path)
-    assert grown.queue({}) == 4
+    assert grown.open({}) == 4
     assert {record.axes["seed"] for record in grown.records()} == {1, 2}
 
 
@@ -164,10 +164,10 @@ def test_a_grid_that_grows_keeps_its_runs_and_counts_its_trials_anew(tmp_path: P
         return {"dropkey": {"recipe": "dropkey@{p}", "grid": {"p": rates}}}
 
     board = board_of(plan_of(tmp_path, methods=methods([0.1, 0.2]), axes=None), tmp_path)
-    board.queue({})
+    board.open({})
     drain(board)
     grown = board_of(plan_of(tmp_path, methods=methods([0.05, 0.1, 0.2]), axes=None), tmp_path)
-    assert grown.queue({}) == 1
+    assert grown.open({}) == 1
     drain(grown)
     assert [(record.trial, record.params["p"]) for record in grown.records()] == [(1, 0.05), (2, 0.1), (3, 0.2)]
 
@@ -175,7 +175,7 @@ def test_a_grid_that_grows_keeps_its_runs_and_counts_its_trials_anew(tmp_path: P
 def test_tpe_takes_one_trial_after_another_and_the_same_ones_again(tmp_path: Path):
     plan = plan_of(tmp_path, methods=RANGES, axes=None, search="tpe", trials=8)
     board = board_of(plan, tmp_path)
-    board.queue({})
+    board.open({})
     first, second = taken(board), taken(board)
     assert {first.run.method, second.run.method} == {"baseline", "dropkey"}
     assert board.take() is None
@@ -186,7 +186,7 @@ def test_tpe_takes_one_trial_after_another_and_the_same_ones_again(tmp_path: Pat
     (tmp_path / "new").mkdir()
     again = board_of(plan, tmp_path / "new")
     records = {record.id: record for record in board.records()}
-    assert again.queue({name: records[name] for name in list(records)[:5]}) == 11
+    assert again.open({name: records[name] for name in list(records)[:5]}) == 11
     assert set(drain(again)) == set(list(records)[5:])
     assert [record.trial for record in again.records()] == [*range(1, 9)] * 2
 
@@ -194,7 +194,7 @@ def test_tpe_takes_one_trial_after_another_and_the_same_ones_again(tmp_path: Pat
 def test_failed_runs_count_as_the_worst(tmp_path: Path):
     plan = plan_of(tmp_path, methods=RANGES, axes=None, search="tpe", trials=3)
     board = board_of(plan, tmp_path)
-    board.queue({})
+    board.open({})
     while (claim := board.take()) is not None:
         assert board.finish(claim, record_of(claim.run, status="failed"))
     assert board.finished()

@@ -42,7 +42,7 @@ def labour(plan: Plan, url: str, log: Path) -> None:
 def kill_at_random(plan: Plan, url: str, folder: Path, kills: int) -> tuple[Board, Counter[str]]:
     """Run a plan by four processes, of which `kills` are killed and replaced; the board, and how often each ran."""
     board = Board(plan, open_storage(url, GRACE), "watch")
-    board.queue({})
+    board.open({})
     log = folder / "made"
 
     def start() -> Any:

@@ -12,10 +12,12 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
 
+from hiddenkey.errors import UserError
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
 from hiddenkey.lab.lock import hold
 from hiddenkey.lab.run import train
@@ -24,12 +26,12 @@ from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
 from hiddenkey.lab.sweep.crew import Job, serve
 from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import Plan, make_plan
+from hiddenkey.lab.sweep.plan import Plan, Run, make_plan
 from hiddenkey.lab.sweep.record import RunRecord, read_record
 from hiddenkey.lab.sweep.run import sweep
 from hiddenkey.lab.sweep.storage import open_storage
 
-from .tools import GRACE, sweep_values, write_sweep
+from .tools import GRACE, record_of, sweep_values, write_sweep
 
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
 BASE = {"epochs": 1, "batch_size": 16, "max_length": 16, "train_eval_size": 0}
@@ -40,13 +42,19 @@ def base(bert: Path, sentences: Path) -> dict[str, Any]:
     return BASE | {"model": str(bert), "data": str(sentences)}
 
 
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that take no time, where what comes of them does not matter."""
+    monkeypatch.setattr(worker, "make_run", lambda run, console: record_of(run, accuracy=len(run.id) / 100))
+
+
 def here(path: Path, url: str = "") -> tuple[Job, Board]:
     """A sweep queued, and a board to watch it."""
     plan = make_plan(read_sweep(path))
     url = url or f"sqlite:///{plan.folder / 'sweep.db'}"
     plan.folder.mkdir(exist_ok=True)
     board = Board(plan, open_storage(url, GRACE), "watch")
-    board.queue({})
+    board.open({})
     return Job(plan, url, GRACE, 1), board
 
 
@@ -90,7 +98,7 @@ def kill_after(board: Board, runs: int) -> threading.Thread:
 
 
 def test_two_workers_of_which_one_is_killed(base: dict[str, Any], tmp_path: Path):
-    path = write_sweep(tmp_path, base=base | {"epochs": 3})
+    path = write_sweep(tmp_path, base=base | {"epochs": 2})
     _, board = here(path)
     killer = kill_after(board, 2)
     said = said_by(SweepConfig(str(path), workers=2, threads=1), tmp_path / "said")
@@ -112,6 +120,7 @@ def test_two_workers_of_which_one_is_killed(base: dict[str, Any], tmp_path: Path
     assert {file: file.stat().st_mtime_ns for file in out.rglob("runs/*.json")} == before
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_sweep_that_has_lost_its_database_or_its_records(base: dict[str, Any], tmp_path: Path):
     path = write_sweep(tmp_path, base=base, axes=None)
     work_here(path)
@@ -125,6 +134,7 @@ def test_a_sweep_that_has_lost_its_database_or_its_records(base: dict[str, Any],
     assert records_in(out) == records
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_changed_base_makes_other_runs_and_puts_the_old_ones_aside(base: dict[str, Any], tmp_path: Path):
     path = write_sweep(tmp_path, base=base, axes=None)
     first = {record.id for record in work_here(path).records()}
@@ -149,16 +159,14 @@ RANGES = {
 }
 
 
+@pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_searches(base: dict[str, Any], tmp_path: Path, search: str):
-    path = write_sweep(tmp_path, base=base, axes=None, methods=RANGES, search=search, trials=2)
+    path = write_sweep(tmp_path, base=base, axes=None, methods=RANGES, search=search, trials=7)
     work_here(path)
     records = records_in(tmp_path / "out")
     assert sorted((record.method, record.trial) for record in records.values()) == [
-        ("baseline", 1),
-        ("baseline", 2),
-        ("dropkey", 1),
-        ("dropkey", 2),
+        (method, trial) for method in ("baseline", "dropkey") for trial in range(1, 8)
     ]
     assert all(
         record.config["learning_rate"] == record.params["learning_rate"]
@@ -167,6 +175,7 @@ def test_searches(base: dict[str, Any], tmp_path: Path, search: str):
     )
 
 
+@pytest.mark.usefixtures("no_training")
 def test_two_folders_on_one_storage(base: dict[str, Any], tmp_path: Path):
     path, url = write_sweep(tmp_path, base=base, axes=None), f"sqlite:///{tmp_path / 'shared.db'}"
     job, board = here(path, url)
@@ -190,23 +199,26 @@ def test_an_error_is_tried_again_and_then_stops_the_sweep(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     tries: list[str] = []
-    real = worker.train
 
-    def full(config: Any, console: Any) -> Any:
-        tries.append(config.out)
+    def full(run: Run, console: Console) -> RunRecord:
+        tries.append(run.id)
         if len(tries) < 3:
             raise OSError(28, "No space left on device")
-        return real(config, console)
+        return record_of(run)
 
-    monkeypatch.setattr(worker, "train", full)
+    monkeypatch.setattr(worker, "make_run", full)
     path = write_sweep(tmp_path, base=base, axes=None)
     work_here(path)
     assert len(tries) == 6
     assert len(records_in(tmp_path / "out")) == 4
-    monkeypatch.setattr(worker, "train", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    write_sweep(tmp_path, base=base | {"lora_r": 2}, axes=None)
-    with pytest.raises(RunError, match=r"failed 3 times(?s:.*)No space left"):
-        work_here(path)
+    for error, said in (
+        (OSError(28, "No space left"), r"failed 3 times(?s:.*)No space left"),
+        (DataError("odd"), "odd"),
+    ):
+        monkeypatch.setattr(worker, "make_run", Mock(side_effect=error))
+        write_sweep(tmp_path, base=base | {"lora_r": 2}, axes=None)
+        with pytest.raises(UserError, match=said):
+            work_here(path)
 
 
 def test_mistakes_are_told_before_anything_runs(base: dict[str, Any], tmp_path: Path):
@@ -286,7 +298,7 @@ def test_a_hundred_runs_by_four_processes_killed_at_random(bert: Path, sentences
 def compare_with_a_quiet_sweep(path: Path, records: dict[str, RunRecord], folder: Path) -> None:
     plan: Plan = make_plan(read_sweep(path, out=str(folder / "quiet")))
     board = Board(plan, open_storage(f"sqlite:///{folder / 'quiet.db'}", GRACE), "quiet")
-    board.queue({})
+    board.open({})
     serve(Job(plan, f"sqlite:///{folder / 'quiet.db'}", GRACE, 1), Console(quiet=True))
     quiet = records_in(folder / "quiet")
     assert {name: results(record) for name, record in records.items()} == {

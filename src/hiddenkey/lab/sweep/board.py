@@ -1,17 +1,15 @@
 """What is to be done, who does it, and what came of it: the trials of a sweep in Optuna's storage.
 
-One study for each group, one trial for each attempt at a slot. Of the trials of a slot that wait or run, only the
-one with the lowest number counts, so that two processes that queue the same slot at the same moment do no harm.
+One study for a sweep, one trial for each attempt at a slot; a slot without a trial waits to be taken. Of the trials
+of a slot that wait or run, the one with the lowest number counts, so two workers may reach for it at the same moment.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import optuna
@@ -58,37 +56,38 @@ class Board:
         self.plan = plan
         self.worker = worker
         self._storage = storage
-        self._studies: dict[str, int] = {}
-        self._done: dict[str, list[RunRecord]] = {}
+        self._study: int | None = None
         self._looked = -math.inf
 
-    def queue(self, known: dict[str, RunRecord]) -> int:
-        """Queue every slot that has no trial; those whose record is `known`, by id, as done. Says how many wait.
+    def open(self, known: dict[str, RunRecord]) -> int:
+        """Make the sweep known to the storage, with the records that are `known`, by id; how many runs are to do.
 
         Runs that were given up get new attempts.
         """
-        waiting = 0
+        with suppress(DuplicatedStudyError):
+            insist(lambda: self._storage.create_new_study([StudyDirection.MINIMIZE], self.plan.name))
+        found = self._by_key()
+        to_do = 0
         for group in self.plan.groups:
-            study = self._study(group, make=True)
-            found = self._by_key(group)
+            records = _records(group, found)
             for slot in group.slots:
                 trials = found.get(slot.key, [])
                 if _is_done(trials):
                     continue
-                record = self._known(group, slot, known)
+                record = _known(group, slot, records, known)
                 if record is not None:
                     attributes = {"key": slot.key, "id": record.id, "record": record.to_dict()}
-                    self._add(study, create_trial(value=record.value, user_attrs=attributes))
+                    self._add(create_trial(value=record.value, user_attrs=attributes))
+                    records.append(record)
                     continue
-                waiting += 1
-                if not any(trial.state in _LIVE for trial in trials):
-                    self._add(study, _waiting(slot.key))
-        return waiting
+                to_do += 1
+                if trials and not any(trial.state in _LIVE for trial in trials):
+                    self._add(_waiting(slot.key))
+        return to_do
 
     def ready(self) -> bool:
-        """Whether the storage knows all groups of the plan."""
-        names = {study.study_name for study in insist(self._storage.get_all_studies)}
-        return all(group.name in names for group in self.plan.groups)
+        """Whether the storage knows the sweep."""
+        return any(study.study_name == self.plan.name for study in insist(self._storage.get_all_studies))
 
     def take(self) -> Claim | None:
         """The next run that waits, now ours; None where all are done or at work.
@@ -97,12 +96,12 @@ class Board:
             RunError: a run was given up after too many attempts.
         """
         self._look_for_dead()
-        for group in self._open():
-            trials = self._by_key(group)
+        trials = self._by_key()
+        for group in self.plan.groups:
             for slot in group.slots:
                 if _is_done(trials.get(slot.key, [])):
                     continue
-                claim = self._take(group, slot, trials.get(slot.key, []))
+                claim = self._take(group, slot, trials)
                 if claim is not None:
                     return claim
                 if group.ordered:
@@ -134,50 +133,41 @@ class Board:
 
     def bury(self, worker: str) -> None:
         """Take over what a worker was at that is known to be dead."""
-        for group in self._open():
-            for trial in self._trials(group):
-                if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker:
-                    self._set(trial._trial_id, TrialState.FAIL)
+        for trial in self._running():
+            if trial.user_attrs.get("worker") == worker:
+                self._set(trial._trial_id, TrialState.FAIL)
 
     def records(self) -> list[RunRecord]:
         """The records of all slots that are done, in the plan's order."""
-        return [record for group in self.plan.groups for record in self._records(group)]
+        trials = self._by_key()
+        return [record for group in self.plan.groups for record in _records(group, trials)]
 
     def busy(self) -> list[Busy]:
         """Who is at what."""
-        found = []
-        for group in self._open():
-            for trial in self._trials(group):
-                attributes = trial.user_attrs
-                if trial.state == TrialState.RUNNING and {"worker", "id", "since"} <= attributes.keys():
-                    found.append(Busy(attributes["worker"], attributes["id"], attributes["since"]))
-        return found
+        names = [field.name for field in fields(Busy)]
+        found = [{name: trial.user_attrs.get(name) for name in names} for trial in self._running()]
+        return [
+            Busy(**entry) for entry in found if None not in entry.values()
+        ]  # what has just begun says nothing yet
 
     def finished(self) -> bool:
         """Whether every slot is done."""
-        return len(self.records()) == self.plan.total
+        trials = self._by_key()
+        return all(_is_done(trials.get(slot.key, [])) for group in self.plan.groups for slot in group.slots)
 
-    def _open(self) -> Iterator[Group]:
-        return (group for group in self.plan.groups if len(self._records(group)) < len(group.slots))
-
-    def _records(self, group: Group) -> list[RunRecord]:
-        if group.name in self._done:
-            return self._done[group.name]
-        trials = self._by_key(group)
-        done = [slot for slot in group.slots if _is_done(trials.get(slot.key, []))]
-        records = [_record(slot, trials[slot.key]) for slot in done]
-        if len(records) == len(group.slots):
-            self._done[group.name] = records
-        return records
-
-    def _take(self, group: Group, slot: Slot, trials: list[FrozenTrial]) -> Claim | None:
+    def _take(self, group: Group, slot: Slot, found: dict[str, list[FrozenTrial]]) -> Claim | None:
+        trials = found.get(slot.key, [])
+        ours = None
         if not any(trial.state in _LIVE for trial in trials):
-            self._add(self._study(group), _again(slot, trials))
-            trials = self._by_key(group)[slot.key]
+            ours = self._add(_again(slot, trials))
+            trials = self._by_key()[slot.key]
         live = [trial for trial in trials if trial.state in _LIVE]
-        if _is_done(trials) or not live or live[0].state == TrialState.RUNNING:
+        number = live[0]._trial_id if live else None
+        if ours is not None and (number != ours or _is_done(trials)):
+            self._attribute(ours, "spare", True)  # another worker was quicker
+            self._set(ours, TrialState.FAIL)
+        if number is None or _is_done(trials) or live[0].state == TrialState.RUNNING:
             return None
-        number = live[0]._trial_id
         # Before the claim: a trial without a heartbeat would never be taken from a worker that dies at once.
         insist(lambda: self._storage.record_heartbeat(number))
         try:
@@ -185,54 +175,38 @@ class Board:
                 return None
         except UpdateFinishedTrialError:
             return None
-        run = slot.run or self._next(group, slot)
+        run = slot.run or _next(group, slot, _records(group, found))
         for name, value in {"worker": self.worker, "id": run.id, "since": time.time()}.items():
             self._attribute(number, name, value)
         return Claim(number, run)
-
-    def _next(self, group: Group, slot: Slot) -> Run:
-        earlier = [record for record in self._records(group) if record.trial < slot.trial]
-        space = group.method.space
-        history = [(typed(record.params), record.value) for record in earlier]
-        return group.run(slot.trial, draw_tpe(space, slot.trial, group.name, history))
-
-    def _known(self, group: Group, slot: Slot, known: dict[str, RunRecord]) -> RunRecord | None:
-        if slot.run is not None:
-            return known.get(slot.run.id)
-        earlier = self._records(group)
-        if len(earlier) < slot.trial - 1:
-            return None
-        return known.get(self._next(group, slot).id)
 
     def _look_for_dead(self) -> None:
         if time.monotonic() - self._looked < self._storage.get_heartbeat_interval():
             return
         self._looked = time.monotonic()
-        for group in self._open():
-            study = optuna.load_study(study_name=group.name, storage=self._storage)
-            with no_warnings():
-                insist(partial(fail_stale_trials, study))
+        study = optuna.load_study(study_name=self.plan.name, storage=self._storage)
+        with no_warnings():
+            insist(lambda: fail_stale_trials(study))
 
-    def _study(self, group: Group, make: bool = False) -> int:
-        if group.name not in self._studies:
-            if make:
-                with suppress(DuplicatedStudyError):
-                    insist(lambda: self._storage.create_new_study([StudyDirection.MINIMIZE], group.name))
-            self._studies[group.name] = insist(lambda: self._storage.get_study_id_from_name(group.name))
-        return self._studies[group.name]
+    def _running(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials() if trial.state == TrialState.RUNNING]
 
-    def _trials(self, group: Group) -> list[FrozenTrial]:
-        study = self._study(group)
-        return insist(lambda: self._storage.get_all_trials(study, deepcopy=False))
-
-    def _by_key(self, group: Group) -> dict[str, list[FrozenTrial]]:
+    def _by_key(self) -> dict[str, list[FrozenTrial]]:
         found: dict[str, list[FrozenTrial]] = {}
-        for trial in self._trials(group):
+        for trial in self._trials():
             found.setdefault(trial.user_attrs["key"], []).append(trial)
         return found
 
-    def _add(self, study: int, trial: FrozenTrial) -> None:
-        insist(lambda: self._storage.create_new_trial(study, template_trial=trial))
+    def _trials(self) -> list[FrozenTrial]:
+        return insist(lambda: self._storage.get_all_trials(self._number(), deepcopy=False))
+
+    def _add(self, trial: FrozenTrial) -> int:
+        return insist(lambda: self._storage.create_new_trial(self._number(), template_trial=trial))
+
+    def _number(self) -> int:
+        if self._study is None:
+            self._study = self._storage.get_study_id_from_name(self.plan.name)
+        return self._study
 
     def _attribute(self, trial: int, name: str, value: Any) -> None:
         try:
@@ -251,10 +225,31 @@ def _is_done(trials: list[FrozenTrial]) -> bool:
     return any(trial.state == TrialState.COMPLETE for trial in trials)
 
 
+def _records(group: Group, trials: dict[str, list[FrozenTrial]]) -> list[RunRecord]:
+    """The records of a group, in the order of its slots."""
+    done = [slot for slot in group.slots if _is_done(trials.get(slot.key, []))]
+    return [_record(slot, trials[slot.key]) for slot in done]
+
+
 def _record(slot: Slot, trials: list[FrozenTrial]) -> RunRecord:
     done = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
     # A grid that has grown counts its trials anew.
     return replace(make_record(done.user_attrs["record"]), trial=slot.trial)
+
+
+def _next(group: Group, slot: Slot, records: list[RunRecord]) -> Run:
+    """The run of a slot that the search fills, from the records of those before it."""
+    space = group.method.space
+    history = [(typed(record.params), record.value) for record in records if record.trial < slot.trial]
+    return group.run(slot.trial, draw_tpe(space, slot.trial, group.name, history))
+
+
+def _known(group: Group, slot: Slot, records: list[RunRecord], known: dict[str, RunRecord]) -> RunRecord | None:
+    if slot.run is not None:
+        return known.get(slot.run.id)
+    if not known or len(records) < slot.trial - 1:
+        return None
+    return known.get(_next(group, slot, records).id)
 
 
 def _waiting(key: str, deaths: int = 0, errors: int = 0) -> FrozenTrial:
@@ -263,10 +258,11 @@ def _waiting(key: str, deaths: int = 0, errors: int = 0) -> FrozenTrial:
 
 
 def _again(slot: Slot, trials: list[FrozenTrial]) -> FrozenTrial:
-    """A new attempt at a slot whose last one failed, or was lost while it was queued."""
-    if not trials:
+    """A first attempt at a slot, or a new one where the last has failed."""
+    earlier = [trial for trial in trials if not trial.user_attrs.get("spare")]
+    if not earlier:
         return _waiting(slot.key)
-    attributes = trials[-1].user_attrs
+    attributes = earlier[-1].user_attrs
     error = attributes.get("error")
     deaths = attributes.get("deaths", 0) + (error is None)
     errors = attributes.get("errors", 0) + (error is not None)

@@ -19,7 +19,7 @@ class SweepConfig:
     workers: int = 1
     """Processes on this machine, each with one run at a time."""
     worker: bool = False
-    """Be one worker of a sweep that was started elsewhere: queue nothing, work until all runs are done."""
+    """Be one worker of a sweep that was started elsewhere, until all runs are done."""
     storage: str = ""
     """Database that all machines share, such as postgresql+psycopg://user@host/db; none given: a file in `out`."""
     threads: int = 0

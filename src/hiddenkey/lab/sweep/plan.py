@@ -48,7 +48,7 @@ class Slot:
 class Group:
     """A method on one combination of axes: the trials among which one is chosen by validation.
 
-    `name` is unique in a storage that holds many sweeps, and another one when anything but the grid changes.
+    `name` is another one when anything but the grid changes.
     """
 
     sweep: SweepFile
@@ -65,9 +65,8 @@ class Group:
         }
         if self.ordered:
             shared["space"] = {name: repr(dimension) for name, dimension in self.method.space.items()}
-        digest = hashlib.sha256(json.dumps(shared, sort_keys=True, default=list).encode()).hexdigest()[:8]
         axes = " ".join(f"{name}={plain(value)}" for name, value in self.axes.items())
-        return " / ".join(filter(None, (self.sweep.name, self.method.name, axes, digest)))
+        return " / ".join(filter(None, (self.sweep.name, self.method.name, axes, _digest(shared))))
 
     @property
     def ordered(self) -> bool:
@@ -78,7 +77,7 @@ class Group:
     def slots(self) -> tuple[Slot, ...]:
         """Its trials, in order."""
         if self.ordered:
-            return tuple(Slot(f"trial {trial}", trial, None) for trial in range(1, self.sweep.trials + 1))
+            return tuple(Slot(f"{self.name} / {trial}", trial, None) for trial in range(1, self.sweep.trials + 1))
         runs = (self.run(trial, params) for trial, params in enumerate(self._settings(), 1))
         return tuple(Slot(run.id, run.trial, run) for run in runs)
 
@@ -126,6 +125,11 @@ class Plan:
 
     sweep: SweepFile
     groups: tuple[Group, ...]
+
+    @cached_property
+    def name(self) -> str:
+        """Its name in a storage that holds many sweeps; another base makes another name."""
+        return f"{self.sweep.name} / {_digest({'base': self.sweep.base, 'search': self.sweep.search})}"
 
     @property
     def folder(self) -> Path:
@@ -186,7 +190,11 @@ def _check_ids(groups: tuple[Group, ...]) -> None:
         for slot in group.slots:
             if slot.run is not None and slot.run.id in seen:
                 raise ConfigError(f"{slot.run.id} stands for two runs that are equal; take one of them out.")
-            seen.add(slot.key if slot.run is not None else f"{group.name} {slot.key}")
+            seen.add(slot.key)
+
+
+def _digest(values: Values) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _text(value: Any) -> str:

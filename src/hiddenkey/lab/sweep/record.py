@@ -19,6 +19,7 @@ from ..errors import RunError
 RUNS = "runs"
 OTHER = "other"
 WORK = "work"
+TEXTS = "texts"
 
 _DEFAULTS = {entry.name: entry.default for entry in fields(TrainConfig) if entry.default is not MISSING}
 _LONGEST_SLUG = 100

@@ -52,16 +52,16 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     plan = job.plan
     known = known_records(plan)
     board = Board(plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
-    waiting = board.queue(known)
+    to_do = board.open(known)
     bury_dead(board)
     _tidy(plan, board, known, console)
-    if not waiting:
+    if not to_do:
         _write(plan, board)
         _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
     _check(plan)
     print_plan(plan, console)
-    _say(console, f"{plan.total - waiting} of {plan.total} runs are done, {waiting} to go, {workers} at a time.")
+    _say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
     crew = Crew(job, workers, board)
     try:
         with terminated(), Display(plan, board, console) as display:

@@ -1,0 +1,136 @@
+"""Texts that a trained model writes for the test prompts, by greedy or beam search, and their metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+from .artifacts import GENERATIONS, write_text
+from .config import TrainConfig
+from .errors import ConfigError
+from .metrics.measure import measure, require_tools
+from .tasks_completion import prompt_ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One of the different prompts of the test part, with all its references."""
+
+    text: str
+    ids: list[int]
+    references: list[str]
+    seen: bool | None
+    """Whether training had prompts of its kind, where the data says so (WebNLG)."""
+
+
+def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, model: Any) -> list[Prompt]:
+    """What is to be generated for; empty where no metric of generated texts is asked for.
+
+    Raises:
+        ConfigError: the task has no prompts, a metric needs what is not installed, or a prompt with its text does not
+            fit into the model.
+    """
+    if not config.generation_metrics or rows is None:
+        return []
+    if "prompt" not in rows.column_names:
+        raise ConfigError("generation_metrics are for causal-lm data; leave them out.")
+    require_tools(config.generation_metrics)
+    references: dict[str, list[str]] = {}
+    for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
+        references.setdefault(prompt, []).append(completion)
+    seen = dict(zip(rows["prompt"], rows["seen"], strict=True)) if "seen" in rows.column_names else {}
+    ids = prompt_ids(list(references), config.separator, tokenizer)
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, ids)) + config.max_new_tokens
+    if room is not None and longest > room:
+        raise ConfigError(
+            f"The longest test prompt has {longest - config.max_new_tokens} tokens, with max_new_tokens = "
+            f"{config.max_new_tokens} that is more than the {room} that {config.model} takes; give fewer."
+        )
+    texts = zip(references.items(), ids, strict=True)
+    return [Prompt(text, tokens, several, seen.get(text)) for (text, several), tokens in texts]
+
+
+def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> dict[str, float]:
+    """Metrics of what the trainer's model generates; the texts go to `generations.jsonl`.
+
+    Where the prompts are marked as seen or unseen, every metric comes also as `bleu_seen`, `bleu_unseen`, ….
+    """
+    texts = generate(trainer, prompts, config)
+    lines = [_line(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    write_text(Path(config.out) / GENERATIONS, "".join(lines))
+    return measure(config.generation_metrics, texts, [prompt.references for prompt in prompts], _groups(prompts))
+
+
+def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[str]:
+    """One text per prompt, in their order: without drops, in one line, special tokens left out."""
+    tokenizer, model = trainer.processing_class, trainer.model.get_base_model()
+    trainer.model.eval()
+    theirs, model.generation_config = model.generation_config, _settings(config, tokenizer)
+    texts: dict[int, str] = {}
+    try:
+        for numbers in _batches(prompts, max(1, config.eval_batch_size // config.num_beams)):
+            rows = [{"input_ids": prompts[i].ids} for i in numbers]
+            batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+            start = batch["input_ids"].shape[1]
+            with torch.no_grad(), trainer.accelerator.autocast():
+                ids = model.generate(**batch, logits_processor=_processors(config.no_repeat_ngram, start))
+            written = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+            texts |= {i: " ".join(text.split()) for i, text in zip(numbers, written, strict=True)}
+    finally:
+        model.generation_config = theirs
+    return [texts[i] for i in range(len(prompts))]
+
+
+class _NoRepeat(NoRepeatNGramLogitsProcessor):
+    """No n-gram twice in what is generated; transformers' own also forbids those of the prompt, such as names."""
+
+    def __init__(self, size: int, start: int) -> None:
+        super().__init__(size)
+        self.start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return super().__call__(input_ids[:, self.start :], scores)
+
+
+def _processors(size: int, start: int) -> LogitsProcessorList:
+    return LogitsProcessorList([_NoRepeat(size, start)] if size else [])
+
+
+def _settings(config: TrainConfig, tokenizer: Any) -> GenerationConfig:
+    """Ours alone: what a published model brings along, such as sampling, is not used."""
+    beams = {"num_beams": config.num_beams, "length_penalty": config.length_penalty} if config.num_beams > 1 else {}
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **beams,
+    )
+
+
+def _batches(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    for first in range(0, len(by_length), size):
+        yield by_length[first : first + size]
+
+
+def _groups(prompts: list[Prompt]) -> dict[str, list[int]]:
+    everything = list(range(len(prompts)))
+    seen, unseen = ([i for i in everything if prompts[i].seen is truth] for truth in (True, False))
+    return {"": everything} | ({"_seen": seen} if seen else {}) | ({"_unseen": unseen} if unseen else {})
+
+
+def _line(prompt: Prompt, text: str) -> str:
+    row: dict[str, Any] = {"prompt": prompt.text, "generated": text, "references": prompt.references}
+    if prompt.seen is not None:
+        row["seen"] = prompt.seen
+    return json.dumps(row, ensure_ascii=False) + "\n"
