@@ -34,8 +34,8 @@ def cost_table(tasks: Sequence[Task]) -> Table:
     rows = [[f"`{method}`", *(shown.get((task.name, method), words.NOT_RUN) for task in tasks)] for method in methods]
     headings = ("method", *(f"{task.label} ({task.model})" for task in tasks))
     note = (
-        "Median optimiser step over the baseline's; in brackets the median seconds of a whole run, evaluation "
-        "included. " + ROUGH
+        "Optimiser step over the baseline's, each the 20th percentile of the steps of the least disturbed run; in "
+        "brackets the median seconds of a whole run, evaluation and waiting included. " + ROUGH
     )
     return Table("cost", "Step time and seconds per run", headings, rows, data, note, long=True)
 
@@ -49,7 +49,7 @@ def _cost(task: Task, method: str) -> dict[str, Any]:
         "method": method,
         "runs": len(runs),
         "median_seconds": machine.rounded(statistics.median(run.seconds for run in runs)) if runs else None,
-        "median_step_seconds": machine.rounded(step_seconds(groups)),
+        "step_seconds": machine.rounded(step_seconds(groups)),
         "step_time_ratio": machine.rounded(step_ratio(task, method)),
     }
 

@@ -60,7 +60,7 @@ def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
     items += [*_best(pool), *_stopped(pool)]
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, HIDDENKEY)) is not None]
     if ratios:
-        items.append(f"A step of `{HIDDENKEY}` takes {sum(ratios) / len(ratios):.2f} times the baseline's.")
+        items.append(f"A step of `{HIDDENKEY}` takes {sum(ratios) / len(ratios):.2f} times the baseline's, roughly.")
     return [*items, claims_table.count(found)]
 
 
@@ -74,6 +74,8 @@ def _best(pool: Pool) -> list[str]:
     if len(ranked) < 2:
         return []
     _, method, change, p = max(ranked, key=lambda row: row[0])
+    if p is None:
+        return []
     return [
         f"Best of {words.plural(len(ranked), 'method')} of Table 1 is `{method}`: {words.difference(change)} points, "
         f"n = {change.n}, {words.p_equals(p)} after Holm's correction over them. It was picked after the fact, which "

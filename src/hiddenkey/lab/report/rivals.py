@@ -108,7 +108,7 @@ def equal_time(pool: Pool) -> Table:
     note = (
         "Validation metric in points, for each seed the best over trials and epochs, so it flatters both sides "
         "alike; the test part was looked at for whole runs alone. In the baseline's time: only epochs (to the "
-        "nearest) that the method finishes while the baseline trains, by the ratio of median step times; its "
+        "nearest) that the method finishes while the baseline trains, by the ratio of step times; its "
         "learning rate still falls over all epochs. Runs were made side by side on shared cores, so times are rough."
     )
     return Table("equal-time", "At equal training time", headings, rows, data, note, long=True)
