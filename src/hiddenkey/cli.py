@@ -20,7 +20,7 @@ USER_ERROR = 2
 FOUND_WRONG = 1
 LAB_EXTRA = (
     *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
-    *("optuna", "sqlalchemy"),
+    *("optuna", "sqlalchemy", "jinja2", "markdown_it"),
 )
 
 HEADS = {
@@ -66,6 +66,16 @@ class DoctorCommand:
     """Print the findings as JSON."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Write tables, figures and a page from the runs of sweeps: `hiddenkey report results/study --out docs`."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of sweeps, or folders above them; every runs/*.json below them is read."""
+    out: str = "docs"
+    """Where results.md, results.html and the folder results of tables and figures are written."""
 
 
 def run_train(config: TrainConfig) -> None:
@@ -134,12 +144,22 @@ def run_sweep(config: SweepConfig) -> None:
     sweep(config)
 
 
+def run_report(command: ReportCommand) -> None:
+    """Write the report and say where it is."""
+    if not command.folders:
+        raise hiddenkey.UserError("report needs a folder of runs: hiddenkey report results/study --out docs")
+    from .lab.report.write import write_report
+
+    print(write_report(command.folders, command.out))
+
+
 RUNNERS: dict[type, Callable[[Any], None]] = {
     TrainConfig: run_train,
     PlanCommand: run_plan,
     DoctorCommand: run_doctor,
     BenchConfig: run_bench,
     SweepConfig: run_sweep,
+    ReportCommand: run_report,
 }
 
 
@@ -180,6 +200,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
+        | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     )
     return tyro.cli(
         commands,

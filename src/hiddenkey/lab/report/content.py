@@ -1,0 +1,57 @@
+"""The report from its tasks: which section holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import claims_table, conditions, costs, figures, generation, headline, rivals, runs, small_tables, table1
+from .blocks import Block, Report, Section, Text
+from .machine import slug
+from .pool import Pool, findings, pools
+from .study import Task
+
+HOW = (
+    "Every method, the baseline included, had the same number of trials. For each seed the trial and the epoch were "
+    "chosen on a validation part cut from the training data; the test part was looked at once, after training. Seeds "
+    "were fixed beforehand and are shared by all methods, so differences are paired. Intervals are Student's 95 % "
+    "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests "
+    "cannot give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other "
+    "seeds, not of other tasks."
+)
+
+
+def make_report(tasks: Sequence[Task]) -> Report:
+    """All sections, in the order in which a reader asks."""
+    found = pools(tasks)
+    main = found[0] if found else None
+    claims = findings(main)
+    sections = [
+        Section("Does it help?", headline.blocks(main, claims)),
+        Section("Claims", claims_table.blocks(claims, main)),
+        Section("Table 1", _table1(found)),
+        Section("Rate, rank and training", [*_figures(found), *conditions.blocks(tasks)]),
+        Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
+        Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
+        Section("Cost", costs.blocks(tasks)),
+        Section("How it was done", [Text(HOW), *runs.blocks(tasks)]),
+    ]
+    return Report("Results: dropout in LoRA fine-tuning", sections)
+
+
+def _table1(found: Sequence[Pool]) -> list[Block]:
+    blocks: list[Block] = []
+    for place, pool in enumerate(found):
+        blocks += table1.blocks(pool, _suffix(place, pool))
+    return [*(blocks or [Text("Not run.")]), table1.misprints(), table1.paper_table()]
+
+
+def _figures(found: Sequence[Pool]) -> list[Block]:
+    blocks: list[Block] = []
+    for place, pool in enumerate(found):
+        suffix = _suffix(place, pool)
+        blocks += [*figures.rates(pool, suffix), *figures.ranks(pool, suffix), *figures.training(pool.tasks)]
+    return blocks or [Text("Not run.")]
+
+
+def _suffix(place: int, pool: Pool) -> str:
+    return f"-{slug(pool.model)}" if place else ""

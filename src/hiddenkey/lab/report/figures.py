@@ -1,0 +1,134 @@
+"""The figures of the paper, drawn anew: 4 (rates), 5 (ranks), 6 (training), and the gains with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import drawing, words
+from .blocks import Block, Figure, Figures, Text
+from .curves import Curve, Part, dynamics, level, rank_curves, rate_curves
+from .machine import slug
+from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVALS, TABLE1, gap
+from .pool import Pool, against
+from .statistics import Summary
+from .study import Task
+from .style import LAST
+
+TRAINED = (BASELINE, "dropkey column", "hiddencut element", HIDDENKEY_MINUS, HIDDENKEY)
+WHISKERS = "Mean and sd over seeds; differences are paired, so surer than the sd suggests."
+
+
+def gains(pool: Pool, suffix: str = "") -> list[Block]:
+    """Every method's gain over the baseline."""
+    names = [method for method in (*METHODS, *RIVALS) if method != BASELINE]
+    found = [(method, pooled) for method, pooled, _ in against(pool, BASELINE, names) if pooled.values]
+    if not found:
+        return []
+    rows = [
+        (method, pooled.difference, gap(method, BASELINE) if method in TABLE1 else None) for method, pooled in found
+    ]
+    shown = [(method, change, printed) for method, change, printed in rows if change is not None]
+    title = f"{_mean_of([task.label for task in pool.tasks])}: gain over the baseline ({pool.model})"
+    alt = f"{title}, in points, with 95 % intervals. " + "; ".join(
+        f"{method} {words.difference(change)}" for method, change, _ in shown
+    )
+    svg = drawing.forest(shown, "points over the baseline")
+    return [Figures([Figure(f"gains{suffix}", title, alt + ".", svg)], "The paper's gains are RoBERTa-large's.")]
+
+
+def rates(pool: Pool, suffix: str = "") -> list[Block]:
+    """Fig. 4: the mean over tasks, then each task."""
+    if not rate_curves(pool.tasks, "validation") and len(pool.tasks) == 1:
+        return [Text(f"Metric against rate: {words.NOT_RUN}.")]
+    found: list[Block] = []
+    if len(pool.tasks) > 1:
+        found += [_rate_pair(pool.tasks, f"rates{suffix}", long=False)]
+    return found + [_rate_pair([task], f"rates-{slug(task.name)}", long=len(pool.tasks) > 1) for task in pool.tasks]
+
+
+def ranks(pool: Pool, suffix: str = "") -> list[Block]:
+    """Fig. 5: the tasks that have ranks."""
+    tasks = [task for task in pool.tasks if rank_curves([task], "best")]
+    if not tasks:
+        return [Text(f"Metric against rank: {words.NOT_RUN}.")]
+    figures = [_rank_figure([task], f"ranks-{slug(task.name)}") for task in tasks]
+    if len(tasks) > 1 and rank_curves(tasks, "best"):
+        return [
+            Figures([_rank_figure(tasks, f"ranks{suffix}")], WHISKERS),
+            Figures(figures, WHISKERS, title="Metric against rank, each task", long=True),
+        ]
+    return [Figures(figures, WHISKERS)]
+
+
+def training(tasks: Sequence[Task]) -> list[Block]:
+    """Fig. 6: training loss and validation metric over the epochs, for the chosen trials."""
+    found: list[Block] = []
+    for place, task in enumerate(tasks):
+        shown, figures = task.validation_metric, []
+        parts = (
+            ("train_loss", "training loss, without drops", 1.0),
+            (f"validation_{shown.name}", f"validation {shown.label}", shown.scale),
+        )
+        for column, label, scale in parts:
+            curves = dynamics(task, TRAINED, column, scale)
+            if curves:
+                title = f"{task.label}: {label}"
+                svg = drawing.lines(curves, "epoch", label, band=True)
+                figures.append(
+                    Figure(
+                        f"training-{slug(task.name)}-{slug(column)}", title, _alt(title, curves, 2, ends=True), svg
+                    )
+                )
+        if figures:
+            found.append(
+                Figures(
+                    figures,
+                    "Mean and sd over seeds, of the trials that validation chose.",
+                    f"Training on {task.label}",
+                    long=place > 0,
+                )
+            )
+    return found or [Text(f"Training over epochs: {words.NOT_RUN}.")]
+
+
+def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
+    parts: tuple[Part, Part] = ("validation", "test")
+    where, several, figures = _mean_of([task.label for task in tasks]), len(tasks) > 1, []
+    for part in parts:
+        curves, baseline = rate_curves(tasks, part), level(tasks, BASELINE, part)
+        if curves:
+            metric = (tasks[0].metric if part == "test" else tasks[0].validation_metric).label
+            title = f"{where}: {part} {'metric' if several else metric} against rate"
+            first = f"Baseline {_point(baseline, 2)}. " if baseline else ""
+            svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {metric}")
+            figures.append(Figure(f"{name}-{part}", title, f"{title}. {first}{_alt('', curves, 2)}", svg))
+    if not figures:
+        return Text(f"{where}: metric against rate: {words.NOT_RUN}.")
+    note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd."
+    return Figures(figures, note, f"{where}: metric against rate", long)
+
+
+def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:
+    last = [Curve(LAST, curve.points) for curve in rank_curves(tasks, "last") if curve.method == BASELINE]
+    curves = [*rank_curves(tasks, "best"), *last]
+    title = f"{_mean_of([task.label for task in tasks])}: test metric against the rank of LoRA"
+    svg = drawing.lines(
+        curves, "rank of LoRA", "points" if len(tasks) > 1 else f"test {tasks[0].metric.label}", powers=True
+    )
+    return Figure(name, title, _alt(title, curves, 2), svg)
+
+
+def _alt(title: str, curves: Sequence[Curve], digits: int, ends: bool = False) -> str:
+    parts = []
+    for curve in curves:
+        points = curve.points if not ends or len(curve.points) < 3 else (curve.points[0], curve.points[-1])
+        parts.append(f"{curve.method}: " + ", ".join(f"{x:g}: {_point(found, digits)}" for x, found in points))
+    return (f"{title}. " if title else "") + "; ".join(parts) + "."
+
+
+def _point(found: Summary | None, digits: int) -> str:
+    return words.mean_sd(found, digits)
+
+
+def _mean_of(labels: Sequence[str]) -> str:
+    return labels[0] if len(labels) == 1 else f"Mean of {len(labels)} tasks"

@@ -1,0 +1,93 @@
+"""The first screen: does it help, by how much, how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import claims_table, figures, words
+from .blocks import Block, Bullets, Text
+from .budget import step_ratio
+from .claims import refuting
+from .paper import BASELINE, HIDDENKEY, METHODS
+from .pool import Finding, Pool, against
+from .statistics import Difference
+
+
+def blocks(pool: Pool | None, found: Sequence[Finding]) -> list[Block]:
+    """The answer, what qualifies it, and the gains of all methods in one figure."""
+    if pool is None:
+        return [Text("No classification or regression task was run, so the main question is open.", lead=True)]
+    main = next(finding for finding in found if finding.claim.main)
+    return [Text(_answer(main, pool), lead=True), Bullets(_context(main, pool, found)), *figures.gains(pool)]
+
+
+def _answer(main: Finding, pool: Pool) -> str:
+    change = main.difference
+    if change is None:
+        return f"`{HIDDENKEY}` against LoRA alone: {words.NOT_RUN}."
+    over = f"{words.plural(len(main.tasks), 'task')} ({', '.join(main.tasks)})"
+    where = f"the mean over {over}" if len(main.tasks) > 1 else over
+    shown, tests = f"{words.signed(change.mean)} points", f"n = {words.plural(change.n, 'seed')}"
+    if change.low is not None:
+        shown = f"{words.difference(change)} points"
+        tests = f"95 % interval, {tests}, {words.p_equals(change.p)}, after Holm's correction over all claims "
+        tests += words.p_equals(main.adjusted)
+    return (
+        f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, both tuned with the "
+        f"same number of trials: **{shown}** ({tests})."
+    )
+
+
+def _verdict(main: Finding, change: Difference) -> str:
+    if change.low is None or change.high is None:
+        return "Whether HiddenKey helps is undecided: one seed cannot tell."
+    if main.verdict == "replicated":
+        return "HiddenKey helps."
+    if main.verdict == "not replicated" and change.high < 0:
+        return "HiddenKey does harm here."
+    if main.verdict == "not replicated":
+        return f"HiddenKey does not help here: a gain of {refuting(main.claim):g} points is ruled out."
+    if change.low > 0:
+        return "HiddenKey seems to help, but not surely after correction for all claims."
+    return "Whether HiddenKey helps is undecided."
+
+
+def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
+    printed = words.signed(main.claim.paper_gap)
+    items = [
+        f"The paper reports {printed} points, with RoBERTa-large on four tasks and rates chosen on the test set."
+    ]
+    items += [*_best(pool), *_stopped(pool)]
+    ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, HIDDENKEY)) is not None]
+    if ratios:
+        items.append(f"A step of `{HIDDENKEY}` takes {sum(ratios) / len(ratios):.2f} times the baseline's, roughly.")
+    return [*items, claims_table.count(found)]
+
+
+def _best(pool: Pool) -> list[str]:
+    names = [method for method in METHODS if method != BASELINE]
+    ranked = [
+        (pooled.difference.mean, method, pooled.difference, p)
+        for method, pooled, p in against(pool, BASELINE, names)
+        if pooled.difference and len(pooled.tasks) == len(pool.tasks)
+    ]
+    if len(ranked) < 2:
+        return []
+    _, method, change, p = max(ranked, key=lambda row: row[0])
+    if p is None:
+        return []
+    return [
+        f"Best of {words.plural(len(ranked), 'method')} of Table 1 is `{method}`: {words.difference(change)} points, "
+        f"n = {change.n}, {words.p_equals(p)} after Holm's correction over them. It was picked after the fact, which "
+        "flatters its gain."
+    ]
+
+
+def _stopped(pool: Pool) -> list[str]:
+    found = pool.compare(BASELINE, BASELINE, "best", "last").difference
+    if found is None:
+        return []
+    return [
+        f"The baseline's best epoch lies {words.difference(found)} points over its last one, n = {found.n}: so much "
+        "is early stopping worth, which every method here has."
+    ]

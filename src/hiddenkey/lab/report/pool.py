@@ -1,0 +1,137 @@
+"""Several tasks as one: averages over tasks for every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from .claims import CLAIMS, Claim, Verdict, verdict
+from .metrics import metric
+from .paper import BASELINE, rank_of
+from .statistics import Difference, Seed, Values, average, describe, holm
+from .study import Condition, Task, When
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The classification and regression tasks of one model whose results are in points: Table 1's kind."""
+
+    tasks: tuple[Task, ...]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.tasks[0].model
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods, in the order of Table 1."""
+        return sorted({method for task in self.tasks for method in task.methods}, key=rank_of)
+
+    def averages(self, method: str, when: When = "best") -> dict[Seed, float]:
+        """Mean over all tasks by seed; empty where a task lacks the method."""
+        return average([task.values(method, when) for task in self.tasks])
+
+    def compare(self, first: str, second: str, when: When = "best", second_when: When | None = None) -> Pooled:
+        """First minus second, positive where the first is better."""
+        return self.over(lambda task: differences(task, first, second, when, second_when))
+
+    def over(self, find: Callable[[Task], Values]) -> Pooled:
+        """Average over the tasks for which differences are found."""
+        found = [(task, values) for task in self.tasks if (values := find(task))]
+        return Pooled(tuple(task.label for task, _ in found), average([values for _, values in found]))
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Differences by seed, each an average over tasks."""
+
+    tasks: tuple[str, ...]
+    values: dict[Seed, float]
+
+    @property
+    def difference(self) -> Difference | None:
+        """With its interval; None where nothing was run."""
+        return describe(list(self.values.values()))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim and what was found."""
+
+    claim: Claim
+    """Of several pairs those alone that were run; all where none was."""
+    partly: bool
+    """Whether some of its pairs were not run."""
+    tasks: tuple[str, ...]
+    difference: Difference | None
+    adjusted: float | None
+    """p-value after Holm's correction over all claims that were run."""
+    verdict: Verdict
+
+
+def differences(
+    task: Task,
+    first: str,
+    second: str,
+    when: When = "best",
+    second_when: When | None = None,
+    name: str = "",
+    condition: Condition | None = None,
+) -> dict[Seed, float]:
+    """First minus second by seed, turned so that positive is better."""
+    lower = (metric(name) if name else task.metric).lower_is_better
+    one = task.values(first, when, name, condition)
+    other = task.values(second, second_when or when, name, condition)
+    sign = -1.0 if lower else 1.0
+    return {seed: sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())}
+
+
+def pools(tasks: Sequence[Task]) -> list[Pool]:
+    """One pool for each model; the one with most runs first."""
+    fit = [task for task in tasks if not task.generation and task.metric.in_points]
+    models = {task.model: Pool(tuple(other for other in fit if other.model == task.model)) for task in fit}
+    return sorted(models.values(), key=lambda pool: -sum(len(task.records) for task in pool.tasks))
+
+
+def against(pool: Pool, reference: str, methods: Sequence[str]) -> list[tuple[str, Pooled, float | None]]:
+    """Each method minus the reference, with p-values after Holm's correction over these methods."""
+    found = [(method, pool.compare(method, reference)) for method in methods]
+    ps = [pooled.difference.p if pooled.difference else None for _, pooled in found]
+    return [(method, pooled, p) for (method, pooled), p in zip(found, holm(ps), strict=True)]
+
+
+def findings(pool: Pool | None) -> list[Finding]:
+    """Every claim with its verdict."""
+    claims = [_as_run(pool, claim) for claim in CLAIMS]
+    found = [_measure(pool, claim) for claim in claims]
+    changes = [pooled.difference for pooled in found]
+    adjusted = holm([change.p if change else None for change in changes])
+    return [
+        Finding(claim, claim != whole, pooled.tasks, change, p, verdict(claim, change, p))
+        for whole, claim, pooled, change, p in zip(CLAIMS, claims, found, changes, adjusted, strict=True)
+    ]
+
+
+def _as_run(pool: Pool | None, claim: Claim) -> Claim:
+    tasks = pool.tasks if pool else ()
+    run = tuple(pair for pair in claim.pairs if any(set(pair) <= set(task.methods) for task in tasks))
+    return replace(claim, pairs=run) if run else claim
+
+
+def _measure(pool: Pool | None, claim: Claim) -> Pooled:
+    if pool is None:
+        return Pooled((), {})
+    if claim.source == "rank":
+        return pool.over(_rank_differences)
+    if claim.source == "epochs":
+        return pool.compare(BASELINE, BASELINE, "best", "last")
+    return pool.over(lambda task: average([found for pair in claim.pairs if (found := differences(task, *pair))]))
+
+
+def _rank_differences(task: Task) -> dict[Seed, float]:
+    ranks = task.ranks(BASELINE)
+    if 8 not in ranks or max(ranks) == 8:
+        return {}
+    one, other = (task.values(BASELINE, condition=ranks[rank]) for rank in (8, max(ranks)))
+    return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}

@@ -1,0 +1,137 @@
+"""What reviewers would ask: rivals, early stopping, equal time, values chosen on another task."""
+
+from __future__ import annotations
+
+from . import machine, words
+from .blocks import Block, Table, Text
+from .budget import within_budget
+from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVAL_NOTES, RIVALS
+from .pool import Pool, against
+from .statistics import Difference, holm
+from .study import When
+from .transfer import transfer_table, transfer_words
+
+# First and second: method and epoch.
+EPOCHS: tuple[tuple[tuple[str, When], tuple[str, When]], ...] = (
+    ((BASELINE, "best"), (BASELINE, "last")),
+    ((HIDDENKEY_MINUS, "last"), (BASELINE, "last")),
+    ((HIDDENKEY, "last"), (BASELINE, "last")),
+    ((HIDDENKEY_MINUS, "last"), (BASELINE, "best")),
+    ((HIDDENKEY, "last"), (BASELINE, "best")),
+    ((HIDDENKEY_MINUS, "best"), (BASELINE, "best")),
+    ((HIDDENKEY, "best"), (BASELINE, "best")),
+)
+
+
+def blocks(pool: Pool) -> list[Block]:
+    """Four tables; the long ones with what they say of HiddenKey."""
+    found: list[Block] = [rivals_table(pool), early_stopping(pool), _in_time(pool), equal_time(pool)]
+    if len(pool.tasks) == 1:
+        return [*found, Text(f"Values chosen on another task: {words.NOT_RUN}; it takes two tasks.")]
+    return [*found, transfer_words(pool), transfer_table(pool)]
+
+
+def rivals_table(pool: Pool) -> Table:
+    """Each rival against the baseline, and HiddenKey against each rival."""
+    gains = {method: (pooled, p) for method, pooled, p in against(pool, BASELINE, RIVALS)}
+    leads = [pool.compare(HIDDENKEY, method) for method in RIVALS]
+    adjusted = holm([lead.difference.p if lead.difference else None for lead in leads])
+    rows, data = [], []
+    for method, lead, lead_p in zip(RIVALS, leads, adjusted, strict=True):
+        pooled, p = gains[method]
+        rows.append(
+            [f"`{method}`: {RIVAL_NOTES[method]}", *_cells(pooled.difference, p), *_cells(lead.difference, lead_p)]
+        )
+        numbers = machine.gain(pooled.difference, p)
+        ours = {f"hiddenkey_{name}": value for name, value in machine.gain(lead.difference, lead_p).items()}
+        data.append({"method": method, "tasks": " ".join(pooled.tasks)} | numbers | ours)
+    headings = (
+        "rival",
+        "gain over baseline [95 %]",
+        "n",
+        "p (Holm)",
+        "`hiddenkey` over the rival [95 %]",
+        "n",
+        "p (Holm)",
+    )
+    note = (
+        "Points, mean over tasks, paired over seeds; every rival was tuned like the methods. Holm's correction over "
+        "the rivals that were run, for either comparison apart."
+    )
+    return Table("rivals", "Rivals", headings, rows, data, note)
+
+
+def early_stopping(pool: Pool) -> Table:
+    """Early stopping against drops, with and without each other."""
+    found = [pool.compare(first, second, one, other) for (first, one), (second, other) in EPOCHS]
+    adjusted = holm([pooled.difference.p if pooled.difference else None for pooled in found])
+    rows, data = [], []
+    for pair, pooled, p in zip(EPOCHS, found, adjusted, strict=True):
+        first, second = (f"{method}, {when} epoch" for method, when in pair)
+        rows.append(
+            [
+                f"`{pair[0][0]}`, {pair[0][1]} epoch",
+                f"`{pair[1][0]}`, {pair[1][1]} epoch",
+                *_cells(pooled.difference, p),
+            ]
+        )
+        data.append({"first": first, "second": second} | machine.gain(pooled.difference, p))
+    headings = ("first", "second", "first minus second [95 %]", "n", "p (Holm)")
+    note = (
+        "Last epoch: the trial is chosen by the validation metric of its last epoch, as one who does not stop early "
+        "would. Best epoch: by that of its best epoch, as everywhere else in this report."
+    )
+    return Table("early-stopping", "Early stopping as a rival", headings, rows, data, note)
+
+
+def equal_time(pool: Pool) -> Table:
+    """The best validation metric that a method reaches in the baseline's training time."""
+    names = [method for method in (*METHODS, *RIVALS) if method != BASELINE and method in pool.methods]
+    found = [(method, *within_budget(pool, method)) for method in names]
+    adjusted = holm([budgeted.difference.p if budgeted.difference else None for _, _, _, budgeted in found])
+    rows, data = [], []
+    for (method, ratio, whole, budgeted), p in zip(found, adjusted, strict=True):
+        full = whole.difference
+        rows.append([f"`{method}`", _ratio(ratio), words.difference(full), *_cells(budgeted.difference, p)])
+        data.append(
+            {"method": method, "step_time_ratio": machine.rounded(ratio), "gain_all_epochs": _mean(full)}
+            | machine.gain(budgeted.difference, p)
+        )
+    headings = (
+        "method",
+        "step time",
+        "gain, all epochs [95 %]",
+        "gain in the baseline's time [95 %]",
+        "n",
+        "p (Holm)",
+    )
+    note = (
+        "Validation metric in points, for each seed the best over trials and epochs, so it flatters both sides "
+        "alike; the test part was looked at for whole runs alone. In the baseline's time: only epochs (to the "
+        "nearest) that the method finishes while the baseline trains, by the ratio of step times; its "
+        "learning rate still falls over all epochs. Runs were made side by side on shared cores, so times are rough."
+    )
+    return Table("equal-time", "At equal training time", headings, rows, data, note, long=True)
+
+
+def _in_time(pool: Pool) -> Text:
+    ratio, whole, budgeted = within_budget(pool, HIDDENKEY)
+    if budgeted.difference is None:
+        return Text(f"`{HIDDENKEY}` at the baseline's training time: {words.NOT_RUN}.")
+    return Text(
+        f"`{HIDDENKEY}` takes {_ratio(ratio)} of the baseline's step time. In the baseline's training time it gains "
+        f"{words.difference(budgeted.difference)} points of the validation metric over it, over all its epochs "
+        f"{words.difference(whole.difference)}; n = {budgeted.difference.n}."
+    )
+
+
+def _cells(found: Difference | None, adjusted: float | None) -> list[str]:
+    return [words.difference(found), str(found.n) if found else words.NOTHING, words.p_value(adjusted)]
+
+
+def _mean(found: Difference | None) -> float | None:
+    return machine.rounded(found.mean) if found else None
+
+
+def _ratio(value: float | None) -> str:
+    return words.NOTHING if value is None else f"{words.TIMES} {value:.2f}"

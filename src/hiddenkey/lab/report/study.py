@@ -1,0 +1,238 @@
+"""From runs to results: one chosen trial for each method, condition and seed.
+
+The trial is chosen by the validation metric, never by the test metric: for the result of the best epoch by the metric
+of each trial's best epoch, for the result without early stopping by that of its last epoch. Of equals the first.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import RunError
+from ..sweep.record import RunRecord, read_record
+from .metrics import Metric, metric
+from .paper import DECODERS, GENERATION_METRICS, TASK_LABELS, method_key, rank_of, task_key
+from .statistics import Seed
+
+When = Literal["best", "last"]
+Condition = tuple[tuple[str, Any], ...]
+"""The axes of a group other than its seeds, sorted by name."""
+
+_SEEDS = ("seed", "data_seed")
+_RANK = "lora_r"
+_OF_A_TASK = ("model", "data", "data_config", "test", "train_size", "eval_size", "test_size", "max_length")
+
+
+@dataclass(frozen=True)
+class Group:
+    """All trials of one method in one condition with one seed."""
+
+    runs: tuple[RunRecord, ...]
+
+    def chosen(self, when: When) -> RunRecord | None:
+        """The finished trial with the best validation metric; None where all failed."""
+        scored = [(score, run) for run in self.runs if (score := validation(run, when)) is not None]
+        if not scored:
+            return None
+        choose = min if scored[0][1].lower_is_better else max
+        return choose(scored, key=lambda pair: pair[0])[1]
+
+    @property
+    def failed(self) -> int:
+        """Trials that failed."""
+        return sum(run.status == "failed" for run in self.runs)
+
+
+Groups = dict[Seed, Group]
+
+
+@dataclass(frozen=True)
+class Task:
+    """All records of one sweep name: one task on one model."""
+
+    name: str
+    records: tuple[RunRecord, ...]
+    conditions: dict[Condition, dict[str, Groups]]
+    """Condition → method → seed → group; methods in the order of Table 1."""
+    incomplete: int
+    """Groups left out because some of their trials have no record yet."""
+    main: Condition
+
+    @property
+    def key(self) -> str | None:
+        """The paper's task, or None."""
+        return task_key(self.name)
+
+    @property
+    def label(self) -> str:
+        """The name as shown."""
+        plain = "".join(letter for letter in self.name.lower() if letter.isalnum())
+        return TASK_LABELS.get(plain, self.name)
+
+    @property
+    def methods(self) -> dict[str, Groups]:
+        """The groups of the main condition."""
+        return self.conditions[self.main]
+
+    @property
+    def model(self) -> str:
+        """The last part of the model's name or path."""
+        return Path(str(self.records[0].config["model"])).name
+
+    @property
+    def decoder(self) -> bool:
+        """Whether the model is decoder-only, by its name."""
+        return DECODERS.search(self.model) is not None
+
+    @property
+    def generation(self) -> bool:
+        """Whether texts are generated."""
+        return self.records[0].task == "causal-lm"
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What a result is: BLEU where texts were generated, else the metric that chose the epoch."""
+        first = self.records[0]
+        if any("bleu" in row for run in self.records for row in run.test.values()):
+            return metric("bleu")
+        return metric(first.metric, first.lower_is_better)
+
+    @property
+    def validation_metric(self) -> Metric:
+        """The metric that chose trial and epoch."""
+        return metric(self.records[0].metric, self.records[0].lower_is_better)
+
+    @property
+    def generation_metrics(self) -> tuple[str, ...]:
+        """The metrics of its table."""
+        return GENERATION_METRICS.get(self.key or "", GENERATION_METRICS["e2e"])
+
+    def values(
+        self, method: str, when: When = "best", name: str = "", condition: Condition | None = None
+    ) -> dict[Seed, float]:
+        """Test metric of the chosen trial by seed, in the unit it is shown in."""
+        shown = metric(name) if name else self.metric
+        groups = self.conditions[self.main if condition is None else condition].get(method, {})
+        found = {seed: tested(group.chosen(when), when, shown) for seed, group in groups.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def ranks(self, method: str) -> dict[int, Condition]:
+        """The conditions that differ in the rank alone, by rank.
+
+        The plain one is among them where no axis has its rank, if the method had as many trials there.
+        """
+        found: dict[int, Condition] = {}
+        for condition, methods in self.conditions.items():
+            if method in methods and {name for name, _ in condition} == {_RANK}:
+                found[int(dict(condition)[_RANK])] = condition
+        plain = self.conditions.get((), {}).get(method)
+        if found and plain and _trials(plain) == _trials(self.conditions[next(iter(found.values()))][method]):
+            run = next(iter(plain.values())).runs[0]
+            found.setdefault(int(run.config[_RANK]), ())
+        return dict(sorted(found.items()))
+
+
+def validation(run: RunRecord, when: When) -> float | None:
+    """The validation metric by which a run is chosen; None where it failed or has none."""
+    if run.status != "finished":
+        return None
+    row = run.best if when == "best" else run.last
+    return row.get(f"validation_{run.metric}")
+
+
+def tested(run: RunRecord | None, when: When, shown: Metric) -> float | None:
+    """A test metric of a run, in its unit; generated texts are those of the one adapter that was kept."""
+    if run is None:
+        return None
+    value = run.test.get(when, {}).get(shown.name)
+    if value is None and run.task == "causal-lm" and when == "best":
+        value = run.test.get("last", {}).get(shown.name)
+    return None if value is None else value * shown.scale
+
+
+def read_study(folders: Iterable[Path]) -> list[Task]:
+    """The tasks of all records below the folders, in the order of Table 1.
+
+    Raises:
+        RunError: there is no record, one cannot be read, or records of one name are not of one task.
+    """
+    folders = list(folders)
+    paths = sorted({path for folder in folders for path in folder.rglob("runs/*.json")})
+    if not paths:
+        raise RunError(
+            f"no runs below {', '.join(map(str, folders))}: looked for runs/*.json. Run `hiddenkey sweep` first."
+        )
+    by_sweep: dict[str, dict[str, RunRecord]] = defaultdict(dict)
+    for path in paths:
+        record = read_record(path)
+        by_sweep[record.sweep][record.id] = record
+    tasks = [make_task(name, list(records.values())) for name, records in by_sweep.items()]
+    return sorted(tasks, key=_place)
+
+
+def make_task(name: str, records: list[RunRecord]) -> Task:
+    """Group the records of one sweep name.
+
+    Raises:
+        RunError: they are not of one task on one model.
+    """
+    records.sort(key=lambda run: (rank_of(method_key(run.method)), run.trial, run.id))
+    _require_one_task(name, records)
+    found: dict[Condition, dict[str, dict[Seed, list[RunRecord]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for run in records:
+        condition = tuple(sorted((axis, _plain(value)) for axis, value in run.axes.items() if axis not in _SEEDS))
+        seed = (int(run.config["seed"]), int(run.config["data_seed"]))
+        found[condition][method_key(run.method)][seed].append(run)
+    conditions: dict[Condition, dict[str, Groups]] = {}
+    incomplete = 0
+    for condition in sorted(found, key=str):
+        conditions[condition] = {}
+        for method, seeds in found[condition].items():
+            trials = max(len(runs) for runs in seeds.values())
+            whole = {seed: Group(tuple(runs)) for seed, runs in sorted(seeds.items()) if len(runs) == trials}
+            incomplete += len(seeds) - len(whole)
+            conditions[condition][method] = whole
+    return Task(name, tuple(records), conditions, incomplete, _main(conditions))
+
+
+def _trials(groups: Groups) -> int:
+    return max((len(group.runs) for group in groups.values()), default=0)
+
+
+def _main(conditions: dict[Condition, dict[str, Groups]]) -> Condition:
+    # Table 1 is of the condition without further axes; else of the paper's rank; else of the one with most methods.
+    def place(condition: Condition) -> tuple[bool, bool, int]:
+        return condition != (), condition != ((_RANK, 8),), -len(conditions[condition])
+
+    return min(conditions, key=place)
+
+
+def _require_one_task(name: str, records: list[RunRecord]) -> None:
+    axes = {axis for run in records for axis in run.axes}
+    for field in _OF_A_TASK:
+        values = {str(run.config.get(field)) for run in records}
+        if field not in axes and len(values) > 1:
+            raise RunError(
+                f"runs of the sweep {name!r} differ in {field}: {', '.join(sorted(values))}. "
+                "One name is one task: give the sweeps different names."
+            )
+    if len({(run.task, run.metric) for run in records}) > 1:
+        raise RunError(
+            f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _place(task: Task) -> tuple[bool, int, str]:
+    order = list(TASK_LABELS)
+    return task.generation, order.index(task.key) if task.key else len(order), task.name

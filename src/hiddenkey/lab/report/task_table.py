@@ -1,0 +1,99 @@
+"""One task in full: results, chosen values, failed runs, differences to the baseline, tests."""
+
+from __future__ import annotations
+
+from . import machine, words
+from .blocks import Table
+from .paper import BASELINE, TABLE1, TABLE1_TASKS
+from .pool import differences
+from .statistics import Difference, describe, holm, summarise
+from .study import Groups, Task
+
+NOTE = (
+    "Gains are positive where the method is better. p: paired t-test; Holm: corrected over the methods of this "
+    "table; sign flips: exact, never below 2/2ⁿ. Hedges g: mean over sd of the paired differences, corrected for "
+    "small n. Chosen: what the validation part chose, counted over seeds."
+)
+
+
+def task_table(task: Task) -> Table:
+    """Every method of the task's main condition."""
+    found = {method: describe(list(differences(task, method, BASELINE).values())) for method in task.methods}
+    compared = [method for method in task.methods if method != BASELINE]
+    ps = [change.p if (change := found[method]) else None for method in compared]
+    adjusted = dict(zip(compared, holm(ps), strict=True))
+    rows, data = [], []
+    for method in task.methods:
+        change = None if method == BASELINE else found[method]
+        cells, numbers = _row(task, method, change, adjusted.get(method))
+        rows.append(cells)
+        data.append(numbers)
+    headings = (
+        "method",
+        task.metric.label,
+        "n",
+        "gain over baseline [95 %]",
+        "bootstrap",
+        "p",
+        "p (Holm)",
+        "p (sign flips)",
+        "Hedges g",
+        "chosen",
+        "trials",
+        "failed runs",
+        "paper (gain)",
+    )
+    title = f"{task.label} in full: {about_task(task)}"
+    return Table(f"task-{machine.slug(task.name)}", title, headings, rows, data, NOTE, long=True)
+
+
+def chosen_values(groups: Groups) -> str:
+    """What validation chose, counted over seeds."""
+    tried = [run.params for group in groups.values() for run in group.runs]
+    varied = [name for name in (tried[0] if tried else {}) if len({str(params.get(name)) for params in tried}) > 1]
+    runs = [group.chosen("best") for group in groups.values()]
+    chosen = [{name: run.params.get(name) for name in varied} if run else None for run in runs]
+    return words.counted("all failed" if params is None else words.parameters(params) for params in chosen)
+
+
+def about_task(task: Task) -> str:
+    """Model and sizes."""
+    rows = max((run.data_rows for run in task.records), key=len)
+    sizes = ", ".join(f"{count:,} {part}" for part, count in rows.items())
+    return f"{task.model}, {sizes} rows" if sizes else task.model
+
+
+def _row(
+    task: Task, method: str, change: Difference | None, adjusted: float | None
+) -> tuple[list[str], dict[str, object]]:
+    groups, digits = task.methods[method], task.metric.digits
+    summary = summarise(list(task.values(method).values()))
+    trials = max((len(group.runs) for group in groups.values()), default=0)
+    failed, chosen = sum(group.failed for group in groups.values()), chosen_values(groups)
+    cells = [
+        f"`{method}`",
+        words.mean_sd(summary, digits),
+        str(summary.n if summary else 0),
+        words.NOTHING if method == BASELINE else words.difference(change, digits),
+        words.bootstrapped(change, digits),
+        words.p_value(change.p if change else None),
+        words.p_value(adjusted),
+        words.p_value(change.p_flip if change else None),
+        words.signed(change.hedges if change else None),
+        chosen,
+        str(trials),
+        str(failed),
+        _printed(task, method),
+    ]
+    about = {"task": task.name, "model": task.model, "metric": task.metric.name, "method": method}
+    last = {"chosen": chosen, "trials": trials, "failed": failed}
+    return cells, about | machine.summary(summary) | machine.gain(change, adjusted) | last
+
+
+def _printed(task: Task, method: str) -> str:
+    if task.key not in TABLE1_TASKS or method not in TABLE1:
+        return words.NOTHING
+    place = TABLE1_TASKS.index(task.key)
+    value = TABLE1[method][place]
+    change = value - TABLE1[BASELINE][place]
+    return f"{value:.2f}" + ("" if method == BASELINE else f" ({words.signed(change)})")

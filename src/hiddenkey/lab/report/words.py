@@ -1,0 +1,91 @@
+"""Numbers as words: one way of writing means, differences, intervals and p-values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from .statistics import Difference, Summary
+
+MINUS = "\N{MINUS SIGN}"
+NOT_RUN = "not run"
+NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number with a true minus sign."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{digits}f}".replace("-", MINUS) if round(value, digits) else f"{0:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A difference with its sign."""
+    text = number(value, digits)
+    return text if value is None or text.startswith(MINUS) or not round(value, digits) else f"+{text}"
+
+
+def mean_sd(found: Summary | None, digits: int = 2) -> str:
+    """Mean ± sd."""
+    if found is None:
+        return NOT_RUN
+    return number(found.mean, digits) + ("" if found.sd is None else f" ± {number(found.sd, digits)}")
+
+
+def difference(found: Difference | None, digits: int = 2) -> str:
+    """Mean difference with Student's interval."""
+    if found is None:
+        return NOT_RUN
+    if found.low is None:
+        return f"{signed(found.mean, digits)} (no interval)"
+    return f"{signed(found.mean, digits)} [{signed(found.low, digits)}, {signed(found.high, digits)}]"
+
+
+def bootstrapped(found: Difference | None, digits: int = 2) -> str:
+    """The bootstrap's interval alone."""
+    if found is None or found.bootstrap_low is None:
+        return NOTHING
+    return f"[{signed(found.bootstrap_low, digits)}, {signed(found.bootstrap_high, digits)}]"
+
+
+def p_value(value: float | None) -> str:
+    """Two or three places."""
+    if value is None:
+        return NOTHING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def p_equals(value: float | None) -> str:
+    """`p = 0.03`, `p < 0.001`."""
+    text = p_value(value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
+def counted(values: Iterable[str]) -> str:
+    """`0.1 ×3, 0.2 ×2`: the most frequent first, then by value."""
+    counts = sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{value} {TIMES}{count}" for value, count in counts) or NOTHING
+
+
+def parameters(params: dict[str, Any]) -> str:
+    """What was chosen: `0.1` for a lone rate, else names and values."""
+    if list(params) == ["p"]:
+        return _short(params["p"])
+    return " ".join(f"{name} {_short(value)}" for name, value in params.items()) or "as given"
+
+
+def listed(names: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *front, last = list(names) or [NOTHING]
+    return f"{', '.join(front)} and {last}" if front else last
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 seed`, `5 seeds`."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

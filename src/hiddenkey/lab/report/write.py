@@ -1,0 +1,37 @@
+"""`hiddenkey report`: read the runs, write the pages, the tables and the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..artifacts import write_text
+from .content import make_report
+from .files import csv_text, latex_text, markdown_text
+from .page import page_text
+from .study import read_study
+
+NAME = "results"
+
+
+def write_report(folders: Sequence[str], out: str) -> Path:
+    """Write `results.md`, `results.html` and the folder `results` into `out`; the same runs give the same bytes.
+
+    Raises:
+        RunError: there are no runs below the folders, or one cannot be read.
+        OSError: something cannot be written.
+    """
+    report = make_report(read_study([Path(folder) for folder in folders]))
+    texts = {f"{table.name}.csv": csv_text(table) for table in report.tables}
+    texts |= {f"{table.name}.tex": latex_text(table) for table in report.tables}
+    texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
+    folder = Path(out) / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():  # what an earlier report had and this one has not
+        if path.suffix in (".csv", ".tex", ".svg") and path.name not in texts:
+            path.unlink()
+    for name, text in sorted(texts.items()):
+        write_text(folder / name, text)
+    write_text(Path(out) / f"{NAME}.html", page_text(report, NAME))
+    write_text(Path(out) / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
+    return Path(out) / f"{NAME}.md"

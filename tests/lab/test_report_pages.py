@@ -1,0 +1,261 @@
+"""The written report: the same bytes twice, numbers that are right, pages that hold together."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hiddenkey.cli import main
+from hiddenkey.lab.report import generation
+from hiddenkey.lab.report.blocks import Report, Section, Table, Text
+from hiddenkey.lab.report.files import latex_text, markdown_text
+from hiddenkey.lab.report.page import page_text
+from hiddenkey.lab.report.study import make_task
+from hiddenkey.lab.report.write import write_report
+
+from .made_up import World, make_records, write_records
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "results" / "study"
+VOID = {"meta", "link", "br", "img", "hr", "path", "use", "rect"}
+NAMES = ("baseline", "hiddencut element", "dropkey column", "hiddenkey-", "hiddenkey", "lora_dropout", "<script>|x")
+EFFECTS = {"hiddenkey": 0.02, "dropkey column": -0.02}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    failing = (("hiddenkey", 2, 1), *(("dropkey column", trial, 2) for trial in range(3)))
+    worlds = (
+        World(methods=NAMES, effects=EFFECTS, rank_effects={4: 0.0, 64: -0.02}, failing=failing),
+        World(task="cola", metric="matthews", level=0.4, methods=NAMES, effects=EFFECTS),
+        World(task="e2e", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), model="SmolLM2-135M"),
+    )
+    for place, world in enumerate(worlds):
+        write_records(make_records(world, place), folder / world.task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def docs(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("docs")
+    write_report([str(study)], str(out))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(docs: Path, name: str) -> list[dict[str, str]]:
+    with (docs / "results" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """What the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.uses: list[str] = []
+        self.svgs: list[dict[str, str | None]] = []
+        self.widths: list[int] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if "id" in found:
+            self.ids.append(found["id"])
+        self.uses += re.findall(r"#([\w-]+)", " ".join(value or "" for name, value in attrs if name != "style"))
+        if tag == "svg":
+            self.svgs.append(found)
+        if tag == "tr":
+            self.widths.append(0)
+        if tag in ("td", "th"):
+            self.widths[-1] += 1
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_same_runs_give_the_same_bytes(study: Path, docs: Path, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "old.svg").write_text("of an earlier report")
+    (tmp_path / "results" / "mine.txt").write_text("not of a report")
+    write_report([str(study / "sst2"), str(study / "e2e"), str(study / "cola")], str(tmp_path))
+    (tmp_path / "results" / "mine.txt").unlink()
+    again = contents(tmp_path)
+    assert again == contents(docs)
+    assert len(again) > 30
+
+
+def test_table_1_says_what_the_records_say(study: Path, docs: Path):
+    gains = []
+    for place, (task, metric) in enumerate((("sst2", "accuracy"), ("cola", "matthews"))):
+        level = 0.85 if task == "sst2" else 0.4
+        world = World(task=task, metric=metric, level=level, methods=NAMES, effects=EFFECTS)
+        if task == "sst2":
+            world = World(methods=NAMES, effects=EFFECTS, rank_effects={4: 0.0, 64: -0.02})
+        records = [record for record in make_records(world, place) if "lora_r" not in record.axes]
+
+        def result(method, seed, records=records, metric=metric):
+            trials = [one for one in records if one.method == method and one.axes["seed"] == seed]
+            return 100 * max(trials, key=lambda one: one.best[f"validation_{metric}"]).test["best"][metric]
+
+        gains.append([result("hiddenkey-", seed) - result("baseline", seed) for seed in (1, 2, 3, 4, 5)])
+    expected = np.mean(gains, axis=0)
+    row = next(row for row in rows_of(docs, "table1") if row["method"] == "hiddenkey-")
+    assert float(row["gain_mean"]) == pytest.approx(expected.mean(), abs=1e-5)
+    assert float(row["gain_sd"]) == pytest.approx(expected.std(ddof=1), abs=1e-5)
+    assert row["pairs"] == "5"
+    text = (docs / "results.md").read_text()
+    assert f"| `hiddenkey-` | {expected.mean():+.2f} [".replace("-0", "\N{MINUS SIGN}0") in text.replace(
+        "`hiddenkey\N{MINUS SIGN}", "`hiddenkey-"
+    )
+
+
+def test_the_first_lines_answer(docs: Path):
+    text = (docs / "results.md").read_text()
+    top = text[: text.index("## Claims")]
+    assert "**HiddenKey helps.**" in top
+    assert re.search(r"\*\*\+[12]\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\] points\*\* \(95 % interval, n = 5 seeds, p ", top)
+    assert "The paper reports +1.4" in top
+    assert "times the baseline's" in top
+
+
+def test_every_run_is_counted(docs: Path):
+    runs = rows_of(docs, "runs")
+    assert len(runs) == 3 * 5 * (7 + 7 + 2 + 2 * 2)
+    assert sum(row["status"] == "failed" for row in runs) == 4
+    text = (docs / "results.md").read_text()
+    assert "300 runs, 4 of them failed" in text
+    assert "loss is nan at step 3" in text
+    assert "all trials failed" in text
+    task = {row["method"]: row for row in rows_of(docs, "task-sst2")}
+    assert (task["dropkey column"]["failed"], task["dropkey column"]["n"]) == ("3", "4")
+    assert (task["hiddenkey"]["failed"], task["hiddenkey"]["n"]) == ("1", "5")
+
+
+def test_what_was_not_run_is_said(docs: Path):
+    claims = {row["claim"]: row["verdict"] for row in rows_of(docs, "claims")}
+    assert claims["the JS loss has no effect"] == "not run"
+    assert claims["hiddenkey beats LoRA alone"] == "replicated"
+    text = (docs / "results.md").read_text()
+    assert "Table 3, WebNLG: not run." in text
+    assert "Table 5: RTE and MRPC on a decoder-only model: not run." in text
+    assert re.search(r"\| `neftune`[^|]*\| not run \|", text)
+
+
+def test_tables_2_and_4_have_the_papers_numbers_beside_ours(docs: Path):
+    text = (docs / "results.md").read_text()
+    assert "| paper, GPT2-Medium: `hiddenkey` | 69.76 | 8.765 | 46.80 | 71.78 | 2.511 |" in text
+    assert "69.91 ± 0.52 (+1.95)" in text
+    assert "91.16 for `hiddenkey-input`" in text
+
+
+def test_webnlg_has_its_three_parts():
+    world = World(task="gpt2-webnlg", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    records = [
+        replace(one, test={"best": one.test["best"] | {"bleu_seen": 0.6, "ter_unseen": 0.4}})
+        for one in make_records(world)
+    ]
+    table = generation.blocks([make_task(world.task, records)])[1]
+    assert list(table.headings[1:5]) == ["BLEU, all", "METEOR, all", "TER, all", "NLL, all"]
+    row = dict(zip(table.headings, table.rows[0], strict=True))
+    assert (row["BLEU, seen"], row["TER, unseen"]) == ("60.00 ± 0.00", "40.00 ± 0.00")
+    paper = dict(zip(table.headings, table.rows[-1], strict=True))
+    assert (paper["BLEU, all"], paper["BLEU, seen"], paper["TER, unseen"]) == ("55.27", "62.49", "45.20")
+
+
+def test_the_page_needs_no_network_and_holds_together(docs: Path):
+    text = (docs / "results.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert set(page.uses) <= set(page.ids)
+    addresses = set(re.findall(r'(?:src|href)="([^"#]+)', text))
+    assert all((docs / address).is_file() for address in addresses - {"data:,"}), addresses
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert "<script" not in text
+    assert "&lt;script&gt;|x" in text
+    assert all(len(svg["aria-label"] or "") > 40 for svg in page.svgs)
+    assert len(page.svgs) >= 12
+    assert "prefers-color-scheme: dark" in text
+    assert "#0067a3" not in text.partition("</style>")[2], "a colour that the dark page cannot change"
+
+
+def test_the_rows_of_every_table_are_as_long_as_its_head(docs: Path):
+    text = (docs / "results.html").read_text()
+    for table in re.findall(r"<table>.*?</table>", text, flags=re.DOTALL):
+        assert len(set(Page(table).widths)) == 1
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", (docs / "results.md").read_text(), flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.strip().splitlines()}) == 1
+
+
+def test_the_markdown_links_to_what_is_there(docs: Path):
+    links = re.findall(r"\]\(([^)#]+)\)", (docs / "results.md").read_text())
+    assert len(links) > 20
+    assert all((docs / link).is_file() for link in links)
+
+
+def test_figures_name_what_they_draw(docs: Path):
+    svg = (docs / "results" / "gains.svg").read_text()
+    assert "<text" in svg
+    assert "hiddencut element" in svg
+    assert not re.search(r"\d\.\d{3,}", svg)
+    assert "2026" not in svg
+
+
+def test_latex_escapes_what_latex_reads():
+    table = Table("t", "T", ("method", "gain [95 %]"), [["`lora_dropout` & 5 %", "\N{MINUS SIGN}0.1 ± 0.2"]], [])
+    assert r"\texttt{lora\_dropout} \& 5 \% & $-$0.1 $\pm$ 0.2 \\" in latex_text(table)
+
+
+def test_inline_markdown_cannot_carry_html():
+    report = Report("t", [Section("s", [Text("`a` **b** <img src=x onerror=y>")])])
+    text = page_text(report, "results")
+    assert "<code>a</code> <strong>b</strong> &lt;img" in text
+    assert "# t" in markdown_text(report, "results.html", "results")
+
+
+def test_the_command_says_where_the_report_is(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_records(make_records(World(methods=("baseline",), seeds=(1,))), tmp_path / "study")
+    main(["report", str(tmp_path / "study"), "--out", str(tmp_path / "docs")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "docs" / "results.md")
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "`hiddenkey` against LoRA alone: not run." in text
+
+
+@pytest.mark.parametrize(("arguments", "said"), [(["EMPTY"], "runs/*.json"), ([], "folder")])
+def test_nothing_to_report_is_a_mistake_with_a_message(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *(str(tmp_path) for _ in arguments)])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path):
+    if not list(STUDY.rglob("runs/*.json")):
+        pytest.skip("results/study holds no runs yet")
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    other = [name for name in ("numpy", "scipy", "matplotlib") if version(name) != pinned[name]]
+    if other:
+        pytest.skip(f"{', '.join(other)} of other versions than the report was written with")
+    write_report([str(STUDY)], str(tmp_path))
+    written = contents(tmp_path)
+    committed = {name: (ROOT / "docs" / name).read_bytes() for name in written if (ROOT / "docs" / name).is_file()}
+    assert sorted(committed) == sorted(written)
+    differing = [name for name in written if written[name] != committed[name]]
+    assert not differing, "hiddenkey report results/study --out docs"

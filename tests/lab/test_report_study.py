@@ -1,0 +1,219 @@
+"""From runs to results: the choice is validation's alone, and nothing is lost in silence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hiddenkey.lab.errors import RunError
+from hiddenkey.lab.report.budget import within_budget
+from hiddenkey.lab.report.conditions import blocks
+from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
+from hiddenkey.lab.report.paper import TABLE1, family, gap, method_key, misprinted, rank_of, task_key, true_average
+from hiddenkey.lab.report.pool import pools
+from hiddenkey.lab.report.study import make_task, read_study
+from hiddenkey.lab.report.transfer import transferred
+
+from .made_up import World, make_records, write_records
+
+SMALL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+
+
+def run(method="baseline", trial=0, seed=1, **changes):
+    """One record, bent."""
+    world = World(methods=(method,), seeds=(seed,))
+    return replace(make_records(world)[trial], **changes)
+
+
+def scores(validation, test, metric="accuracy", last=None):
+    """The fields of a record with these metrics."""
+    best = {f"validation_{metric}": validation, "epoch": 1.0, "step": 8}
+    ended = best if last is None else {f"validation_{metric}": last[0], "epoch": 2.0, "step": 16}
+    return {
+        "best": best,
+        "last": ended,
+        "epochs": [best, ended],
+        "metric": metric,
+        "test": {"best": {metric: test}, "last": {metric: test if last is None else last[1]}},
+    }
+
+
+def test_the_trial_is_chosen_by_validation_and_the_result_is_its_test():
+    runs = [
+        run(trial=0, **scores(0.80, 0.99)),
+        run(trial=1, **scores(0.85, 0.70)),
+        run(trial=2, **scores(0.84, 0.98)),
+    ]
+    assert make_task("sst2", runs).values("baseline") == {(1, 0): pytest.approx(70.0)}
+
+
+def test_of_equals_the_first_trial_counts_in_whatever_order_they_come():
+    runs = [run(trial=0, **scores(0.85, 0.71)), run(trial=1, **scores(0.85, 0.99)), run(trial=2, **scores(0.1, 0.1))]
+    assert make_task("sst2", runs[::-1]).values("baseline") == {(1, 0): pytest.approx(71.0)}
+
+
+def test_without_early_stopping_the_last_epochs_choose():
+    runs = [
+        run(trial=0, **scores(0.90, 0.80, last=(0.60, 0.61))),
+        run(trial=1, **scores(0.70, 0.69, last=(0.70, 0.72))),
+    ]
+    task = make_task("sst2", runs)
+    assert task.values("baseline") == {(1, 0): pytest.approx(80.0)}
+    assert task.values("baseline", "last") == {(1, 0): pytest.approx(72.0)}
+
+
+def test_a_lower_loss_is_better():
+    runs = [
+        run(trial=trial, lower_is_better=True, **scores(value, value, "loss"))
+        for trial, value in enumerate((0.5, 0.3))
+    ]
+    assert make_task("own", runs).values("baseline") == {(1, 0): pytest.approx(0.3)}
+
+
+def test_failed_trials_are_never_chosen_and_always_counted():
+    world = replace(SMALL, failing=(("hiddenkey", 1, 1), *(("hiddenkey", trial, 2) for trial in range(3))))
+    task = make_task("sst2", make_records(world))
+    groups = task.methods["hiddenkey"]
+    assert [group.failed for group in groups.values()] == [1, 3, 0]
+    assert set(task.values("hiddenkey")) == {(1, 0), (3, 0)}
+    assert set(task.values("baseline")) == {(1, 0), (2, 0), (3, 0)}
+
+
+def test_a_group_whose_trials_are_not_all_there_is_left_out_and_told_of():
+    records = [
+        record
+        for record in make_records(SMALL)
+        if (record.method, record.trial, record.axes["seed"]) != ("baseline", 2, 3)
+    ]
+    task = make_task("sst2", records)
+    assert task.incomplete == 1
+    assert set(task.values("baseline")) == {(1, 0), (2, 0)}
+
+
+def test_ranks_are_conditions_of_their_own_and_the_main_one_fills_the_gap():
+    task = make_task("sst2", make_records(replace(SMALL, rank_effects={4: 0.0, 64: -0.05})))
+    assert task.main == ()
+    assert list(task.ranks("baseline")) == [4, 8, 64]
+    assert list(task.methods) == ["baseline", "hiddenkey"]
+    curve = rank_curves([task], "best")[0]
+    assert (curve.method, [rank for rank, _ in curve.points]) == ("baseline", [4, 8, 64])
+    assert curve.points[-1][1].mean < curve.points[0][1].mean - 3
+
+
+def test_a_plain_condition_with_other_trials_is_no_rank():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
+    fewer = [one for one in records if one.trial < 2 or one.axes.get("lora_r")]
+    assert list(make_task("sst2", fewer).ranks("baseline")) == [4, 64]
+
+
+def test_every_further_condition_has_its_own_baseline():
+    task = make_task("sst2", make_records(replace(SMALL, noise=0.0, rank_effects={4: 0.0, 64: -0.03})))
+    table = blocks([task])[0]
+    found = {(row["lora_r"], row["method"]): row for row in table.data}
+    assert set(found) == {(rank, method) for rank in (4, 64) for method in ("baseline", "hiddenkey-")}
+    assert found[64, "hiddenkey-"]["gain_mean"] == pytest.approx(3.0, abs=0.02)
+    assert found[4, "hiddenkey-"]["gain_mean"] == pytest.approx(0.0, abs=0.02)
+    assert blocks([make_task("sst2", make_records(SMALL))]) == []
+
+
+def test_without_a_plain_condition_rank_8_is_the_main_one():
+    records = [
+        record
+        for record in make_records(replace(SMALL, rank_effects={4: 0, 8: 0, 64: 0}))
+        if record.axes.get("lora_r")
+    ]
+    assert make_task("sst2", records).main == (("lora_r", 8),)
+
+
+def test_runs_of_different_tasks_under_one_name_are_refused():
+    first, second = run(), run(seed=2)
+    with pytest.raises(RunError, match="differ in train_size: 250, 500"):
+        make_task("sst2", [first, replace(second, config=second.config | {"train_size": 500})])
+    with pytest.raises(RunError, match="different tasks or metrics"):
+        make_task("sst2", [first, replace(second, metric="f1")])
+
+
+def test_folders_are_read_whole_and_double_records_once(tmp_path: Path):
+    for place, name in enumerate(("sst2", "rte")):
+        write_records(make_records(replace(SMALL, task=name), place), tmp_path / name)
+    write_records(make_records(replace(SMALL, task="rte"), 1), tmp_path / "again")
+    tasks = read_study([tmp_path])
+    assert [task.label for task in tasks] == ["RTE", "SST-2"]
+    assert [len(task.records) for task in tasks] == [18, 18]
+
+
+def test_no_runs_and_broken_runs_are_told(tmp_path: Path):
+    with pytest.raises(RunError, match="hiddenkey sweep"):
+        read_study([tmp_path])
+    folder = write_records(make_records(SMALL)[:1], tmp_path)
+    path = next(folder.glob("runs/*.json"))
+    path.write_text(json.dumps({"id": "x"}))
+    with pytest.raises(RunError, match=path.name):
+        read_study([tmp_path])
+
+
+def test_rates_and_training_are_those_of_the_chosen_trials():
+    task = make_task("sst2", make_records(replace(SMALL, effects={"hiddenkey": 0.02}, best_rate=0.2)))
+    curve = rate_curves([task], "test")[0]
+    assert (curve.method, [rate for rate, _ in curve.points]) == ("hiddenkey", [0.05, 0.1, 0.2])
+    assert max(curve.points, key=lambda point: point[1].mean)[0] == 0.2
+    assert level([task], "baseline", "test").mean == pytest.approx(sum(task.values("baseline").values()) / 3)
+    lines = dynamics(task, ("baseline", "dropkey column"), "train_loss", 1.0)
+    assert [line.method for line in lines] == ["baseline"]
+    assert [epoch for epoch, _ in lines[0].points] == [1, 2, 3, 4, 5, 6]
+
+
+def test_in_the_baselines_time_a_slow_method_gets_fewer_epochs():
+    # Made up so that a step takes 1.5 times as long: 4 of 6 epochs.
+    task = make_task("sst2", make_records(replace(SMALL, noise=0.0)))
+    ratio, whole, budgeted = within_budget(pools([task])[0], "hiddenkey")
+    assert ratio == pytest.approx(1.5)
+    for seed, group in task.methods["hiddenkey"].items():
+        best = max(row["validation_accuracy"] for found in group.runs for row in found.epochs[:4])
+        plain = max(
+            row["validation_accuracy"] for found in task.methods["baseline"][seed].runs for row in found.epochs
+        )
+        assert budgeted.values[seed] == pytest.approx(100 * (best - plain))
+        assert whole.values[seed] >= budgeted.values[seed]
+
+
+def test_transfer_takes_the_other_tasks_choice():
+    source = make_task("rte", make_records(replace(SMALL, task="rte", best_rate=0.1, noise=0.0)))
+    target = make_task("sst2", make_records(replace(SMALL, best_rate=0.2)))
+    found = transferred(source, target, "hiddenkey")
+    assert set(found) == {(1, 0), (2, 0), (3, 0)}
+    for seed, value in found.items():
+        at = next(one for one in target.methods["hiddenkey"][seed].runs if one.params["p"] == 0.1)
+        assert value == pytest.approx(100 * at.test["best"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("DropKey:column", "dropkey column"),
+        ("LoRA_dropout", "lora_dropout"),
+        ("lora dropout", "lora_dropout"),
+        ("hiddenkey-", "hiddenkey-"),
+        ("Weight  Decay", "weight decay"),
+    ],
+)
+def test_methods_are_known_by_several_spellings(given, key):
+    assert method_key(given) == key
+
+
+def test_the_papers_names_and_numbers():
+    names = ("STS-B", "sst2-500", "roberta-rte", "gpt2 E2E", "quarter")
+    assert [task_key(name) for name in names] == ["stsb", "sst2", "rte", "e2e", None]
+    assert (family("dropkey column"), family("hiddenkey-"), family("weight decay")) == (
+        "dropkey",
+        "hiddenkey-",
+        "weight decay",
+    )
+    assert {method for method in TABLE1 if misprinted(method)} == {"hiddenkey-input", "hiddenkey-output"}
+    assert true_average("hiddenkey-input") == pytest.approx(91.91)
+    assert true_average("hiddenkey-output") == pytest.approx(91.70, abs=0.005)
+    assert gap("hiddenkey", "baseline") == pytest.approx(1.415)
+    assert sorted(["x", "r-drop", "hiddenkey", "baseline"], key=rank_of) == ["baseline", "hiddenkey", "r-drop", "x"]
