@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class AttentionSite:
     side: Side = "attention"
     in_windows = False
 
-    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool, parameters: Sequence[str] = ()) -> None:
+    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool, parameters: Iterable[str] = ()) -> None:
         self.switches, self.by_interface, self.parameters = tuple(switches), by_interface, tuple(parameters)
         self.drops = tuple(switch.drop for switch in switches)
         self.tallies = [Tally() for _ in self.drops]
