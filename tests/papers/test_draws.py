@@ -1,4 +1,4 @@
-"""Where the draws of a CPU come from: bytes that are uniform and never the same twice, and rare events by their gaps."""
+"""Where draws on a CPU come from: bytes that are uniform and never the same twice, rare events by the gaps."""
 
 import math
 from types import SimpleNamespace
