@@ -38,6 +38,7 @@ MASKS = {
     "causal, right padding": lambda: Mask(keys=padding("right"), causal=True),
     "causal, left padding": lambda: Mask(keys=padding("left"), causal=True),
     "window": sliding_window,
+    "one window for all": lambda: Mask(full=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril().triu(-2)),
     "packed": packed,
 }
 
@@ -55,17 +56,16 @@ def some_keep(kind, kv_heads):
     return keep
 
 
-def outcome(function, tensors, keep, mask, bias=None):
+def outcome(function, tensors, keep, mask, bias=None, scale=None):
     """Output and gradients of one path."""
-    output = function(*tensors, DROPS, [keep], mask=mask, bias=bias)
+    output = function(*tensors, DROPS, [keep], mask=mask, bias=bias, scale=scale)
     weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return output, *torch.autograd.grad((output * weight).sum(), tensors)
 
 
-def assert_equal_paths(tensors, keep, mask, bias=None, **tolerance):
-    for fast, slow in zip(
-        outcome(attend, tensors, keep, mask, bias), outcome(reference, tensors, keep, mask, bias), strict=True
-    ):
+def assert_equal_paths(tensors, keep, mask, bias=None, scale=None, **tolerance):
+    found, wanted = (outcome(path, tensors, keep, mask, bias, scale) for path in (attend, reference))
+    for fast, slow in zip(found, wanted, strict=True):
         torch.testing.assert_close(fast, slow, **tolerance)
 
 
@@ -94,6 +94,15 @@ def test_every_path_is_the_reference_in_float64(mask, kv_heads, kind, with_bias,
     bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
     tensors, keep = inputs(torch.float64, kv_heads), some_keep(kind, kv_heads)
     assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("small", (True, False))
+@pytest.mark.parametrize("kind", ("key", "cell"))
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_scale_of_its_own(mask, kind, small, monkeypatch):
+    monkeypatch.setattr(fused, "SMALL", 2**22 if small else 0)
+    tensors, keep = inputs(torch.float64, 2), some_keep(kind, 2)
+    assert_equal_paths(tensors, keep, MASKS[mask](), scale=0.9, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ("key", "cell"))

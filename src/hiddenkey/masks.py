@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, int, int, int]
+# A weight of exp(-50) beside one of 1 is nothing in float32; in a row of which a draw takes the others it is 1.
+FAR = -50.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,19 @@ def read_mask(mask: Tensor | None, *, causal: bool = False) -> tuple[Mask, Tenso
         return Mask(full=mask), None
     visible = mask > torch.finfo(mask.dtype).min / 2
     return Mask(full=visible), mask.masked_fill(~visible, 0)
+
+
+def hiding(mask: Tensor) -> Tensor:
+    """An additive mask of any shape; where it holds nothing but zeros and one number of -50 or less, with the lowest
+    number of its dtype in the place of that, which hides for certain.
+
+    Swin's windows hide by -100, older libraries by -10,000. A bias takes many values, however low they are (ALiBi,
+    relative positions), and stays.
+    """
+    low, lowest = mask.amin(), torch.finfo(mask.dtype).min
+    hides = mask == low
+    only = ((mask == 0) | hides).all() & (low <= FAR) & (low > lowest / 2)
+    return mask.masked_fill(hides & only, lowest)
 
 
 def documents_in(visible: Tensor, shape: Shape) -> Tensor:

@@ -23,9 +23,9 @@ from hiddenkey.axes.grid import Grid
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
-from tests.hf.test_trainer import Rows, arguments, training_logs
+from tests.hf.test_trainer import Rows, training_logs
 from tests.hf.tiny import CLASSES, make
-from tests.hf.tools import lora
+from tests.hf.tools import arguments, lora
 
 RANKS = 2
 
@@ -142,7 +142,34 @@ def ddp(out: Path) -> dict[str, Any]:
         "drawn": curve(out / "drawn", "llama", "hiddenkey@0.3", RANKS, max_steps=2),
         "by hand": {name: by_hand(name) for name in ("kl", "kl-rdrop")},
         "refused": refused(),
+        "logged alone": logged_alone(out / "alone"),
     }
+
+
+class LogsAlone(TrainerCallback):
+    """The first process logs losses of its own, when a step begins and while the trainer logs."""
+
+    made: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A log between two steps."""
+        if args.process_index == 0:
+            self.made.log({"loss": 1.0})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """A log inside another."""
+        if args.process_index == 0 and "task_loss" in logs:
+            self.made.log({"loss": 2.0})
+
+
+def logged_alone(folder: Path) -> list[dict[str, float]]:
+    """The logs of a training in which one process logs a loss without the other."""
+    made = trainer(folder, "llama", "hiddenkey@0.3", RANKS, max_steps=2, ddp_timeout=30)
+    callback = LogsAlone()
+    callback.made = made
+    made.add_callback(callback)
+    made.train()
+    return [{k: v for k, v in entry.items() if k.endswith("loss")} for entry in training_logs(made)]
 
 
 def batches(rank: int, ranks: int, count: int = 2) -> list[dict[str, Tensor]]:

@@ -44,6 +44,13 @@ def test_two_processes_are_one(tmp_path: Path):
                 torch.testing.assert_close(found["gradients"][key], value, rtol=1e-9, atol=1e-10)
     assert "use_reentrant=False" in ranks[0]["refused"]
 
+    first, second = (rank["logged alone"] for rank in ranks)
+    parts = {"loss", "task_loss", "consistency_loss"}
+    assert [entry["loss"] for entry in first if set(entry) != parts] == [1.0, 2.0, 1.0, 2.0]
+    assert [set(entry) for entry in second] == [parts, parts]
+    for one, other in zip((entry for entry in first if set(entry) == parts), second, strict=True):
+        assert one == pytest.approx(other)
+
 
 @pytest.mark.full
 def test_every_variant_is_one_process(tmp_path: Path):

@@ -44,7 +44,20 @@ def test_the_dropouts_of_a_tuner_are_the_users(tuner):
 
 @pytest.mark.parametrize(("tuner", "family"), pairs(TUNERS))
 def test_lower_layers_are_computed_once_where_no_adapter_draws(tuner, family):
-    assert shared(build(tuner, family)) == (0 if TUNERS[tuner].draws else 2)
+    model = build(tuner, family)
+    assert shared(model) == (0 if TUNERS[tuner].draws else 2)
+    assert ("the adapter by itself, in training: " in str(hiddenkey.plan(model, STEP))) is TUNERS[tuner].draws
+
+
+@pytest.mark.parametrize(("tuner", "said"), [("PVeRA", "PVERA draws noise"), ("Poly", "POLY draws its routing")])
+def test_what_an_adapter_draws_by_itself_is_said(tuner, said):
+    plan = hiddenkey.plan(build(tuner, "llama"), STEP)
+    assert str(plan).endswith(f"the adapter by itself, in training: {said}")
+
+
+def test_the_doctor_says_so_too():
+    found = hiddenkey.doctor(build("PVeRA", "llama"), STEP, [batch("llama")], rounds=1).findings
+    assert [f.reason for f in found if f.check == "adapter"] == ["PVERA draws noise in training, by itself"]
 
 
 def test_the_dropout_of_a_prompt_encoder_is_the_users():
@@ -80,7 +93,9 @@ def test_noise_in_the_weights_of_lora():
     if not hasattr(peft.tuners.lora, "MontecloraConfig"):
         pytest.skip("this PEFT has no MonteCLoRA")
     options = {"monteclora_config": peft.tuners.lora.MontecloraConfig()}
-    assert shared(adapt(quiet("llama"), "LoRA", "llama", **options)) == 0
+    model = adapt(quiet("llama"), "LoRA", "llama", **options)
+    assert shared(model) == 0
+    assert "MONTECLORA draws noise" in str(hiddenkey.plan(model, STEP))
 
 
 def xlora(tmp_path):
@@ -108,6 +123,7 @@ def test_xlora_passes_through_the_model_twice(tmp_path):
     model = xlora(tmp_path)
     plan = hiddenkey.plan(model, STEP)
     assert {own.p for own in plan.adapter_dropouts} == {0.25}
+    assert str(plan).endswith("XLORA passes through the model twice")
     assert shared(model) == 0
     with hiddenkey.attach(model, "hidden[:]:column@0.4 ~ kl*1.0") as attachment:
         assert not any(isinstance(site, TokenSkip) for _, site in attachment.sites)

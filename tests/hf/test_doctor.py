@@ -8,6 +8,7 @@ import types
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers as hf
@@ -112,11 +113,12 @@ def test_the_model_is_left_as_it_was(family, before, adapter):
     gradients = {name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in model.named_parameters()}
     modes = [module.training for module in model.modules()]
     shot, rates = snapshot(model), attachment.rates() if before else None
-    randoms = torch.get_rng_state(), random.getstate()
+    randoms = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     diagnosis = examined(model, None if before else "hiddenkey@0.3")
     assert len(diagnosis.findings) > 10
     assert torch.equal(torch.get_rng_state(), randoms[0])
     assert random.getstate() == randoms[1]
+    assert numpy.random.get_state()[1].tolist() == randoms[2]
     assert snapshot(model) == shot
     assert same_state(model, state)
     assert [module.training for module in model.modules()] == modes

@@ -7,9 +7,9 @@ from transformers import Trainer
 import hiddenkey
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 
-from .test_trainer import Gradients, InOrder, Rows, arguments
+from .test_trainer import InOrder, Rows
 from .tiny import decoder, make
-from .tools import assert_same_gradients, lora
+from .tools import arguments, assert_same_gradients, lora, one_epoch
 
 VIEW = [0]
 BIG, ROWS = 8, 13
@@ -89,7 +89,6 @@ TASKS = {
 def windows(task, folder, micro, accumulation, *, recipe=RECIPE, cls=InOrder, padding=0, **options):
     """The gradients of each optimizer step over one epoch of 13 examples: a window of 8 and one of 5."""
     rows, family, build = TASKS[task]
-    data, seen = rows(family, ROWS), Gradients()
 
     def collate(examples):
         batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
@@ -100,25 +99,8 @@ def windows(task, folder, micro, accumulation, *, recipe=RECIPE, cls=InOrder, pa
         return batch
 
     torch.manual_seed(0)
-    trainer = cls(
-        model=build().double(),
-        args=arguments(
-            folder,
-            max_steps=-1,
-            num_train_epochs=1,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0,
-            optim="sgd",
-            **options,
-        ),
-        train_dataset=data,
-        data_collator=collate,
-        recipe=recipe,
-        callbacks=[seen],
-    )
-    trainer.train()
-    return seen.steps
+    made = {"model": build().double(), "train_dataset": rows(family, ROWS), "data_collator": collate}
+    return one_epoch(cls, folder, micro, accumulation, options=options, recipe=recipe, **made)
 
 
 def assert_same_windows(wanted, found):
@@ -197,31 +179,18 @@ def trl_windows(kind, folder, micro, accumulation):
     base, config = (trl.SFTTrainer, trl.SFTConfig) if kind == "sft" else (trl.DPOTrainer, trl.DPOConfig)
     cls = type("Ordered", (hiddenkey.ConsistencyMixin, base), {"_get_train_sampler": InOrder._get_train_sampler})
     rows = [{k: v.tolist() for k, v in row.items() if k != "attention_mask"} for row in Rows("llama", ROWS).rows]
-    seen = Gradients()
-    settings = arguments(folder).to_dict()
-    trainer = cls(
+    return one_epoch(
+        cls,
+        folder,
+        micro,
+        accumulation,
+        kind=config,
+        options={"bf16": False, "gradient_checkpointing": False, "max_length": None},
         model=lora(make("llama"), ["q_proj", "v_proj"]).double(),
-        args=config(
-            output_dir=str(folder),
-            num_train_epochs=1,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0,
-            optim="sgd",
-            bf16=False,
-            gradient_checkpointing=False,
-            max_length=None,
-            **{name: settings[name] for name in ("use_cpu", "learning_rate", "save_strategy", "report_to")},
-            lr_scheduler_type="constant",
-            disable_tqdm=True,
-        ),
         train_dataset=Dataset.from_list(rows) if kind == "sft" else texts("preference", 16),
         processing_class=tokenizer(),
         recipe=RECIPE,
-        callbacks=[seen],
     )
-    trainer.train()
-    return seen.steps
 
 
 @pytest.mark.parametrize(("micro", "accumulation"), CUTS)

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 
 import hiddenkey
 from hiddenkey.hf import views
 from hiddenkey.hf.structure import find_transformer
 
 from .tiny import CLASSES, VOCABULARY, make
-from .tools import assert_same_gradients, lora
+from .tools import arguments, assert_same_gradients, lora, one_epoch
 
 RECIPE = "hiddenkey@0.2 ~ kl*0.5"
 
@@ -44,23 +44,6 @@ def model_of(family, adapter=True):
     targets = ["query", "value"] if family == "bert" else ["q_proj", "v_proj"]
     options = {"task_type": "SEQ_CLS"} if family == "bert" else {}
     return lora(make(family), targets, **options) if adapter else make(family)
-
-
-def arguments(folder, **options):
-    settings = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 1,
-        **options,
-    }
-    return TrainingArguments(output_dir=str(folder), **settings)
 
 
 def drop_trainer(family, folder, recipe=RECIPE, *, rows=16, cls=hiddenkey.DropTrainer, model=None, **options):
@@ -122,16 +105,6 @@ def test_the_mixin_does_what_the_trainer_does(family, tmp_path):
     assert all(torch.equal(value, results[1][0][name]) for name, value in results[0][0].items())
 
 
-class Gradients(TrainerCallback):
-    """The gradients of every optimizer step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-
 class InOrder(hiddenkey.DropTrainer):
     """Examples in their order, so that every way to cut them into batches sees the same ones in a step."""
 
@@ -140,26 +113,9 @@ class InOrder(hiddenkey.DropTrainer):
 
 
 def one_window(family, folder, micro, accumulation, rows, recipe, **options):
-    """The gradients of each optimizer step over one epoch."""
-    seen = Gradients()
-    trainer = InOrder(
-        model=model_of(family).double(),
-        args=arguments(
-            folder,
-            max_steps=-1,
-            num_train_epochs=1,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0,
-            optim="sgd",
-            **options,
-        ),
-        train_dataset=Rows(family, rows),
-        recipe=recipe,
-        callbacks=[seen],
-    )
-    trainer.train()
-    return seen.steps
+    """The gradients of each optimizer step over one epoch, in float64."""
+    made = {"model": model_of(family).double(), "train_dataset": Rows(family, rows), "recipe": recipe}
+    return one_epoch(InOrder, folder, micro, accumulation, options=options, **made)
 
 
 def other_weights(monkeypatch):

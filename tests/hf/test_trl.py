@@ -257,6 +257,29 @@ def test_the_reference_of_a_stock_dpo_trainer_has_no_drops(reference, tmp_path):
     assert str(hiddenkey.find_attachment(trainer.model).rates()) != str(before)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("cls", (trl.DPOTrainer, DropDPO))
+@pytest.mark.parametrize("reference", ("disabled", "copy"))
+def test_dpo_that_compiles(reference, cls, tmp_path):
+    """The reference without drops, the policy with them, and the consistency where the mixin computes it."""
+    recipe = DROPS if cls is trl.DPOTrainer else f"{DROPS} ~ kl*{WEIGHT}"
+    losses = []
+    for compiled in (False, True):
+        options = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        torch._dynamo.reset()
+        trainer = dpo(tmp_path, recipe, reference=reference, cls=cls, gradient_checkpointing=False, **options)
+        trainer.train()
+        attachment = hiddenkey.find_attachment(trainer.model)
+        assert all(0.1 < rate < 0.5 for rate in attachment.rates().values())
+        first = first_batch(trainer)
+        labels = first["input_ids"].masked_fill(first["completion_mask"] == 0, -100)
+        inputs = {name: first[name] for name in ("input_ids", "attention_mask")}
+        found = torch.cat(trainer.compute_ref_log_probs(trainer.model_wrapped, first))
+        torch.testing.assert_close(found, log_probabilities(reference_logits(trainer, inputs), labels))
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == len(losses[1]) == 2
+
+
 def test_disable_dropout_switches_off_what_is_attached_before_it(tmp_path):
     """DPO sets every dropout of the model that it is given to 0; what is attached to its model later stays."""
     later = dpo(tmp_path, DROPS, cls=trl.DPOTrainer, disable_dropout=True)

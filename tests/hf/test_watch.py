@@ -10,9 +10,9 @@ from transformers import Trainer
 
 import hiddenkey
 
-from .test_trainer import Rows, arguments, drop_trainer, model_of
+from .test_trainer import Rows, drop_trainer, model_of
 from .tiny import batch, make
-from .tools import attached, draws, logits_of, lora, quiet
+from .tools import arguments, attached, draws, logits_of, lora, quiet
 
 TIED = "hiddenkey@0.3 ~ kl*0.5"
 FREE = "hiddenkey-@0.3"

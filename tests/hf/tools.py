@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 
 import hiddenkey
 from hiddenkey import attend, dropout
@@ -223,6 +224,55 @@ def assert_same_gradients(first: dict[str, Any], second: dict[str, Any], **toler
     assert any(value.abs().max() > 0 for value in first.values())
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def arguments(folder: Any, kind: Any = TrainingArguments, **options: Any) -> Any:
+    """Settings of a trainer of tiny models; kind: their class."""
+    settings = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 1,
+        **options,
+    }
+    return kind(output_dir=str(folder), **settings)
+
+
+class Gradients(TrainerCallback):
+    """The gradients of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self.steps.append(gradients(model))
+
+
+def one_epoch(
+    cls: Any,
+    folder: Any,
+    micro: int,
+    accumulation: int,
+    *,
+    kind: Any = TrainingArguments,
+    options: dict[str, Any],
+    **made: Any,
+) -> list[dict[str, torch.Tensor]]:
+    """The gradients of every optimizer step of one epoch of the trainer `cls`, in micro-batches of plain SGD.
+
+    options: further settings, of the class `kind`; made: the trainer's other arguments.
+    """
+    seen = Gradients()
+    cut = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    plain = {"max_steps": -1, "num_train_epochs": 1, "max_grad_norm": 0, "optim": "sgd"}
+    cls(args=arguments(folder, kind, **plain, **cut, **options), callbacks=[seen], **made).train()
+    return seen.steps
 
 
 def attached(family: str, recipe: str, **options: Any) -> Any:

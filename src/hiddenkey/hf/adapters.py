@@ -19,8 +19,13 @@ BASES: dict[type[nn.Module] | type[BaseTunerLayer], tuple[str, ...]] = {
     BaseTunerLayer: ("base_layer",),
 }
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
-# Tuners that draw by themselves in training, or pass through the model twice in one forward.
-RESTLESS = ("PVERA", "POLY", "XLORA")
+# What tuners do in training by themselves, so that two passes differ in every layer. `MONTECLORA`: a kind of LoRA.
+RESTLESS = {
+    "PVERA": "draws noise",
+    "POLY": "draws its routing",
+    "MONTECLORA": "draws noise",
+    "XLORA": "passes through the model twice",
+}
 # LoRA's variants that look at one token at a time.
 BY_TOKEN = ("DoraLinearVariant",)
 
@@ -66,13 +71,12 @@ def adapters(model: nn.Module) -> dict[str, PeftConfig]:
 
 
 def restless(model: nn.Module) -> tuple[str, ...]:
-    """The tuners in the model that draw by themselves, or pass through it twice: two passes differ everywhere."""
-    types = {
-        str(config.peft_type.value)
+    """What the tuners in the model do by themselves, such as "PVERA draws noise": two passes differ everywhere."""
+    kinds = {
+        "MONTECLORA" if getattr(config, "monteclora_config", None) else str(config.peft_type.value)
         for config in adapters(model).values()
-        if config.peft_type.value in RESTLESS or getattr(config, "monteclora_config", None)
     }
-    return tuple(sorted(types))
+    return tuple(f"{kind} {does}" for kind, does in RESTLESS.items() if kind in kinds)
 
 
 def virtual_tokens(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ from ..recipe import Recipe
 from .backend import PREFIX, SITE, read_eager, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
-from .intact import module_at, problems, warn_of_silence, warn_of_switches
+from .intact import module_at, problems, silent_sites, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
@@ -33,11 +34,12 @@ ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()
 def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
     """Attach `recipe` to a transformers model, with or without PEFT around it.
 
-    Attach after `get_peft_model`. The drops are active while the modules are in training mode; the model's own
-    dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
+    Attach after `get_peft_model`, before or after `torch.compile`. The drops are active while the modules are in
+    training mode; the model's own dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
 
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
+    model = uncompiled(model)
     modules = set(model.modules())
     earlier = next((other for other in ATTACHED if not modules.isdisjoint(other.model.modules())), None)
     if earlier is not None:
@@ -46,6 +48,12 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
             "(hiddenkey.find_attachment(model)) before attaching another"
         )
     return Attachment(model, plan(model, recipe))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was put around, which it runs; another as it is."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else inner
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:
@@ -157,8 +165,10 @@ class Attachment:
 
     def _attach_attention(self, path: str, sites: list[Site]) -> None:
         module = self.model.get_submodule(path)
-        site = AttentionSite([self._switches[site.drop] for site in sites], uses_interface(module))
+        switches = [self._switches[site.drop] for site in sites]
+        site = AttentionSite(switches, uses_interface(module), inspect.signature(module.forward).parameters)
         self.sites.append((path, site))
+        self.handles.append((path, module.register_forward_pre_hook(site.before, with_kwargs=True)))
         setattr(module, SITE, site)
         if site.by_interface:
             self._rename_backend(module.config)
@@ -225,15 +235,31 @@ class Attachment:
 
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""
-        if not module.training or torch.compiler.is_compiling():
-            return
+        if module.training:
+            problem = self._problem()
+            if problem is not None:
+                self._stop(problem)
+
+    @torch.compiler.assume_constant_result
+    def _problem(self) -> str | None:
+        """The first of `problems`. A compiled model asks when it is compiled, as it is again after each of them."""
         problem = next(problems(self), None)
-        if problem is not None:
-            raise RuntimeError(problem)
-        warn_of_switches(self)
+        if problem is None:
+            warn_of_switches(self)
+        return problem
+
+    @torch.compiler.disable(reason="something took hiddenkey off the model since attach")
+    def _stop(self, problem: str) -> None:
+        raise RuntimeError(problem)
 
     def _look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the first training forward: warn where a site drew nothing in it."""
-        if module.training and not self.seen and not torch.compiler.is_compiling():
+        if module.training and not self.seen:
             self.seen = True
-            warn_of_silence(self)
+            silent = silent_sites(self)
+            if silent:
+                self._warn_of_silence(silent)
+
+    @torch.compiler.disable(reason="some sites of hiddenkey drew nothing")
+    def _warn_of_silence(self, silent: list[str]) -> None:
+        warn_of_silence(self, silent)

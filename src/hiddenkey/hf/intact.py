@@ -56,15 +56,13 @@ def warn_of_switches(attachment: Attachment) -> None:
         warnings.warn(switched_off(off), stacklevel=2)
 
 
-def warn_of_silence(attachment: Attachment) -> None:
+def warn_of_silence(attachment: Attachment, silent: list[str]) -> None:
     """Warn of the sites that drew nothing, after a training forward in which they should have."""
-    silent = silent_sites(attachment)
-    if silent:
-        warnings.warn(
-            f"{some(silent)} drew nothing in a training forward, so '{attachment.recipe}' is not whole: something "
-            "bypasses these modules, or put them in evaluation mode; hiddenkey.doctor(model) tells more",
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"{some(silent)} drew nothing in a training forward, so '{attachment.recipe}' is not whole: something "
+        "bypasses these modules, or put them in evaluation mode; hiddenkey.doctor(model) tells more",
+        stacklevel=2,
+    )
 
 
 def some(names: list[str]) -> str:

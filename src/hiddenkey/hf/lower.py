@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import adapters, restless
+from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
 
@@ -27,7 +27,7 @@ class LowerLayers:
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
-        draws = plan.adapter_dropouts or restless(attachment.model) or late
+        draws = plan.adapter_dropouts or plan.restless or late
         if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())

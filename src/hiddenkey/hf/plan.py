@@ -11,7 +11,7 @@ from ..axes.position import POSITIONS, Side
 from ..drop import space_of
 from ..errors import PlanError
 from ..recipe import Drop, Recipe, parse
-from .adapters import adapters
+from .adapters import adapters, restless
 from .backend import check_backend
 from .code import closed_because
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
@@ -37,7 +37,7 @@ class Plan:
     """What `attach` will do to a model. `print(plan)` shows it.
 
     own_dropouts: the model's own rates, set to 0. adapter_dropouts: the adapters' (`lora_dropout`), left as they are.
-    adapters: the names of the adapters that were there.
+    adapters: the names of the adapters that were there. restless: what they draw besides: "PVERA draws noise".
     """
 
     recipe: Recipe
@@ -47,6 +47,7 @@ class Plan:
     own_dropouts: tuple[OwnDropout, ...]
     adapter_dropouts: tuple[OwnDropout, ...]
     adapters: tuple[str, ...]
+    restless: tuple[str, ...]
 
     def __str__(self) -> str:
         return describe(self)
@@ -72,7 +73,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
             if problem:
                 raise PlanError(f"'{site.drop}' can't work in {name}: {problem}")
     own, theirs = tuple(own_dropouts(model)), tuple(adapter_dropouts(model))
-    return Plan(recipe, name, structure, sites, own, theirs, tuple(adapters(model)))
+    return Plan(recipe, name, structure, sites, own, theirs, tuple(adapters(model)), restless(model))
 
 
 def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:

@@ -25,6 +25,8 @@ def describe(plan: Plan) -> str:
     lines += ["", f"own dropouts set to 0: {_dropouts(plan.own_dropouts) or 'none there'}"]
     if plan.adapter_dropouts:
         lines.append(f"adapter dropout left as it is: {_dropouts(plan.adapter_dropouts)}")
+    if plan.restless:
+        lines.append(f"the adapter by itself, in training: {', '.join(plan.restless)}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..axes.position import Side
 from ..drop import Tally, drawn_together
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
-from ..masks import Mask, Shape, documents_in, read_mask
+from ..masks import Mask, Shape, documents_in, hiding, read_mask
 from ..recipe import Drop
 from .switch import DropSwitch
 
@@ -26,12 +26,14 @@ class AttentionSite:
     """The drops inside one attention module, with a tally each.
 
     by_interface: the module asks transformers' AttentionInterface for its function; else it has its own softmax.
+    parameters: the names of its forward's arguments. in_windows: its last mask was one of windows, (windows, Q, K).
     """
 
     side: Side = "attention"
+    in_windows = False
 
-    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool) -> None:
-        self.switches, self.by_interface = tuple(switches), by_interface
+    def __init__(self, switches: Sequence[DropSwitch], by_interface: bool, parameters: Iterable[str] = ()) -> None:
+        self.switches, self.by_interface, self.parameters = tuple(switches), by_interface, tuple(parameters)
         self.drops = tuple(switch.drop for switch in switches)
         self.tallies = [Tally() for _ in self.drops]
 
@@ -42,11 +44,32 @@ class AttentionSite:
 
     def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
         """One keep mask per active drop over (B, Hkv, Q, K), counted."""
-        keeps = draw_keeps(self.active, shape, device, mask)
+        keeps = draw_keeps(self.active, shape, device, self.documents(mask))
         tallies = [tally for tally, switch in zip(self.tallies, self.switches, strict=True) if switch.is_on]
         for keep, tally, drop in zip(keeps, tallies, self.active, strict=True):
             tally.add(keep, drawn_together(drop, keep, lead=2))
         return keeps
+
+    def documents(self, mask: Mask) -> Mask:
+        """The mask of which documents are read off: a window is one, whatever parts of an image meet in it."""
+        return Mask() if self.in_windows else mask
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook with keywords: what a mask means to hide is hidden for certain (see `hiding`)."""
+        if not module.training:
+            return args, kwargs
+        self.in_windows = False
+        names = (*self.parameters, *("" for _ in args))
+        args = tuple(self._hide(name, value) for name, value in zip(names, args, strict=False))
+        return args, {name: self._hide(name, value) for name, value in kwargs.items()}
+
+    def _hide(self, name: str, value: Any) -> Any:
+        if name not in MASK_ARGUMENTS or not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        self.in_windows = value.dim() == 3
+        return hiding(value)
 
 
 class Documents:
@@ -138,6 +161,8 @@ def documents(
     if mask is not None and not mask.is_floating_point():
         mask = mask.bool()  # layers without attention are given the padding mask itself, of integers
     full = read_mask(mask)[0].full
+    if full is not None and full.dim() == 3:
+        return (batch, length), None  # of windows, each of which is a sequence of its own
     if full is not None and full.dim() == 4:
         # Keys of a prefix come before those of the sequence.
         return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]

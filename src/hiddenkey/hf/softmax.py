@@ -22,8 +22,9 @@ from .sites import AttentionSite
 
 SOFTMAX: tuple[Callable[..., Any], ...] = (F.softmax, torch.softmax, Tensor.softmax)
 KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-# So far below the largest logit of a row a weight is zero in every dtype: libraries hide keys by adding -10,000.
-NOTHING = 1000.0
+# So far below the largest logit of a row a key counts as hidden: libraries hide by adding -10,000, and ALiBi's bias
+# of a key at the other end of 4,000 tokens is less than this.
+NOTHING = 5000.0
 
 
 class DropAtSoftmax(TorchFunctionMode):

@@ -16,7 +16,7 @@ from .lower import LowerLayers
 from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
 from .token_loss import Head
-from .views import Batch, LastLayer, compared, count_labels, labels_of, second_view, tie, uncached
+from .views import Batch, LastLayer, compared, copied, count_labels, labels_of, second_view, tie, uncached
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -48,7 +48,7 @@ class Step:
     consistency: Consistency
 
     def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
-        return (self.task_loss or model_loss)(self.model, dict(batch), num_items)
+        return (self.task_loss or model_loss)(self.model, copied(batch), num_items)
 
 
 def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:

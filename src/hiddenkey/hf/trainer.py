@@ -36,6 +36,7 @@ class ConsistencyMixin:
     compute_loss_func: Any
     label_smoother: Any
     get_tp_size: Any
+    _together = False
 
     def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
         self._recipe = None if recipe is None else parse(recipe)
@@ -92,9 +93,21 @@ class ConsistencyMixin:
         self._note(step)
         return (step.total, step.outputs) if return_outputs else step.total
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Where all processes log their training loss together. At any other time one of them may log alone, and must
+        not wait for the others.
+        """
+        trainer: Any = self
+        self._together = trainer.control.should_log
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._together = False
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what happened since the last log to a log of the training loss."""
-        if "loss" in logs:
+        """Add what happened since the last log to the trainer's own log of the training loss."""
+        if "loss" in logs and self._together:
+            self._together = False
             logs.update(self._parts(logs["loss"]))
             logs.update({f"drop_rate/{name}": rate for name, rate in self.attachment.position_rates().items()})
             log_what_is_wrong(self, self.attachment)

@@ -72,9 +72,16 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
         inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
     if consistency.clean:
         with inference(model):
-            return model(**inputs)
+            return model(**copied(inputs))
     with nullcontext() if consistency.both else torch.no_grad():
-        return model(**inputs)
+        return model(**copied(inputs))
+
+
+def copied(batch: Batch) -> dict[str, Any]:
+    """A batch that may be written into, as some models do: Whisper masks its features in place (SpecAugment), and the
+    other view must neither see that nor lose what its backward pass needs.
+    """
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:

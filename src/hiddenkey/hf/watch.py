@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..recipe import Drop
 from .modes import Modes, give_back_modes, to_evaluation
 
 if TYPE_CHECKING:
@@ -58,26 +59,46 @@ class Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
-        if torch.compiler.is_compiling() or not module.training:
+        if self._modes:  # a compiled forward that failed calls no hook after it
+            self._end_reference(module)
+        if not module.training:
             return
         if torch.is_grad_enabled():
             self.learning = active_adapters(module)
         elif active_adapters(module) != self.learning:
-            self._modes[id(module)] = to_evaluation(module)
+            self._begin_reference(module)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook that is called after an error too."""
-        if torch.compiler.is_compiling():
-            return
-        give_back_modes(self._modes.pop(id(module), []))
-        if self._aside or not torch.is_grad_enabled() or not self.attachment.sites:
-            return
-        action = self._action(module)
-        if action is not None:
-            for tensor in learned(output):
-                tensor.register_hook(action)
+        if self._modes:
+            self._end_reference(module)
+        if not self._aside and torch.is_grad_enabled() and self.attachment.sites and self._is_wrong():
+            self._tell(module, output)
 
-    def _action(self, module: nn.Module) -> partial[None] | None:
+    def _is_wrong(self) -> bool:
+        """Whether a backward pass from here would not teach what the recipe says."""
+        if self._in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step):
+            return True
+        self._drawn = self._drawn or self._undrawn() is None
+        return not self._drawn
+
+    # A compiled model runs what follows outside of its graph: rare cases may cost a break in it.
+
+    @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
+    def _begin_reference(self, module: nn.Module) -> None:
+        self._modes[id(module)] = to_evaluation(module)
+
+    @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
+    def _end_reference(self, module: nn.Module) -> None:
+        give_back_modes(self._modes.pop(id(module), []))
+
+    @torch.compiler.disable(reason="a backward pass from here would not teach what the recipe of hiddenkey says")
+    def _tell(self, module: nn.Module, output: Any) -> None:
+        action = self._action(module)
+        for tensor in learned(output):
+            tensor.register_hook(action)
+
+    def _action(self, module: nn.Module) -> partial[None]:
         """What to do when this forward pass is learned from."""
         recipe = self.attachment.recipe
         if self._in_evaluation():
@@ -86,24 +107,23 @@ class Watch:
         if recipe.consistency is not None and not self._in_step:
             plain = str(recipe).partition(" ~ ")[0]
             return partial(self._fail, MISSED.format(recipe=recipe, plain=plain))
-        self._drawn = self._drawn or not self._undrawn()
-        return None if self._drawn else partial(self._fail, self._undrawn())
+        drop = self._undrawn()
+        path = next(path for path, site in self.attachment.sites if drop in site.drops)
+        return partial(self._fail, UNREACHED.format(drop=drop, path=path))
 
     def _in_evaluation(self) -> bool:
         """Whether there is something to drop, but nowhere in training mode."""
         model, sites = self.attachment.model, self.attachment.sites
         return bool(sites) and not any(model.get_submodule(path).training for path, _ in sites)
 
-    def _undrawn(self) -> str:
-        """What is wrong where a drop was never drawn, or nothing."""
-        paths: dict[str, str] = {}
-        drawn: set[str] = set()
-        for path, site in self.attachment.sites:
-            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True):
-                paths.setdefault(str(drop), path)
-                if tally.counts is not None or not switch.is_on:
-                    drawn.add(str(drop))
-        return next((UNREACHED.format(drop=drop, path=paths[drop]) for drop in paths if drop not in drawn), "")
+    def _undrawn(self) -> Drop | None:
+        """A drop that is switched on and was never drawn, or None."""
+        sites = [site for _, site in self.attachment.sites]
+        pairs = [pair for site in sites for pair in zip(site.switches, site.tallies, strict=True)]
+        for switch, _ in pairs:
+            if switch.is_on and all(tally.counts is None for other, tally in pairs if other is switch):
+                return switch.drop
+        return None
 
     def _fail(self, message: str, gradient: Tensor) -> None:
         raise UserError(message)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..attach import Attachment
 from ..structure import find_transformer
-from ..views import inference
+from ..views import copied, inference
 from .preserve import plain_twin, seed_all
 
 Batch = Mapping[str, Any]
@@ -72,11 +72,6 @@ class Patient:
         for parameter in model.parameters():
             parameter.grad = None
         return loss.detach(), found
-
-
-def copied(batch: Batch) -> dict[str, Any]:
-    """A batch that may be written into, as some models do."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def loss_of(outputs: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...axes.grid import Grid
 from ...axes.pattern import PATTERNS, document_bounds
-from ...drop import drawn_together, is_recomputing
+from ...drop import drawn_together
 from ...masks import Mask, Shape
 from ...recipe import Drop
 from ..intact import module_at, switched_off
@@ -34,8 +34,6 @@ class Record:
 
     def add(self, keep: Tensor, grid: Grid, lead: int) -> None:
         """Count a draw over the whole mask."""
-        if is_recomputing():
-            return
         together = drawn_together(self.drop, keep, lead)
         self.dropped += keep.numel() - int(torch.count_nonzero(keep))
         self.squares += keep.numel() * together
@@ -86,7 +84,7 @@ def _watch_attention(site: AttentionSite, records: list[Record]) -> Any:
         keeps = draw(shape, device, mask)
         active = [record for record in records if record.drop in site.active]
         for keep, record in zip(keeps, active, strict=True):
-            record.add(keep, Grid.attention(shape, device, mask.segments(shape)), lead=2)
+            record.add(keep, Grid.attention(shape, device, site.documents(mask).segments(shape)), lead=2)
         return keeps
 
     return watched

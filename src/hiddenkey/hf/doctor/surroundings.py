@@ -11,6 +11,7 @@ import torch
 from torch import distributed, nn
 
 from ...errors import UserError
+from ..adapters import restless
 from ..dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from ..intact import module_at, problems, some
 from ..step import consistency_step
@@ -59,6 +60,8 @@ def check_other_dropouts(patient: Patient) -> Iterator[Finding]:
     adapter = list(adapter_dropouts(patient.attachment.model))
     if adapter:
         yield Finding("adapter", "note", f"{len(adapter)} dropouts of the adapter are on: {_list(adapter)}")
+    for besides in restless(patient.attachment.model):
+        yield Finding("adapter", "note", f"{besides} in training, by itself")
 
 
 def check_keys(patient: Patient) -> Iterator[Finding]:
