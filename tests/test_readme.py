@@ -51,15 +51,21 @@ def commands():
 
 
 def test_there_are_commands():
-    assert {command.split()[1] for command in commands()} == {"train", "plan", "doctor"}
+    assert {command.split()[1] for command in commands()} == {"train", "plan", "doctor", "sweep", "report"}
 
 
 @pytest.mark.parametrize("command", commands())
 def test_commands_parse(command):
     parsed = cli._parse(shlex.split(command)[1:])
-    hiddenkey.parse(parsed.recipe)
+    if hasattr(parsed, "recipe"):
+        hiddenkey.parse(parsed.recipe)
     if hasattr(parsed, "check"):
         parsed.check()
+
+
+@pytest.mark.parametrize("path", [word for command in commands() for word in command.split() if word.endswith(".yaml")])
+def test_sweep_files_exist(path):
+    assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("recipe", re.findall(r"`([a-z-]+(?:\[[^`\]]*\])?(?::[a-z-]+)*@p(?: \+ [^`]*)?)`", README))
