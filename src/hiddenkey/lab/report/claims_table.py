@@ -37,7 +37,7 @@ def rule(found: Sequence[Finding]) -> list[str]:
         f"{words.plural(tested, 'claim')} that were run; not replicated where it is below 0 by the same test, or "
         f"where the interval ends below half of the paper's own gap (or below {MARGIN} points, if that is less).",
         f"“No effect” is replicated where the whole interval lies within ± {MARGIN} points, “adds nothing” where it "
-        f"ends below + {MARGIN}; not replicated where it does not and the difference (for “adds nothing”: a gain) is "
+        f"ends below +{MARGIN}; not replicated where it does not and the difference (for “adds nothing”: a gain) is "
         "significant.",
         f"Everything else, and whatever has fewer than {FEWEST} seeds, is undecided.",
     ]
