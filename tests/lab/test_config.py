@@ -43,6 +43,11 @@ def test_defaults_are_allowed():
         ("text_columns", ("a", "b", "c"), "one or two"),
         ("model", "", "needs a value"),
         ("prompt_column", "prompt", "completion_column"),
+        ("test_size", 5, "test part"),
+        ("neftune_alpha", -1.0, "0 or more"),
+        ("generation_metrics", ("bleu", "rouge"), "bleu, nist, ter, meteor, rouge_l, cider"),
+        ("generation_metrics", ("bleu",), "test part"),
+        ("length_penalty", float("inf"), "finite"),
     ],
 )
 def test_bad_value_names_itself_and_what_is_allowed(name, value, said):

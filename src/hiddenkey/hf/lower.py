@@ -27,11 +27,12 @@ class LowerLayers:
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
-        noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
-        draws = plan.adapter_dropouts or restless(attachment.model) or late or noise
+        draws = plan.adapter_dropouts or restless(attachment.model) or late
         if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
-        self.layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers[:shared]]
+        noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
+        below = [] if noise else stacks[0].layers[:shared]
+        self.layers = [attachment.model.get_submodule(layer.path) for layer in below]
         self.output: Any = None
 
     @contextmanager
