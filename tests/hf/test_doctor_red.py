@@ -20,14 +20,6 @@ def red(model, *arguments):
     return {finding.check: finding.reason for finding in diagnosis.wrong}
 
 
-def test_a_key_that_peft_would_save():
-    """PEFT saves what is called as its own parameters are."""
-    model = lora(make("llama"), ["q_proj"])
-    hiddenkey.attach(model, "hiddenkey-@0.3")
-    find_transformer(model)[1].hiddenkey_drops.register_buffer("lora_default", torch.zeros(1))
-    assert "plain PEFT does not write" in red(model)["adapter keys"]
-
-
 @pytest.mark.parametrize("tie", ("held constant", "without effect"))
 def test_a_term_that_teaches_nothing(tie, monkeypatch):
     real = step.tie
