@@ -91,7 +91,7 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
 
 def _load(path: str | Path) -> Mapping[str, Any]:
     try:
-        given = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        given = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(given, Mapping):
