@@ -88,7 +88,7 @@ def test_a_silent_worker_counts_as_dead_and_one_that_beats_does_not(tmp_path: Pa
     silent, alive = board_of(plan, tmp_path, "silent"), board_of(plan, tmp_path, "alive")
     alive.open({})
     lost, kept = taken(silent), taken(alive)
-    for _ in range(7):
+    for _ in range(6):
         time.sleep(0.85)
         alive.beat(kept)
     looked = board_of(plan, tmp_path, "new")

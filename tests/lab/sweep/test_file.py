@@ -199,3 +199,12 @@ def test_the_same_method_twice_is_told(tmp_path: Path):
     path.write_text(f"name: x\nout: y\nbase: {{model: m, data: d}}\nmethods:\n{entry}{entry}")
     with pytest.raises(ConfigError, match="'a' stands twice"):
         read_sweep(path)
+
+
+def test_the_file_of_the_documentation(tmp_path: Path):
+    page = (Path(__file__).parents[3] / "docs" / "sweeps.md").read_text()
+    path = tmp_path / "sweep.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    plan = make_plan(read_sweep(path))
+    assert plan.total == 4 * 3 * 3 * 2
+    assert {run.config.weight_decay for run in runs_of(plan) if run.method == "lora dropout"} == {0.0}

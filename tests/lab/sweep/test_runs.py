@@ -100,7 +100,7 @@ def kill_after(board: Board, runs: int) -> threading.Thread:
 
 
 def test_two_workers_of_which_one_is_killed(base: dict[str, Any], tmp_path: Path):
-    path = write_sweep(tmp_path, base=base | {"epochs": 2})
+    path = write_sweep(tmp_path, base=base)
     _, board = here(path)
     killer = kill_after(board, 2)
     said = said_by(SweepConfig(str(path), workers=2, threads=1), tmp_path / "said")
