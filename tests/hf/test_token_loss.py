@@ -89,7 +89,7 @@ def test_gradients_of_the_sweep(consistency, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "chunk", "few"), [(64, 256, 12288), (49152, 256, 16), (152_000, 82, 5), (10**7, 16, 1)]
+    ("vocabulary", "chunk", "few"), [(64, 224, 12288), (49152, 224, 16), (152_000, 72, 5), (10**7, 16, 1)]
 )
 def test_fewer_tokens_of_a_larger_vocabulary(vocabulary, chunk, few):
     assert token_loss.chunk_size(vocabulary) == chunk

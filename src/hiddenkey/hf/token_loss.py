@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ..consistency import Consistency, bidirectional
 
 # Logits of a chunk, enough for the head's matrix product, and of a few tokens of it, which stay in the cache.
-CHUNK = 256 * 49152
+CHUNK = 224 * 49152
 FEW = 16 * 49152
-TOKENS = range(16, 257)
+TOKENS = range(16, 225)
 
 
 Sums = tuple[Tensor, Tensor]
@@ -75,6 +75,7 @@ class TokenLoss(torch.autograd.Function):
             grad_first[rows] = head.backward(z1)
             if grad_second is not None:
                 grad_second[rows] = head.backward(z2)
+            del z1, z2, parts  # before the next chunk's are made
         ctx.save_for_backward(grad_first, grad_second)
         total = share.task * sums[0] + share.consistency * sums[1]
         task, term = sums.unbind()
