@@ -20,6 +20,7 @@ from .. import tiny
 ROOT = Path(__file__).parents[3]
 PAPER = sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
 MODELS = {"roberta": "roberta-large", "gpt2": "gpt2-medium", "llama2": "meta-llama/Llama-2-7b-hf"}
+FIRST = ("roberta-rte", "roberta-stsb", "gpt2-e2e", "gpt2-webnlg", "llama2-mrpc")
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.WORDS)
 
 
@@ -79,7 +80,9 @@ def test_the_paper_has_eleven_setups():
     ]
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in FIRST else pytest.mark.full) for p in PAPER]
+)
 def test_an_experiment_can_be_run(path: Path, tmp_path: Path):
     kind, task = path.stem.split("-")
     given = read_sweep(path)
