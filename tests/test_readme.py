@@ -63,7 +63,9 @@ def test_commands_parse(command):
         parsed.check()
 
 
-@pytest.mark.parametrize("path", [word for command in commands() for word in command.split() if word.endswith(".yaml")])
+@pytest.mark.parametrize(
+    "path", [word for command in commands() for word in command.split() if word.endswith(".yaml")]
+)
 def test_sweep_files_exist(path):
     assert (ROOT / path).exists()
 
