@@ -137,10 +137,11 @@ def test_rows_that_are_cut_are_counted(config: TrainConfig, capsys: pytest.Captu
 
 
 def test_checkpoints_of_an_unknown_run_are_not_touched(config: TrainConfig):
-    (Path(config.out) / "checkpoints").mkdir(parents=True)
+    checkpoint = Path(config.out) / "checkpoints" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
     with pytest.raises(RunError, match="--overwrite"):
         run.train(config)
-    assert (Path(config.out) / "checkpoints").exists()
+    assert checkpoint.exists()
 
 
 def test_patience_stops_and_best_is_kept(config: TrainConfig):
