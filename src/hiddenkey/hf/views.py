@@ -70,10 +70,8 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
     transformer = find_transformer(model)[1]
     if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
-    if consistency.clean:
-        with inference(model):
-            return model(**copied(inputs))
-    with nullcontext() if consistency.both else torch.no_grad():
+    held = inference(model) if consistency.clean else nullcontext() if consistency.both else torch.no_grad()
+    with held:
         return model(**copied(inputs))
 
 

@@ -19,7 +19,7 @@ GENERATIONS = "generations.jsonl"
 _FREE_BYTES = 64 * 2**20
 
 # A folder may be moved, and overwrite says nothing about the run.
-_NOT_OF_THE_RUN = ("out", "overwrite")
+NOT_OF_THE_RUN = ("out", "overwrite")
 
 Status = Literal["running", "finished", "failed"]
 
@@ -82,10 +82,14 @@ def write_text(path: Path, text: str) -> None:
     part.replace(path)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON, whole or not at all. Raises ValueError where a number is not finite."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    text = json.dumps(finite(asdict(result)), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(Path(result.folder) / RESULT, text + "\n")
+    write_json(Path(result.folder) / RESULT, finite(asdict(result)))
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -161,7 +165,7 @@ def _clear(folder: Path) -> None:
 
 def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
     now = config.to_dict()
-    names = [name for name in {**now, **earlier} if name not in _NOT_OF_THE_RUN]
+    names = [name for name in {**now, **earlier} if name not in NOT_OF_THE_RUN]
     differing = [name for name in names if now.get(name) != earlier.get(name)]
     if differing:
         lines = "\n".join(f"  {name}: {earlier.get(name)!r} there, {now.get(name)!r} now" for name in differing)

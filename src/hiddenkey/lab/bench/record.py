@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..artifacts import write_text
+from ..artifacts import write_json
 from ..errors import RunError
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def write_record(record: Record, folder: Path) -> Path:
         for row, entry in zip(case.rows, written["rows"], strict=True):
             entry["summary"] = _summary(case, row)
     path = folder / f"{record.name}.json"
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_json(path, content)
     return path
 
 

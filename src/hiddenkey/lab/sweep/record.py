@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import hiddenkey
 
-from ..artifacts import write_text
+from ..artifacts import NOT_OF_THE_RUN, write_json
 from ..config import TrainConfig
 from ..errors import RunError
+from .space import plain
 
 RUNS = "runs"
 OTHER = "other"
@@ -88,7 +89,7 @@ def run_id(method: str, values: dict[str, Any], config: TrainConfig) -> str:
     made_of = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in ("out", "overwrite") and (name not in _DEFAULTS or value != _plain_default(name))
+        if name not in NOT_OF_THE_RUN and (name not in _DEFAULTS or value != plain(_DEFAULTS[name]))
     }
     made_of["recipe"] = str(hiddenkey.parse(config.recipe))
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:8]
@@ -101,8 +102,7 @@ def write_record(record: RunRecord, folder: Path) -> Path:
     """Write `runs/<id>.json` in the sweep's folder: a reader sees it whole or not at all."""
     path = folder / RUNS / f"{record.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_json(path, record.to_dict())
     return path
 
 
@@ -125,11 +125,6 @@ def read_record(path: Path) -> RunRecord:
 def make_record(found: dict[str, Any]) -> RunRecord:
     """A record from its plain values. Raises TypeError where names are missing or unknown."""
     return RunRecord(**found)
-
-
-def _plain_default(name: str) -> Any:
-    default = _DEFAULTS[name]
-    return list(default) if isinstance(default, tuple) else default
 
 
 def _short(value: Any) -> str:
