@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-full test-oldest models lint clean
+.PHONY: demo test test-full test-oldest cover models lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,10 +16,14 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --numprocesses 2 -m 'not full' --cov --cov-report term:skip-covered
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not full' --durations 20
 
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 -m full
+
+# Apart from `make test`, because it makes the tests slower.
+cover: $(VENV)/.installed
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not full' --cov --cov-report term:skip-covered
 
 # The same tests on the oldest versions. The index's torch of that age brings CUDA along, about 3 GB; where that is too
 # much, name an index of CPU builds in PIP_EXTRA_INDEX_URL and write torch==2.11.0+cpu in constraints-oldest.txt.

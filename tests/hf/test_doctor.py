@@ -18,6 +18,7 @@ import hiddenkey
 from hiddenkey.axes.pattern import PATTERNS, random_keep, register_pattern
 from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
 
+from .adapters import batch_for, build
 from .tiny import FAMILIES, batch, make
 from .tools import ALL, attached, inputs_for, logits_of, lora, same_state, snapshot
 
@@ -84,12 +85,22 @@ def clip():
     return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 4}))
 
 
-@pytest.mark.parametrize("build", (whisper, clip))
-def test_sounds_and_images(build):
-    diagnosis = examined(build(), "hiddenkey[:]@0.3")
+@pytest.mark.parametrize("make_model", (whisper, clip))
+def test_sounds_and_images(make_model):
+    diagnosis = examined(make_model(), "hiddenkey[:]@0.3")
     assert diagnosis.ok, str(diagnosis)
-    assert verdicts(diagnosis, "consistency") == ["ok" if build is whisper else "skipped"]
+    assert verdicts(diagnosis, "consistency") == ["ok" if make_model is whisper else "skipped"]
     assert verdicts(diagnosis, "recompute") == ["ok"]
+
+
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_what_the_plain_model_cannot_do_is_not_blamed_on_the_recipe(family):
+    """PEFT gives Poly its task ids while the model's own forward runs, and at no other time."""
+    diagnosis = examined(build("Poly", family), "hiddenkey[:]@0.3", batches=[batch_for("Poly", family)])
+    assert diagnosis.ok, str(diagnosis)
+    assert verdicts(diagnosis, "recompute") == ["skipped"]
+    assert "with the recipe or without: task_ids should not be None" in reason(diagnosis, "recompute")
+    assert verdicts(diagnosis, "generate") == ["skipped"]
 
 
 def count_training(module, args, output):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.hf import step
+from hiddenkey.hf import sites, step
 from hiddenkey.hf.doctor.rates import FALSE_ALARM
 from hiddenkey.hf.interval import interval
 from hiddenkey.hf.structure import find_transformer
@@ -47,6 +47,20 @@ def test_the_adapters_dropout_is_no_effect_of_ours():
     transformer.generate = lambda **_: torch.zeros(1)
     found = hiddenkey.doctor(model, None, [batch("llama")], rounds=1).wrong
     assert "effect" in {finding.check for finding in found}
+
+
+def test_a_recomputation_that_fails_with_the_recipe_alone(monkeypatch):
+    real = sites.draw_stream
+
+    def once(*arguments):
+        if torch._C._current_graph_task_id() != -1:  # in a backward
+            raise ValueError("no draw is left")
+        return real(*arguments)
+
+    monkeypatch.setattr(sites, "draw_stream", once)
+    found = red(attached("llama", "hidden[:]:element@0.3"))
+    assert set(found) == {"recompute"}
+    assert "as they can without: no draw is left" in found["recompute"]
 
 
 def test_false_alarms_are_shared_by_all_sites():

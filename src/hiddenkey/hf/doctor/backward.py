@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
 from ..intact import some
 from ..step import consistency_step
+from ..structure import find_transformer
 from .diagnosis import Finding
 from .forward import close, difference
 from .patient import SEED, Patient
@@ -47,27 +50,21 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
     """Loss and gradients are the same with activations kept and recomputed, under one random state."""
     # Not what was compiled around it: that draws in another way, and recomputes as the compiler likes.
     model, transformer = patient.attachment.model, patient.transformer
-    flagged = [module for module in transformer.modules() if hasattr(module, "gradient_checkpointing")]
-    if not transformer.supports_gradient_checkpointing or not flagged:
+    if not transformer.supports_gradient_checkpointing or not _checkpointed(model):
         yield Finding("recompute", "skipped", f"{type(transformer).__name__} does not recompute activations")
         return
     if not any(p.requires_grad for p in patient.model.parameters()):
         yield Finding("recompute", "skipped", "no parameter is trainable")
         return
-    how = "as the model is set to"
-    if not any(module.gradient_checkpointing for module in flagged):
-        how = "with use_reentrant=False"
-        for module in flagged:
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-    try:
-        again_loss, again = patient.gradients(model, patient.batch)
-    except CheckpointError:
-        yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
-        return
-    finally:  # the other checks look at the plain backward
-        for module in flagged:
-            module.gradient_checkpointing = False
+    with _recomputing(model) as how:
+        try:
+            again_loss, again = patient.gradients(model, patient.batch)
+        except CheckpointError:
+            yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
+            return
+        except (RuntimeError, TypeError, ValueError) as error:
+            yield _not_recomputed(patient, error)
+            return
     loss, wanted = patient.gradients(model, patient.batch)
     apart = _apart(again, wanted)
     values = {"loss": difference(again_loss, loss), "gradients": apart}
@@ -78,6 +75,43 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
     elif not same:
         reason += OTHER_MASKS
     yield Finding("recompute", "ok" if same else "wrong", reason, values=values)
+
+
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[str]:
+    """Activations are recomputed, as the model is set to or as is usual; gives which. Off afterwards.
+
+    Off, because the other checks look at the plain backward.
+    """
+    flagged = _checkpointed(model)
+    how = "as the model is set to"
+    if not any(module.gradient_checkpointing for module in flagged):
+        how = "with use_reentrant=False"
+        for module in flagged:
+            module.gradient_checkpointing = True
+            module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield how
+    finally:
+        for module in flagged:
+            module.gradient_checkpointing = False
+
+
+def _checkpointed(model: nn.Module) -> list[Any]:
+    return [module for module in find_transformer(model)[1].modules() if hasattr(module, "gradient_checkpointing")]
+
+
+def _not_recomputed(patient: Patient, error: Exception) -> Finding:
+    """Whose fault it is that the backward failed: tried on the model without the recipe."""
+    with _recomputing(patient.twin):
+        try:
+            patient.gradients(patient.twin, patient.batch)
+        except (RuntimeError, TypeError, ValueError):
+            reason = f"this model can't recompute activations, with the recipe or without: {error}"
+            return Finding("recompute", "skipped", reason)
+    return Finding(
+        "recompute", "wrong", f"activations can't be recomputed with the recipe, as they can without: {error}"
+    )
 
 
 def check_consistency(patient: Patient) -> Iterator[Finding]:

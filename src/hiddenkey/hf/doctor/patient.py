@@ -67,10 +67,12 @@ class Patient:
         loss = loss_of(self.train(model, batch))
         if not loss.requires_grad:
             return loss, {}
-        loss.backward()
-        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        for parameter in model.parameters():
-            parameter.grad = None
+        try:
+            loss.backward()
+            found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        finally:
+            for parameter in model.parameters():
+                parameter.grad = None
         return loss.detach(), found
 
 
