@@ -13,11 +13,12 @@ import hiddenkey
 ROOT = Path(hiddenkey.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# errors <- registry <- axes, consistency <- recipe <- drop <- causal, cells <- fused <- attend <- hf <- lab <- cli
+# errors, draws <- registry <- axes, consistency <- recipe <- drop <- causal, cells <- fused <- attend <- hf <- lab
 RANKS = {
     "errors": 0,
     "presets": 0,
     "masks": 0,
+    "draws": 0,
     "flash": 0,
     "registry": 1,
     "axes": 2,

@@ -15,7 +15,8 @@ import transformers as hf
 from torch import distributed, nn
 
 import hiddenkey
-from hiddenkey.axes.pattern import PATTERNS, random_keep, register_pattern
+from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey.draws import random_keep
 from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
 
 from .adapters import batch_for, build

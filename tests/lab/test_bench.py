@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.axes.pattern import random_bytes
 from hiddenkey.cli import main
+from hiddenkey.draws import generator, random_bytes
 from hiddenkey.lab.bench import page as performance
 from hiddenkey.lab.bench import run as bench
 from hiddenkey.lab.bench.attention import RIVALS
@@ -79,8 +79,8 @@ def test_peak_memory_counts_what_numpy_makes():
     del given  # the storage lives on in its view
 
     def work() -> None:
-        one = random_bytes(2**20) + buffer[:1]  # 2 MiB, of which NumPy's is freed
-        two = random_bytes(2**20)  # 2 MiB
+        one = random_bytes(generator(), 2**20) + buffer[:1]  # 2 MiB, of which NumPy's is freed
+        two = random_bytes(generator(), 2**20)  # 2 MiB
         one + two  # 3 MiB
 
     assert peak_memory(work, CPU) == 3 * 2**20

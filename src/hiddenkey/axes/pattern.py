@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..draws import random_keep
 from ..registry import Registry
 from .grid import Grid
 
@@ -49,47 +48,6 @@ def register_pattern(name: str, *, needs_segments: bool = False, unit: Unit = "r
         return draw
 
     return add
-
-
-def random_keep(shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
-    """Independent draws of shape `shape`, True with probability 1 - p.
-
-    On a CPU a random byte decides every cell at the 256th below p, and the few drops that are left to p are placed by
-    the gaps between them: a tenth of the time of one float each.
-    """
-    if device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.rand(shape, dtype=torch.float32, device=device) >= p
-    count, steps = math.prod(shape), math.floor(p * 256)
-    # Compared in place and read as bool: a fresh tensor costs more than the comparison.
-    keep = random_bytes(count).ge_(steps - 128).view(torch.bool)
-    # 1 - p = (1 - steps/256)(1 - rest): both draws are independent of each other and from cell to cell.
-    rest = (p - steps / 256) / (1 - steps / 256)
-    return keep.index_fill_(0, rare_places(count, rest), False).view(shape)
-
-
-def random_bytes(count: int) -> Tensor:
-    """Uniform int8 (count), from a generator of NumPy (SFC64) with 256 bits of torch's own for a seed.
-
-    torch draws 64 bits at a time from a Mersenne Twister, which takes four times as long.
-    """
-    seed = torch.empty(4, dtype=torch.int64).random_(-(2**63), None).numpy().view(np.uint32)
-    return torch.from_numpy(np.random.SFC64(seed).random_raw(-(-count // 8))).view(torch.int8)[:count]
-
-
-def rare_places(count: int, rate: float) -> Tensor:
-    """The places among `count` of independent events of a small rate: int64, ascending.
-
-    The gaps between events are geometric: exponential ones, rounded up.
-    """
-    parts, last = [torch.empty(0, dtype=torch.int64)], -1
-    while rate > 0 and last < count - 1:
-        expected = (count - last) * rate
-        gaps = torch.empty(int(expected + 6 * math.sqrt(expected)) + 4, dtype=torch.float64)
-        gaps.exponential_(-math.log1p(-rate)).ceil_().clamp_(1, count + 1)
-        parts.append(gaps.long().cumsum(0) + last)
-        last = int(parts[-1][-1])
-    places = torch.cat(parts)
-    return places[places < count]
 
 
 @register_pattern("element", unit="entry")

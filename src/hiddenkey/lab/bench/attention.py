@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import attention
-from ...axes.pattern import random_keep
+from ...draws import random_keep
 from ...drop import guard
 from ...fused import folded
 from ...masks import Mask

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import StructuredDropout, consistency_loss
-from ...axes.pattern import random_keep
 from ...consistency import CONSISTENCIES
+from ...draws import random_keep
 from ...hf.token_loss import Head, Share, TokenLoss
 from .config import BenchConfig
 from .measure import Work, interleave
