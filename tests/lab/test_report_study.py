@@ -103,6 +103,15 @@ def test_ranks_are_conditions_of_their_own_and_the_main_one_fills_the_gap():
     assert curve.points[-1][1].mean < curve.points[0][1].mean - 3
 
 
+def test_a_curve_has_the_same_seeds_at_every_point():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: -0.05}))
+    fewer = [one for one in records if not (one.axes.get("lora_r") and one.axes["seed"] == 3)]
+    curve = rank_curves([make_task("sst2", fewer)], "best")[0]
+    plain = [value for seed, value in make_task("sst2", records).values("baseline").items() if seed != (3, 0)]
+    assert [summary.n for _, summary in curve.points] == [2, 2, 2]
+    assert dict(curve.points)[8].mean == pytest.approx(sum(plain) / 2)
+
+
 def test_a_plain_condition_with_other_trials_is_no_rank():
     records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
     fewer = [one for one in records if one.trial < 2 or one.axes.get("lora_r")]

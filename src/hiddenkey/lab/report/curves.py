@@ -102,5 +102,8 @@ def _of_groups(task: Task, groups: dict[Seed, Group], part: Part) -> dict[Seed, 
 
 
 def _curve(method: str, points: dict[float, dict[Seed, float]]) -> Curve:
-    summaries = {x: summarise(list(values.values())) for x, values in points.items()}
+    """Every point over the same seeds, those that all of them have: points of other seeds would not compare."""
+    points = {x: values for x, values in points.items() if values}
+    shared = set.intersection(*(set(values) for values in points.values())) if points else set()
+    summaries = {x: summarise([values[seed] for seed in sorted(shared)]) for x, values in points.items()}
     return Curve(method, tuple((x, summary) for x, summary in summaries.items() if summary is not None))
