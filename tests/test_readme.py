@@ -1,5 +1,6 @@
 """What the README shows is true: its code runs, its commands parse, its links lead somewhere."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -83,3 +84,22 @@ def test_links_lead_somewhere(target):
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:docs/)?[A-Za-z_]+\.(?:md|cff|txt))`", README))))
 def test_files_that_are_named_exist(path):
     assert (ROOT / path).exists()
+
+
+def signed(value):
+    return f"{float(value):+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def test_the_results_are_those_of_the_report():
+    with (ROOT / "docs/results/table1.csv").open(newline="") as file:
+        found = {row["method"]: row for row in csv.DictReader(file)}
+    shown = re.findall(r"^\| `([\w:-]+)`(?: \(LoRA alone\))? \| (\d+\.\d\d ± .*) \|$", README, re.MULTILINE)
+    assert len(shown) == 5
+    for recipe, cells in shown:
+        row = found[recipe.replace(":", " ")]
+        gain = paper = ""
+        if recipe != "baseline":
+            gain = f"{signed(row['gain_mean'])} [{signed(row['gain_low'])}, {signed(row['gain_high'])}]"
+            paper = signed(row["paper_gain"])
+        wanted = [f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}", gain, row["n"], paper]
+        assert [cell.strip() for cell in cells.split("|")] == wanted, recipe
