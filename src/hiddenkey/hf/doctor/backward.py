@@ -18,7 +18,7 @@ from ..step import consistency_step
 from ..structure import find_transformer
 from .diagnosis import Finding
 from .forward import close, difference
-from .patient import SEED, Patient
+from .patient import REFUSALS, SEED, Patient
 from .preserve import seed_all
 
 OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
@@ -62,7 +62,7 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
         except CheckpointError:
             yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
             return
-        except (RuntimeError, TypeError, ValueError) as error:
+        except REFUSALS as error:
             yield _not_recomputed(patient, error)
             return
     loss, wanted = patient.gradients(model, patient.batch)
@@ -106,7 +106,7 @@ def _not_recomputed(patient: Patient, error: Exception) -> Finding:
     with _recomputing(patient.twin):
         try:
             patient.gradients(patient.twin, patient.batch)
-        except (RuntimeError, TypeError, ValueError):
+        except REFUSALS:
             reason = f"this model can't recompute activations, with the recipe or without: {error}"
             return Finding("recompute", "skipped", reason)
     return Finding(

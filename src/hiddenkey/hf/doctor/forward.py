@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..views import LastLayer
 from .diagnosis import Finding
-from .patient import SEED, Patient, main_output
+from .patient import REFUSALS, SEED, Patient, main_output
 from .preserve import only_our_drops, without_our_drops
 from .rates import recorded
 
@@ -74,7 +74,7 @@ def _check_generate(patient: Patient) -> Finding:
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
     try:
         wanted = _generated(patient, patient.twin, prompt, options)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         return Finding("generate", "skipped", f"the plain model generates nothing from a prompt alone: {error}")
     same = torch.equal(_generated(patient, patient.attachment.model, prompt, options), wanted)
     reason = f"{TOKENS} tokens are those of the plain model" if same else "tokens differ from the plain model's"

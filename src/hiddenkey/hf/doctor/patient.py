@@ -19,6 +19,8 @@ from .preserve import plain_twin, seed_all
 
 Batch = Mapping[str, Any]
 SEED = 20240301
+# What a model raises that can't do what it is asked; whose fault it is, the plain twin tells.
+REFUSALS = (RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
