@@ -134,8 +134,6 @@ class _Shrinker:
         return out
 
     def value(self, name: str, value: Any) -> Any:
-        if name.endswith("layerdrop"):
-            return 0.0  # a layer left out draws nothing, and some models read this here, where attach leaves it
         if isinstance(value, bool) or not isinstance(value, (int, list, tuple, dict)):
             return value
         if isinstance(value, dict):

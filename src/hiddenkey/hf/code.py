@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 import re
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -71,31 +74,52 @@ def names_in(module: nn.Module) -> frozenset[str]:
     return _names_of(kind)
 
 
+def config_names_in(module: nn.Module) -> frozenset[str]:
+    """The names that the same functions read from `self.config`."""
+    kind: Any = type(module)
+    return _config_names_of(kind)
+
+
 @cache
 def _names_of(kind: Any) -> frozenset[str]:
-    files = {parent.__module__ for parent in kind.__mro__}
+    return frozenset(name for code in _code_of(kind) for name in code.co_names)
+
+
+@cache
+def _config_names_of(kind: Any) -> frozenset[str]:
     found: set[str] = set()
-    waiting: list[object] = [kind.forward]
-    seen: set[CodeType] = set()
-    while waiting:
-        function = waiting.pop()
-        function = inspect.unwrap(function) if callable(function) else function
-        if not isinstance(function, FunctionType) or function.__code__ in seen:
-            continue
-        if function.__module__ not in files and not function.__module__.startswith("transformers.models."):
-            continue
-        seen.add(function.__code__)
-        names = set(_code_names(function.__code__))
-        found |= names
-        waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
-        waiting += [function.__globals__.get(name) for name in names]
+    for code in _code_of(kind):
+        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+        for owner, read in pairwise(steps):
+            if owner.opname == read.opname == "LOAD_ATTR" and owner.argval == "config":
+                found.add(read.argval)
     return frozenset(found)
 
 
-def _code_names(code: CodeType) -> list[str]:
-    """The names in a function's code and in the functions inside it."""
-    names = list(code.co_names)
+@cache
+def _code_of(kind: Any) -> tuple[CodeType, ...]:
+    """The code of a module's forward, of the functions beside it that it calls, and of those inside them."""
+    files = {parent.__module__ for parent in kind.__mro__}
+    found: dict[CodeType, None] = {}
+    waiting: list[object] = [kind.forward]
+    while waiting:
+        function = waiting.pop()
+        function = inspect.unwrap(function) if callable(function) else function
+        if not isinstance(function, FunctionType) or function.__code__ in found:
+            continue
+        if function.__module__ not in files and not function.__module__.startswith("transformers.models."):
+            continue
+        for code in _with_inner(function.__code__):
+            found[code] = None
+            names = code.co_names
+            waiting += [inspect.getattr_static(kind, name, None) for name in names if not hasattr(nn.Module, name)]
+            waiting += [function.__globals__.get(name) for name in names]
+    return tuple(found)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of the functions inside it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            names += _code_names(constant)
-    return names
+            yield from _with_inner(constant)

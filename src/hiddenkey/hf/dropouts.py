@@ -5,19 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .adapters import is_wrapper, modules
+from .code import config_names_in, names_in
+from .quiet import QuietConfig
 from .switch import DropSwitch
 
 RATE_NAME = re.compile(r"dropout|drop_prob|drop_path|pdrop|layerdrop|droprate")
 
 
+CONFIG = "config."
+
+
 @dataclass(frozen=True)
 class OwnDropout:
-    """One rate in the model: the attribute `name` of the module at `path`, at its value `p`."""
+    """One rate in the model: the attribute `name` of the module at `path`, at its value `p`.
+
+    A rate that its forward reads from the configuration has the name "config.NAME".
+    """
 
     path: str
     name: str
@@ -45,14 +54,36 @@ def silence(model: nn.Module, dropouts: Sequence[OwnDropout]) -> Silenced:
     """Set the rates to 0; returns what `give_back` takes."""
     silenced = [(model.get_submodule(own.path), own) for own in dropouts]
     for module, own in silenced:
-        setattr(module, own.name, 0.0)
+        _set_rate(module, own.name, 0.0)
     return silenced
 
 
 def give_back(silenced: Silenced) -> None:
     """Set the rates to what they were, wherever the modules are by now."""
     for module, own in silenced:
-        setattr(module, own.name, own.p)
+        _set_rate(module, own.name, own.p)
+
+
+def rates_in_config(module: nn.Module) -> list[str]:
+    """The dropout rates that its forward reads from `self.config` while training, whatever their values.
+
+    One that is read without asking for `training` works in evaluation too (SpeechT5's prenet) and is no such dropout.
+    """
+    if "training" not in names_in(module):
+        return []
+    config = vars(module).get("config")
+    names = sorted(name for name in config_names_in(module) if RATE_NAME.search(name))
+    return [name for name in names if isinstance(getattr(config, name, None), float)]
+
+
+def _set_rate(module: Any, name: str, p: float) -> None:
+    """A configuration is shared, and saved with the model: the module has a view of it while rates differ."""
+    if not name.startswith(CONFIG):
+        setattr(module, name, p)
+        return
+    view = QuietConfig.of(module.config)
+    view.set_rate(name.removeprefix(CONFIG), p)
+    module.config = view if view.differs else view.original
 
 
 def _rates(module: nn.Module) -> Iterator[tuple[str, float]]:
@@ -66,6 +97,10 @@ def _rates(module: nn.Module) -> Iterator[tuple[str, float]]:
     for name, value in vars(module).items():
         if isinstance(value, float) and 0 < value < 1 and (RATE_NAME.search(name) or (is_dropout and name == "p")):
             yield name, value
+    for name in rates_in_config(module):
+        rate: float = getattr(module.config, name)
+        if 0 < rate < 1:
+            yield CONFIG + name, rate
 
 
 def _rates_by_adapter(module: nn.Module) -> Iterator[tuple[str, float]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, LlamaConfig
 
-from ...hf.dropouts import RATE_NAME
+from ...hf.dropouts import RATE_NAME, rates_in_config
 from ...hf.views import IGNORED
 from ..models import find_targets
 from .config import BenchConfig
@@ -108,6 +108,9 @@ def set_own_dropouts(model: nn.Module, rate: float) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and RATE_NAME.search(name) and not NOT_A_UNIT.search(name):
                 setattr(module, name, rate)
+        for name in rates_in_config(module):
+            if not NOT_A_UNIT.search(name):
+                setattr(module.config, name, rate)
 
 
 def random_batch(vocabulary: int, task: Task, config: BenchConfig, device: torch.device) -> dict[str, Tensor]:
