@@ -9,6 +9,8 @@ from hiddenkey.axes.pattern import PATTERNS
 from hiddenkey.axes.position import POSITIONS
 from hiddenkey.consistency import CONSISTENCIES
 
+from .hf.tiny import make
+
 
 @pytest.fixture(autouse=True)
 def _as_before():
@@ -100,6 +102,18 @@ def test_a_position_once_in_a_model():
         hiddenkey.parse("pooled[:2]:element@0.5")
 
 
+@pytest.mark.parametrize(("space", "side"), [("stream", "attention"), ("logits", "output"), ("weights", "input")])
+def test_a_position_whose_sides_are_of_another_space(space, side):
+    @hiddenkey.register_position("mixed", space=space, compensation="none")
+    def mixed(layer):
+        """Draws that would drop nothing."""
+        for path in layer.attentions:
+            yield path, side
+
+    with pytest.raises(hiddenkey.PlanError, match=f"'mixed' drops in the space '{space}'.* yields the side '{side}'"):
+        hiddenkey.plan(make("llama"), "mixed:column@0.5")
+
+
 def test_a_position_at_the_attention_weights():
     @hiddenkey.register_position("late", space="weights", compensation="rescale")
     def late(layer):
@@ -111,6 +125,12 @@ def test_a_position_at_the_attention_weights():
     keep = torch.arange(6) < 4
     ours = hiddenkey.attention(query, key, value, "late:column@0.5", keep=keep)
     assert torch.equal(ours, hiddenkey.attention(query, key, value, "weights:column:rescale@0.5", keep=keep))
+
+
+@pytest.mark.parametrize("spaces", (("logits",), ("stream", "logits"), ("attention",)))
+def test_a_compensation_that_would_never_be_called(spaces):
+    with pytest.raises(ValueError, match=r"'twice' is for the spaces .*; allowed: weights, stream"):
+        hiddenkey.register_compensation("twice", spaces=spaces)
 
 
 def test_a_compensation():

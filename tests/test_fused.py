@@ -105,10 +105,11 @@ def test_a_scale_of_its_own(mask, kind, small, monkeypatch):
     assert_equal_paths(tensors, keep, MASKS[mask](), scale=0.9, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("width", (5, 40))
 @pytest.mark.parametrize("kind", ("key", "cell"))
 @pytest.mark.parametrize("mask", MASKS)
-def test_values_of_another_width(mask, kind):
-    assert_equal_paths(inputs(torch.float64, 2, 8, 5), some_keep(kind, 2), MASKS[mask](), rtol=1e-10, atol=1e-10)
+def test_values_of_another_width(mask, kind, width):
+    assert_equal_paths(inputs(torch.float64, 2, 8, width), some_keep(kind, 2), MASKS[mask](), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -160,7 +161,7 @@ def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded,
     st.sampled_from(sorted(MASKS)),
     st.sampled_from((1, 2, 4)),
     st.sampled_from(("key", "cell")),
-    st.sampled_from((8, 5)),
+    st.sampled_from((8, 5, 40)),
     st.booleans(),
     st.booleans(),
     st.booleans(),

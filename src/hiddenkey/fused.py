@@ -94,7 +94,7 @@ def folded(
     output = F.scaled_dot_product_attention(
         query,
         torch.cat([key, extra], -1),
-        F.pad(value, (0, query.shape[-1] - value.shape[-1])),
+        F.pad(value, (0, max(query.shape[-1] - value.shape[-1], 0))),
         attn_mask=_dense(mask, bias, query),
         is_causal=mask.causal,
         scale=scale,

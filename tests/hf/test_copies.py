@@ -102,7 +102,7 @@ model.eval()
 torch.manual_seed(3)
 first = model(**inputs).logits
 assert torch.equal(first, model(**inputs).logits)
-assert model.config._attn_implementation == "sdpa", model.config._attn_implementation
+assert str(model.config._attn_implementation) == "sdpa", model.config._attn_implementation
 print("fine")
 """
 

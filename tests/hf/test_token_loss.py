@@ -76,7 +76,7 @@ def test_gradients_of_the_sweep(consistency, monkeypatch):
     labels = torch.randint(11, (7,))
 
     def total(a, b):
-        return TokenLoss.apply(a, b if rule.both else b.detach(), labels, head, rule, Share(0.3, 0.8))[0]
+        return TokenLoss.apply(a, b if rule.both else b.detach(), labels, head, rule, Share(0.3, 0.8, 2))[0]
 
     inputs = (first, second) if rule.both else (first,)
     assert torch.autograd.gradcheck(lambda *a: total(a[0], a[1] if rule.both else second), inputs)
@@ -85,7 +85,25 @@ def test_gradients_of_the_sweep(consistency, monkeypatch):
     if rule.both:
         task = (task + torch.nn.functional.cross_entropy(z2, labels, reduction="sum")) / 2
     term = hiddenkey.consistency_loss(consistency, z1, z2, reduction="sum")
-    torch.testing.assert_close(total(first, second), 0.3 * task + 0.8 * term)
+    torch.testing.assert_close(total(first, second), 0.15 * task + 0.4 * term)
+
+
+@pytest.mark.parametrize("consistency", ("kl", "kl-rdrop"))
+def test_gradients_too_small_for_float16(consistency):
+    """A scaler multiplies the loss; before that a word's probability over the count is below float16's range."""
+    rule, scaler, count = CONSISTENCIES[consistency], 65536, 2**17
+    states, weight, labels = torch.randn(2, 40, 16), torch.randn(3000, 16) / 4, torch.randint(3000, (40,))
+
+    def gradient(dtype):
+        first, second = (x.to(dtype).requires_grad_() for x in states)
+        share = Share(1.0, 1.0, count)
+        second = second if rule.both else second.detach()
+        total = TokenLoss.apply(first, second, labels, Head(weight.to(dtype), None), rule, share)[0]
+        (scaler * total).backward()
+        return first.grad.float()
+
+    wanted = gradient(torch.float32)
+    assert (gradient(torch.float16) - wanted).norm() < 0.01 * wanted.norm()
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,12 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             if isinstance(value, (bool, int, float, str, tuple, type(None)))
         },
         "configs": {
-            path: (str(module.config.to_dict()), module.config._attn_implementation)
+            path: (str(module.config.to_dict()), str(module.config._attn_implementation))
             for path, module in modules.items()
             if hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
         },
         "implementations": {
-            path: vars(module.config).get("_attn_implementation_internal")
+            path: str(vars(module.config).get("_attn_implementation_internal"))
             for path, module in modules.items()
             if hasattr(module, "config")
         },

@@ -48,7 +48,7 @@ class Subject:
             "hooks": {path: len(m._forward_hooks) + len(m._forward_pre_hooks) for path, m in modules.items()},
             "attributes": {path: sorted(vars(m)) for path, m in modules.items()},
             "implementations": {
-                path: m.config._attn_implementation for path, m in modules.items() if hasattr(m, "config")
+                path: str(m.config._attn_implementation) for path, m in modules.items() if hasattr(m, "config")
             },
         }
 

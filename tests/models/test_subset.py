@@ -20,6 +20,7 @@ KINDS = {
     "gptj": (SUPPORTED, 2, 2, 2),  # the same, in a method
     "jamba": (SUPPORTED, 4, 2, 4),  # two layers of Mamba
     "nemotron_h": (SUPPORTED, 4, 1, 2),  # layers of one kind each
+    "glm_moe_dsa": (SUPPORTED, 2, 2, 2),  # the best keys of each query, by a mask of its own
     "longformer": (PARTLY, 2, 0, 2),  # windowed attention takes no drops
 }
 

@@ -26,16 +26,24 @@ class Compensation:
 
 
 COMPENSATIONS: Registry[Compensation] = Registry("compensation")
+COMPENSATED = ("weights", "stream")
 
 
 def register_compensation(
     name: str, *, spaces: tuple[str, ...], factor: Callable[[float], float] | None = None
 ) -> Callable[[Compensate], Compensate]:
-    """Decorator: add a compensation under `name`, for the positions of the named spaces.
+    """Decorator: add a compensation under `name`, for the positions of the named spaces: "weights", "stream".
 
     The function takes the tensor whose dropped entries are zero already, and the rate p. factor: see
     `Compensation`; it lets erasing and compensating be one pass over the data.
+
+    Raises ValueError for another space: dropped logits are made up for by the softmax, where no function is called.
     """
+    if not set(spaces) <= set(COMPENSATED):
+        raise ValueError(
+            f"the compensation {name!r} is for the spaces {', '.join(spaces)}; allowed: {', '.join(COMPENSATED)}. "
+            "Dropped logits are made up for by the softmax that follows"
+        )
 
     def add(apply: Compensate) -> Compensate:
         COMPENSATIONS.add(name, Compensation(name, apply, spaces, factor))
@@ -44,10 +52,12 @@ def register_compensation(
     return add
 
 
-@register_compensation("none", spaces=("logits", "weights", "stream"), factor=lambda p: 1.0)
 def none(erased: Tensor, p: float) -> Tensor:
     """Nothing: the softmax after dropped logits renormalises by itself (DropKey, arXiv 2208.02646)."""
     return erased
+
+
+COMPENSATIONS.add("none", Compensation("none", none, ("logits", *COMPENSATED), factor=lambda p: 1.0))
 
 
 @register_compensation("rescale", spaces=("weights", "stream"), factor=lambda p: 1 / (1 - p))

@@ -32,6 +32,27 @@ WRAPPED = ("sdpa", "eager")
 SITE = "hiddenkey_site"
 NOTE = "hiddenkey_mask"
 
+
+class OurName(str):
+    """The name under which our function around `name` is registered.
+
+    It equals the wrapped name too: models ask `config._attn_implementation == "sdpa"` to know what a mask may be.
+    The registries look names up by their hash, which is that of ours.
+    """
+
+    def __new__(cls, name: str) -> OurName:
+        return super().__new__(cls, PREFIX + wrapped_name(name))
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other or wrapped_name(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
 Attended = tuple[Tensor, Tensor | None]
 EAGER: dict[type[nn.Module], Callable[..., Attended]] = {}
 

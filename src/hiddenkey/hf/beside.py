@@ -187,6 +187,6 @@ def _term(
         if head is None:
             term = term + consistency_loss(consistency.name, first, second, valid=rows, reduction="sum") / count
         else:
-            share = Share(0.0, 1 / count)
+            share = Share(0.0, 1.0, count)
             term = term + TokenLoss.apply(first[rows], second[rows], labels[rows], head, consistency, share)[0]
     return term

@@ -98,7 +98,6 @@ def token_losses(
     valid = labels != IGNORED
     count: Tensor | int = valid.sum().clamp(min=1) if num_items is None else num_items
     states = first[:, :-1][valid], second[:, :-1][valid]
-    total, task, term = TokenLoss.apply(
-        *states, labels[valid].to(first.device), head, consistency, Share(1 / count, weight / count)
-    )
+    share = Share(1.0, weight, count)
+    total, task, term = TokenLoss.apply(*states, labels[valid].to(first.device), head, consistency, share)
     return total, task / count, term / count

@@ -89,7 +89,20 @@ def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:
         found = [Site(drop, path, side, None) for path, side in position.locate(structure)]
     if not found:
         raise PlanError(f"'{drop}' finds no site in {model}: {_why_none(drop, structure)}")
+    _check_sides(found)
     return found
+
+
+def _check_sides(sites: list[Site]) -> None:
+    """Refuse a position whose function yields places of another space than the position's."""
+    for site in sites:
+        space = space_of(site.drop)
+        if (space == "stream") == (site.side == "attention"):
+            wanted = "'input' or 'output'" if space == "stream" else "'attention'"
+            raise PlanError(
+                f"the position {site.drop.position!r} drops in the space {space!r}, but its function yields the side "
+                f"{site.side!r} of {site.path}; yield {wanted} there, or register the position with another space"
+            )
 
 
 def _check_open(drop: Drop, structure: Structure, model: nn.Module, name: str) -> None:

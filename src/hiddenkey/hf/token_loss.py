@@ -44,17 +44,18 @@ class Head:
 
 @dataclass(frozen=True)
 class Share:
-    """The factors of the two sums over tokens in the total."""
+    """total = (task · Σ nll + consistency · Σ divergence) / count."""
 
-    task: float | Tensor
-    consistency: float | Tensor
+    task: float
+    consistency: float
+    count: int | Tensor
 
 
 class TokenLoss(torch.autograd.Function):
     """(first, second) hidden states (N, D), labels (N) -> total, task sum, consistency sum.
 
-    The total is share.task · Σ nll + share.consistency · Σ divergence; only it carries gradient, which is computed
-    in the forward sweep. For a consistency with gradient on both sides the task is the mean of both views.
+    Only the total (see `Share`) carries gradient, which is computed in the forward sweep. For a consistency with
+    gradient on both sides the task is the mean of both views.
     """
 
     @staticmethod
@@ -77,15 +78,25 @@ class TokenLoss(torch.autograd.Function):
                 grad_second[rows] = head.backward(z2)
             del z1, z2, parts  # before the next chunk's are made
         ctx.save_for_backward(grad_first, grad_second)
-        total = share.task * sums[0] + share.consistency * sums[1]
+        ctx.count = share.count
+        total = (share.task * sums[0] + share.consistency * sums[1]) / share.count
         task, term = sums.unbind()
         ctx.mark_non_differentiable(task, term)
         return total, task, term
 
     @staticmethod
     def backward(ctx: Any, total: Tensor, task: Tensor, term: Tensor) -> tuple[Tensor | None, ...]:
-        first, second = ctx.saved_tensors
-        return total.to(first.dtype) * first, None if second is None else total.to(second.dtype) * second, *[None] * 4
+        # Shared out only here, after a scaler multiplied the loss: float16 has no number as small as p / count.
+        first, second = (scaled(gradient, total / ctx.count) for gradient in ctx.saved_tensors)
+        return first, second, *[None] * 4
+
+
+def scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    """Times a factor that the gradient's own type may not hold."""
+    if gradient is None:
+        return None
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(wide) * factor).to(gradient.dtype)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -99,7 +110,7 @@ def few_tokens(vocabulary: int, device: torch.device) -> int:
 
 
 def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> Sums:
-    """(task sum, consistency sum), by autograd; z1 becomes the gradient of the total with respect to it."""
+    """(task sum, consistency sum), by autograd; z1 becomes the gradient of total · count with respect to it."""
     with torch.enable_grad():
         x1 = z1.detach().requires_grad_()
         task = F.cross_entropy(x1, labels, reduction="sum")
@@ -134,7 +145,7 @@ def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, 
     forth, back = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
     half = share.consistency / 2
     gradient = d.add_(1 - forth[:, None] + share.task / half).mul_(p).sub_(q).mul_(half)
-    gradient.scatter_add_(1, labels, -torch.as_tensor(share.task).to(p).expand(labels.shape))
+    gradient.scatter_add_(1, labels, p.new_full(labels.shape, -share.task))
     return task, (forth + back).sum() / 2
 
 

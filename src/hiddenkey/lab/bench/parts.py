@@ -75,7 +75,7 @@ def loss_case(tokens: int, width: int, vocabulary: int, config: BenchConfig, dev
         return _task(z1, z2, labels, both) + consistency_loss(consistency, z1, z2)
 
     def chunked(consistency: str) -> Tensor:
-        share = Share(1 / tokens, 1 / tokens)
+        share = Share(1.0, 1.0, tokens)
         states = first, second if CONSISTENCIES[consistency].both else second.detach()
         return TokenLoss.apply(*states, labels, head, CONSISTENCIES[consistency], share)[0]
 
