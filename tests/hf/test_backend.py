@@ -1,4 +1,4 @@
-"""The name of the attention implementation while attached: our own in the registries, the wrapped one to models that ask."""
+"""The name of the attention implementation while attached: ours in the registries, the wrapped one for the models."""
 
 import copy
 import operator
