@@ -218,3 +218,11 @@ def test_one_byte_a_cell_is_saved():
     ):
         attend(*tensors, DROPS, [torch.rand(2, 2, length, length) > 0.1], mask=Mask())
     assert max(sizes) == 2 * 2 * length * length
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+def test_a_bias_from_its_bits(dtype):
+    left, query, key = torch.rand(2, 1, 3, 5) > 0.4, torch.empty(2, 4, 3, 8, dtype=dtype), torch.empty(2, 1, 5, 8)
+    wanted = torch.where(left, 0.0, -torch.inf).to(dtype).expand(2, 4, 3, 5)
+    assert cells._bias(left, query, key).dtype == dtype
+    assert torch.equal(cells._bias(left, query, key), wanted)

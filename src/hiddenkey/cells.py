@@ -20,6 +20,7 @@ from .masks import Mask
 LARGEST = 2**22
 # Causal rows that see so few keys are looked at before the kernel; at p = 0.5 one in 10^9 of the others is empty.
 FEW = 32
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Part = tuple[slice, slice, slice]
 
@@ -146,6 +147,8 @@ def _run(
 
 def _bias(left: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """0 where left, minus infinity elsewhere: (B, H, Q, K)."""
-    # 1 - 1/1 and 1 - 1/0: in cache, a sixth of the time of `where`.
-    bias = left.view(torch.uint8).to(query.dtype).reciprocal_().neg_().add_(1)
+    # Read as an integer, minus infinity is -1/eps in every IEEE type: left / eps - 1/eps in one pass over the cells.
+    step, kind = int(1 / torch.finfo(query.dtype).eps), INTEGERS[query.dtype.itemsize]
+    bits = left.view(torch.uint8).to(kind)
+    bias = torch.add(torch.tensor(-step, dtype=kind), bits, alpha=step, out=bits).view(query.dtype)
     return spread(bias, query.shape[1]).expand(*query.shape[:3], key.shape[2])

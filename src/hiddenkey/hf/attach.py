@@ -15,7 +15,7 @@ from ..axes.pattern import PATTERNS
 from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
-from .backend import PREFIX, SITE, OurName, read_eager, wrapped_name
+from .backend import PREFIX, SITE, our_name, read_eager, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
 from .intact import module_at, problems, silent_sites, warn_of_silence, warn_of_switches
@@ -184,7 +184,7 @@ class Attachment:
             self._configs.append((config, name))
             if name == "eager":
                 read_eager(self.model)
-            config._attn_implementation_internal = OurName(name)
+            config._attn_implementation_internal = our_name(self.model, name)
 
     def _attach_stream(self, planned: Site) -> None:
         module = self.model.get_submodule(planned.path)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ..attend import attend
 from ..errors import PlanError
 from ..masks import Mask, read_mask
-from .code import names_in, uses_interface
+from .code import asks_for_sdpa, names_in, uses_interface
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
 
@@ -34,10 +34,9 @@ NOTE = "hiddenkey_mask"
 
 
 class OurName(str):
-    """The name under which our function around `name` is registered.
+    """Our name around `name`, which equals the wrapped name too, for models that compare it with "sdpa" themselves.
 
-    It equals the wrapped name too: models ask `config._attn_implementation == "sdpa"` to know what a mask may be.
-    The registries look names up by their hash, which is that of ours.
+    The registries look names up by their hash, which is that of ours. torch.compile follows that from torch 2.13 on.
     """
 
     def __new__(cls, name: str) -> OurName:
@@ -172,6 +171,11 @@ def check_backend(path: str, module: Any) -> str | None:
     if name == "eager" and getattr(module, "reorder_and_upcast_attn", False):
         return f"reorder_and_upcast_attn at {path} bypasses the attention interface; set it to False, or use 'sdpa'"
     return None
+
+
+def our_name(model: nn.Module, name: str) -> str:
+    """The name under which our function around `name` is registered, as this model is to see it."""
+    return OurName(name) if any(asks_for_sdpa(module) for module in model.modules()) else PREFIX + name
 
 
 def wrapped_name(name: str | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import pairwise
 from types import CodeType, FunctionType
@@ -49,6 +49,14 @@ SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")
 def uses_interface(module: nn.Module) -> bool:
     """Whether its forward looks its function up in transformers' AttentionInterface."""
     return any(INTERFACE.fullmatch(name) for name in names_in(module))
+
+
+def asks_for_sdpa(module: nn.Module) -> bool:
+    """Whether its forward compares the attention implementation with "sdpa" by itself."""
+    kind: Any = type(module)
+    return any(
+        "_attn_implementation" in code.co_names and "sdpa" in _texts(code.co_consts) for code in _code_of(kind)
+    )
 
 
 def uses_own_softmax(module: nn.Module) -> bool:
@@ -123,3 +131,12 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _with_inner(constant)
+
+
+def _texts(constants: Iterable[object]) -> Iterator[str]:
+    """The texts among constants and in the tuples and sets among them."""
+    for constant in constants:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, (tuple, frozenset)):
+            yield from _texts(constant)
