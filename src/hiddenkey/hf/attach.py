@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from .backend import PREFIX, SITE, read_eager, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
-from .intact import problems, silent_sites, warn_of_silence, warn_of_switches
+from .intact import problems, replicated, silent_sites, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
@@ -238,7 +238,7 @@ class Attachment:
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""
         if module.training:
-            problem = self._problem()
+            problem = replicated(module, self.recipe) or self._problem()
             if problem is not None:
                 self._stop(problem)
 
