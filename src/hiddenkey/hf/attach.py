@@ -95,13 +95,17 @@ class Attachment:
         transformer = find_transformer(model)[1]
         if live:
             transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
-        # PEFT calls the forward of what is inside, so a hook there is not enough; after `unload` only that is left.
-        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
-            self.handles.append((path, module.register_forward_pre_hook(self._verify)))
-            self.handles.append((path, module.register_forward_hook(self._look_back)))
         self.watch = Watch(self)
-        self.handles.append(("", model.register_forward_pre_hook(self.watch.before)))
-        self.handles.append(("", model.register_forward_hook(self.watch.after, always_call=True)))
+        # PEFT calls the forward of what is inside, so a hook there is not enough; but that may be called by itself,
+        # and after `unload` only that is left.
+        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
+            hooks = (
+                module.register_forward_pre_hook(self._verify),
+                module.register_forward_hook(self._look_back),
+                module.register_forward_pre_hook(self.watch.before),
+                module.register_forward_hook(self.watch.after, always_call=True),
+            )
+            self.handles += [(path, hook) for hook in hooks]
         setattr(model, MARK, self)
         ATTACHED.add(self)
 
