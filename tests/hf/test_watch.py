@@ -187,6 +187,33 @@ def test_a_reference_pass_is_the_plain_models(family, recipe, monkeypatch):
     assert record, "a second view, or Monte Carlo dropout"
 
 
+@pytest.mark.parametrize("tuner", ("prompt tuning", "prefix tuning"))
+def test_a_reference_pass_without_the_prompt(tuner, monkeypatch):
+    """A prompt has no layers in the model; disabled, PEFT's model runs the one inside."""
+    inputs, model = batch("llama"), build(tuner, "llama")
+    hiddenkey.attach(model, FREE)
+    with draws(monkeypatch) as record:
+        found = reference(model, inputs)
+    assert not record
+    assert torch.equal(found, logits_of(quiet("llama").eval(), inputs))
+    assert all(module.training for module in model.modules())
+    for _ in range(2):
+        with draws(monkeypatch) as record, torch.no_grad():
+            logits_of(model, inputs)
+        assert record, "a second view, or Monte Carlo dropout"
+        assert logits_of(model, inputs).requires_grad, "it learns"
+
+
+def test_a_reference_pass_under_another_prompt(monkeypatch):
+    model = build("prompt tuning", "llama")
+    model.add_adapter("ref", model.peft_config["default"])
+    hiddenkey.attach(model, FREE)
+    model.set_adapter("ref")
+    with draws(monkeypatch) as record, torch.no_grad():
+        logits_of(model, batch("llama"))
+    assert not record
+
+
 def test_a_reference_text_from_the_model_inside(monkeypatch):
     """PEFT generates with the model inside."""
     model, inputs = lora(make("llama")), batch("llama", padding="left", labels=False)

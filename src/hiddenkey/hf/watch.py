@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -160,11 +161,19 @@ def places(attachment: Attachment) -> tuple[str, ...]:
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...] | None:
-    """The names of the adapters at work in a PEFT model; empty where they are disabled, None without any."""
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    if layer is None:
+    """The names of the adapters at work in a PEFT model; empty where they are disabled, None without any.
+
+    Prompts and prefixes have no layers in the model, so PEFT's model around it is asked.
+    """
+    around: PeftModel | None = None
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            return () if module.disable_adapters else tuple(module.active_adapters)
+        if isinstance(module, PeftModel):
+            around = module
+    if around is None:
         return None
-    return () if layer.disable_adapters else tuple(layer.active_adapters)
+    return () if getattr(around, "_adapters_disabled", False) else (around.active_adapter,)
 
 
 def learned(output: Any) -> Iterator[Tensor]:
