@@ -12,7 +12,7 @@ from hiddenkey.hf.backend import SITE
 
 from .adapters import adapt
 from .test_config_rates import falcon
-from .tiny import CLASSES, batch, make
+from .tiny import CLASSES, make
 from .tools import inputs_for, logits_of, quiet, snapshot
 
 OUTPUT = "output:element@0.5"
@@ -49,8 +49,6 @@ def kept(model, inputs):
 
 def test_a_clone_goes_with_the_recipe():
     model, attachment = adapted_too_late()
-    with pytest.raises(RuntimeError, match="call get_peft_model first and attach to its result"):
-        model(**batch("roberta"))
     attachment.detach()
     assert hooks(model) == 0
     assert kept(model, inputs_for("roberta", "right")) == pytest.approx(0.9, abs=0.03), "its own dropout is back"

@@ -96,8 +96,8 @@ class Attachment:
         if live:
             transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
         self.watch = Watch(self)
-        # PEFT calls the forward of what is inside, so a hook there is not enough; but that may be called by itself,
-        # and after `unload` only that is left.
+        # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called
+        # by itself, and after `unload` only that is left.
         for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
             hooks = (
                 module.register_forward_pre_hook(self._verify),
