@@ -155,6 +155,17 @@ def test_detach_works_after_all_that(way):
         assert all(rate > 0 for rate in attachment.rates().values())
 
 
+def test_a_replica_of_data_parallel_is_an_error():
+    """Its modules are the model's own but for parameters, and its hooks the very same, in another thread."""
+    model = attached("llama", RECIPE)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"DataParallel.*'logits.*one process per GPU.*CUDA_VISIBLE_DEVICES=0"):
+        step(replica)
+    step(model)
+    model.eval()
+    step(model._replicate_for_data_parallel())
+
+
 # Something goes past our modules: a warning at the first training forward, red lines, and the trainer's log.
 
 

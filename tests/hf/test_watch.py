@@ -10,6 +10,7 @@ from transformers import Trainer
 
 import hiddenkey
 
+from .adapters import build
 from .test_trainer import Rows, drop_trainer, model_of
 from .tiny import batch, make
 from .tools import arguments, attached, draws, logits_of, lora, quiet
@@ -30,6 +31,47 @@ def test_a_loss_without_the_consistency(family):
     with pytest.raises(ValueError, match=MISSED):
         (model(**batch(family)).logits.sum() * 2).backward()
     attached(family, FREE)(**batch(family)).loss.backward()
+
+
+@pytest.mark.parametrize(
+    "loss_of",
+    (
+        lambda out: out.hidden_states[-1].sum(),
+        lambda out: {"states": [out.hidden_states[-2]]}["states"][0].sum(),
+        lambda out: out.attentions[-1].square().sum(),
+    ),
+    ids=("last states", "states", "attentions"),
+)
+def test_a_loss_of_inner_states(loss_of):
+    model, inputs = attached("llama", TIED, attn_implementation="eager"), batch("llama")
+    options = {"output_hidden_states": True, "output_attentions": True}
+    with pytest.raises(ValueError, match=MISSED):
+        loss_of(model(**inputs, **options)).backward()
+
+
+def test_inputs_of_the_user_are_not_outputs():
+    """Embeddings that come back among the hidden states may be learned from by other ways."""
+    model, inputs = attached("llama", TIED), batch("llama")
+    states = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    model(inputs_embeds=states, **inputs, output_hidden_states=True)
+    hiddenkey.consistency_step(model, {"inputs_embeds": states, **inputs}).total.backward()
+    assert states.grad.any()
+
+
+def test_the_model_inside_an_adapter():
+    model = lora(make("llama"))
+    hiddenkey.attach(model, TIED)
+    with pytest.raises(ValueError, match=MISSED):
+        model.get_base_model()(**batch("llama")).loss.backward()
+
+
+def test_an_adapter_that_calls_the_model_inside():
+    """As those with a prompt do: both are watched, one in the other."""
+    model = build("prompt tuning", "llama")
+    hiddenkey.attach(model, TIED)
+    with pytest.raises(ValueError, match=MISSED):
+        model(**batch("llama")).loss.backward()
+    hiddenkey.consistency_step(model, batch("llama")).total.backward()
 
 
 def test_a_stock_trainer(tmp_path):
@@ -56,6 +98,31 @@ def test_nothing_to_drop_is_nothing_to_miss(recipe):
         model.eval()(**batch("bert")).loss.backward()
 
 
+@pytest.mark.parametrize("recipe", ("hiddenkey@0 ~ kl", "baseline ~ kl-rdrop"))
+def test_the_dropout_of_an_adapter_is_something_to_miss(recipe):
+    """R-Drop on what the adapter drops."""
+    model = lora(make("bert"), lora_dropout=0.5)
+    hiddenkey.attach(model, recipe)
+    with pytest.raises(ValueError, match=MISSED.replace("logits", "")):
+        model(**batch("bert")).loss.backward()
+    assert hiddenkey.consistency_step(model, batch("bert")).consistency > 0
+    model.eval()
+    with pytest.warns(UserWarning, match=r"drops nothing.*evaluation mode"):
+        model(**batch("bert")).loss.backward()
+    with pytest.raises(ValueError, match=r"training step of.*evaluation mode"):
+        hiddenkey.consistency_step(model, batch("bert"))
+
+
+@pytest.mark.parametrize(("recipe", "rate"), (("baseline", 0.5), ("baseline ~ kl", 0.0)))
+def test_an_adapter_with_nothing_to_miss(recipe, rate):
+    model = lora(make("bert"), lora_dropout=rate)
+    hiddenkey.attach(model, recipe)
+    model(**batch("bert")).loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**batch("bert")).loss.backward()
+
+
 def test_a_backward_pass_in_evaluation_mode_is_a_warning():
     """Attribution does it on purpose."""
     model = attached("bert", FREE).eval()
@@ -68,13 +135,19 @@ def test_a_backward_pass_in_evaluation_mode_is_a_warning():
             attached("bert", FREE).eval()(**batch("bert"))
 
 
-def test_an_adapter_in_training_mode_around_a_model_in_evaluation_mode():
+@pytest.mark.parametrize("run", (lambda model: model, lambda model: model.get_base_model()), ids=("outer", "inner"))
+def test_an_adapter_in_training_mode_around_a_model_in_evaluation_mode(run):
     """As from_pretrained and get_peft_model leave it."""
     model = lora(make("llama"))
     model.base_model.eval()
     hiddenkey.attach(model, FREE)
-    with pytest.raises(ValueError, match=r"drops nothing.*from_pretrained leaves it.*model\.train\(\)"):
-        model(**batch("llama")).loss.backward()
+    loss = run(model)(**batch("llama")).loss
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(ValueError, match=r"drops nothing.*from_pretrained leaves it.*model\.train\(\)"),
+    ):
+        warnings.simplefilter("error")
+        loss.backward()
 
 
 @pytest.mark.parametrize("recipe", (TIED, FREE))
@@ -114,6 +187,43 @@ def test_a_reference_pass_is_the_plain_models(family, recipe, monkeypatch):
     assert record, "a second view, or Monte Carlo dropout"
 
 
+@pytest.mark.parametrize("tuner", ("prompt tuning", "prefix tuning"))
+def test_a_reference_pass_without_the_prompt(tuner, monkeypatch):
+    """A prompt has no layers in the model; disabled, PEFT's model runs the one inside."""
+    inputs, model = batch("llama"), build(tuner, "llama")
+    hiddenkey.attach(model, FREE)
+    with draws(monkeypatch) as record:
+        found = reference(model, inputs)
+    assert not record
+    assert torch.equal(found, logits_of(quiet("llama").eval(), inputs))
+    assert all(module.training for module in model.modules())
+    for _ in range(2):
+        with draws(monkeypatch) as record, torch.no_grad():
+            logits_of(model, inputs)
+        assert record, "a second view, or Monte Carlo dropout"
+        assert logits_of(model, inputs).requires_grad, "it learns"
+
+
+def test_a_reference_pass_under_another_prompt(monkeypatch):
+    model = build("prompt tuning", "llama")
+    model.add_adapter("ref", model.peft_config["default"])
+    hiddenkey.attach(model, FREE)
+    model.set_adapter("ref")
+    with draws(monkeypatch) as record, torch.no_grad():
+        logits_of(model, batch("llama"))
+    assert not record
+
+
+def test_a_reference_text_from_the_model_inside(monkeypatch):
+    """PEFT generates with the model inside."""
+    model, inputs = lora(make("llama")), batch("llama", padding="left", labels=False)
+    hiddenkey.attach(model, FREE)
+    with draws(monkeypatch) as record, torch.no_grad(), model.disable_adapter():
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert not record
+    assert all(module.training for module in model.modules())
+
+
 def test_a_reference_pass_under_another_adapter(monkeypatch):
     model = lora(make("llama"))
     model.add_adapter("ref", model.peft_config["default"])
@@ -151,3 +261,10 @@ def test_a_detached_model_is_free():
     model(**batch("bert")).loss.backward()
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_nothing_is_left_on_the_model_inside():
+    model = lora(make("bert"))
+    with hiddenkey.attach(model, TIED):
+        pass
+    model.get_base_model()(**batch("bert")).loss.backward()

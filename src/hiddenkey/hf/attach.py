@@ -18,11 +18,12 @@ from ..recipe import Recipe
 from .backend import PREFIX, SITE, our_name, read_eager, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
-from .intact import module_at, problems, silent_sites, warn_of_silence, warn_of_switches
+from .intact import problems, replicated, silent_sites, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
 from .sites import AttentionSite, Documents, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
+from .strays import remove_strays, saved_copies, silenced_in
 from .structure import Layer, find_transformer
 from .switch import SWITCHES, DropSwitch
 from .watch import Watch
@@ -36,6 +37,7 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
 
     Attach after `get_peft_model`, before or after `torch.compile`. The drops are active while the modules are in
     training mode; the model's own dropouts are set to 0. Use the handle as a context manager, or call `.detach()`.
+    Drops that came with copies of another attached model's parts are taken off.
 
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
@@ -47,6 +49,7 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
             "(hiddenkey.find_attachment(model)) before attaching another"
         )
+    remove_strays(model, ATTACHED)
     return Attachment(model, plan(model, recipe))
 
 
@@ -88,16 +91,21 @@ class Attachment:
         for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
             self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
         self._silenced = silence(model, plan.own_dropouts)
+        self._copies = [copy for _, copy in saved_copies(model)]
         transformer = find_transformer(model)[1]
         if live:
             transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
-        # PEFT calls the forward of what is inside, so a hook there is not enough; after `unload` only that is left.
-        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
-            self.handles.append((path, module.register_forward_pre_hook(self._verify)))
-            self.handles.append((path, module.register_forward_hook(self._look_back)))
         self.watch = Watch(self)
-        self.handles.append(("", model.register_forward_pre_hook(self.watch.before)))
-        self.handles.append(("", model.register_forward_hook(self.watch.after, always_call=True)))
+        # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called
+        # by itself, and after `unload` only that is left.
+        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
+            hooks = (
+                module.register_forward_pre_hook(self._verify),
+                module.register_forward_hook(self._look_back),
+                module.register_forward_pre_hook(self.watch.before),
+                module.register_forward_hook(self.watch.after, always_call=True),
+            )
+            self.handles += [(path, hook) for hook in hooks]
         setattr(model, MARK, self)
         ATTACHED.add(self)
 
@@ -140,16 +148,14 @@ class Attachment:
         ATTACHED.discard(self)
         for _, handle in self.handles:
             handle.remove()
-        for path, site in self.sites:
-            module = module_at(self.model, path)
-            if module is not None and vars(module).get(SITE) is site:
-                delattr(module, SITE)
+        remove_strays(self.model, ATTACHED)
         find_transformer(self.model)[1]._modules.pop(SWITCHES, None)
         for config, name in self._configs:
             shared = any(config is other for attachment in ATTACHED for other, _ in attachment._configs)
             if not shared and config._attn_implementation == PREFIX + name:
                 config._attn_implementation_internal = name
-        give_back(self._silenced)
+        later = [pair for pair in saved_copies(self.model) if pair[1] not in self._copies]
+        give_back([*self._silenced, *silenced_in(later, self._silenced)])
 
     def __enter__(self) -> Attachment:
         return self
@@ -236,7 +242,7 @@ class Attachment:
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""
         if module.training:
-            problem = self._problem()
+            problem = replicated(module, self.recipe) or self._problem()
             if problem is not None:
                 self._stop(problem)
 

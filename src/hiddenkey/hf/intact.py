@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..recipe import Recipe
 from .backend import PREFIX, SITE
 from .sites import AttentionSite
 from .switch import DropSwitch
@@ -39,6 +40,17 @@ def problems(attachment: Attachment) -> Iterator[str]:
                 f"the rate of '{switch.drop}' was set to {switch.p}: 0 switches it off, {switch.drop.p} on; for "
                 "another rate detach and attach another recipe, so that it is written down"
             )
+
+
+def replicated(module: nn.Module, recipe: Recipe) -> str | None:
+    """What to say of a copy that nn.DataParallel made of a module for one forward pass, None of any other module."""
+    if not vars(module).get("_is_replica"):
+        return None
+    return (
+        f"nn.DataParallel runs copies of this model in threads of one process, which would share the drops of "
+        f"'{recipe}'; train with one process per GPU (torchrun or accelerate launch), or on one GPU "
+        "(CUDA_VISIBLE_DEVICES=0)"
+    )
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:

@@ -146,6 +146,7 @@ class ConsistencyMixin:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""
         if num_items is None or not self.args.average_tokens_across_devices:
             return 1.0
+        # Only with a quantised model: transformers puts others into DataParallel, where drops are an error.
         if self.args.n_gpu > 1:
             return float(self.args.n_gpu)
         return float(self.accelerator.num_processes // self.get_tp_size())

@@ -9,11 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..recipe import Drop
+from .intact import module_at
 from .modes import Modes, give_back_modes, to_evaluation
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Two hooks on an attached model.
+    """Two hooks on an attached model, and on the transformers model inside, which may be called by itself.
 
     A reference pass (without gradient, under another adapter than the one that learns, or under none) is made in
     evaluation mode. A loss that is trained without what the recipe says is an error of its backward pass, not of the
@@ -30,6 +32,7 @@ class Watch:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
+        self._places = places(attachment)
         self.learning = active_adapters(attachment.model)
         self._in_step = self._aside = self._drawn = self._warned = False
         self._modes: dict[int, Modes] = {}
@@ -64,16 +67,16 @@ class Watch:
         if not module.training:
             return
         if torch.is_grad_enabled():
-            self.learning = active_adapters(module)
-        elif active_adapters(module) != self.learning:
+            self.learning = active_adapters(self.attachment.model)
+        elif active_adapters(self.attachment.model) != self.learning:
             self._begin_reference(module)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook that is called after an error too."""
         if self._modes:
             self._end_reference(module)
-        if not self._aside and torch.is_grad_enabled() and self.attachment.sites and self._is_wrong():
-            self._tell(module, output)
+        if self._places and not self._aside and torch.is_grad_enabled() and self._is_wrong():
+            self._tell(output)
 
     def _is_wrong(self) -> bool:
         """Whether a backward pass from here would not teach what the recipe says."""
@@ -93,17 +96,17 @@ class Watch:
         give_back_modes(self._modes.pop(id(module), []))
 
     @torch.compiler.disable(reason="a backward pass from here would not teach what the recipe of hiddenkey says")
-    def _tell(self, module: nn.Module, output: Any) -> None:
-        action = self._action(module)
+    def _tell(self, output: Any) -> None:
+        action = self._action()
         for tensor in learned(output):
             tensor.register_hook(action)
 
-    def _action(self, module: nn.Module) -> partial[None]:
+    def _action(self) -> partial[None]:
         """What to do when this forward pass is learned from."""
         recipe = self.attachment.recipe
         if self._in_evaluation():
             message = f"a backward pass of a model with the recipe '{recipe}' {EVALUATION}"
-            return partial(self._fail, message) if module.training else partial(self._warn, message)
+            return partial(self._fail if self.attachment.model.training else self._warn, message)
         if recipe.consistency is not None and not self._in_step:
             plain = str(recipe).partition(" ~ ")[0]
             return partial(self._fail, MISSED.format(recipe=recipe, plain=plain))
@@ -113,8 +116,8 @@ class Watch:
 
     def _in_evaluation(self) -> bool:
         """Whether there is something to drop, but nowhere in training mode."""
-        model, sites = self.attachment.model, self.attachment.sites
-        return bool(sites) and not any(model.get_submodule(path).training for path, _ in sites)
+        modules = (module_at(self.attachment.model, path) for path in self._places)
+        return bool(self._places) and not any(module is None or module.training for module in modules)
 
     def _undrawn(self) -> Drop | None:
         """A drop that is switched on and was never drawn, or None."""
@@ -149,15 +152,35 @@ UNREACHED = (
 )
 
 
+def places(attachment: Attachment) -> tuple[str, ...]:
+    """The modules where a recipe draws: its sites; where it has none, a consistency is one of what adapters drop."""
+    sites = tuple(path for path, _ in attachment.sites)
+    if sites or attachment.recipe.consistency is None:
+        return sites
+    return tuple(own.path for own in attachment.plan.adapter_dropouts)
+
+
 def active_adapters(model: nn.Module) -> tuple[str, ...] | None:
-    """The names of the adapters at work in a PEFT model; empty where they are disabled, None without any."""
-    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
-    if layer is None:
+    """The names of the adapters at work in a PEFT model; empty where they are disabled, None without any.
+
+    Prompts and prefixes have no layers in the model, so PEFT's model around it is asked.
+    """
+    around: PeftModel | None = None
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            return () if module.disable_adapters else tuple(module.active_adapters)
+        if isinstance(module, PeftModel):
+            around = module
+    if around is None:
         return None
-    return () if layer.disable_adapters else tuple(layer.active_adapters)
+    return () if getattr(around, "_adapters_disabled", False) else (around.active_adapter,)
 
 
 def learned(output: Any) -> Iterator[Tensor]:
-    """The tensors with gradient among a model's outputs."""
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
-    return (part for part in parts if isinstance(part, Tensor) and part.requires_grad)
+    """The tensors with gradient that a model computed, also those in tuples, lists and mappings of its outputs."""
+    if isinstance(output, Tensor):
+        if output.requires_grad and not output.is_leaf:
+            yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from learned(part)

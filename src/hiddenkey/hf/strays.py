@@ -1,0 +1,62 @@
+"""Copies of single modules of an attached model, as PEFT makes them of `modules_to_save`: they carry our hooks and
+sites, which no handle takes off, and own dropouts at 0, which nobody gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from .backend import SITE
+from .dropouts import Silenced
+from .intact import module_at
+from .sites import AttentionSite, Documents, StreamSite
+from .softmax import OwnSoftmax
+
+if TYPE_CHECKING:
+    from .attach import Attachment
+
+OURS = (AttentionSite, StreamSite, Documents, OwnSoftmax)
+Hook = tuple[int, int]
+Copy = tuple[nn.Module, nn.Module]
+
+
+def remove_strays(model: nn.Module, attachments: Collection[Attachment]) -> None:
+    """Take off the model what is ours and of none of the attachments: hooks and sites."""
+    handles = [handle for attachment in attachments for _, handle in attachment.handles]
+    hooks = {(id(handle.hooks_dict_ref()), handle.id) for handle in handles}
+    sites = {site for attachment in attachments for _, site in attachment.sites}
+    for module in model.modules():
+        _remove_hooks(module, hooks)
+        if SITE in vars(module) and vars(module)[SITE] not in sites:
+            delattr(module, SITE)
+
+
+def saved_copies(model: nn.Module) -> list[Copy]:
+    """(module, copy of it) for each module that PEFT saves, and each adapter."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [(wrapper.original_module, copy) for wrapper in wrappers for copy in wrapper.modules_to_save.values()]
+
+
+def silenced_in(copies: Sequence[Copy], silenced: Silenced) -> Silenced:
+    """The same rates in copies of the modules."""
+    found = []
+    for original, copy in copies:
+        paths = {module: path for path, module in original.named_modules()}
+        pairs = [(module_at(copy, paths[module]), own) for module, own in silenced if module in paths]
+        found += [(module, own) for module, own in pairs if module is not None]
+    return found
+
+
+def _remove_hooks(module: nn.Module, known: set[Hook]) -> None:
+    """Hooks are known by their dictionary and number: a copy's have the numbers of those they are copies of."""
+    notes = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        ours = [number for number, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), OURS)]
+        for number in ours:
+            if (id(hooks), number) not in known:
+                for numbers in (hooks, *notes, module._forward_hooks_always_called):
+                    numbers.pop(number, None)
