@@ -117,7 +117,7 @@ class Watch:
     def _in_evaluation(self) -> bool:
         """Whether there is something to drop, but nowhere in training mode."""
         modules = (module_at(self.attachment.model, path) for path in self._places)
-        return bool(self._places) and not any(module is None or module.training for module in modules)
+        return len(self._places) > 0 and not any(module is None or module.training for module in modules)
 
     def _undrawn(self) -> Drop | None:
         """A drop that is switched on and was never drawn, or None."""
