@@ -68,7 +68,7 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
     """
     inputs = {name: value for name, value in uncached(model, batch).items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
-    if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+    if _needs_decoder_inputs(transformer, inputs, batch.get("labels")):
         inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
     held = inference(model) if consistency.clean else nullcontext() if consistency.both else torch.no_grad()
     with held:
@@ -172,3 +172,12 @@ def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:
     config = transformer.config
     later = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
     return later.masked_fill(later == IGNORED, config.pad_token_id)
+def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None) -> bool:
+    """Whether the decoder reads the labels, which are tokens, and the second view goes without them."""
+    if labels is None or labels.dim() != 2 or labels.is_floating_point() or not transformer.config.is_encoder_decoder:
+        return False
+    takes_them = "decoder_input_ids" in inspect.signature(transformer.forward).parameters
+    writes = transformer.get_output_embeddings() is not None  # else the labels are classes
+    return takes_them and writes and {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
+
+
