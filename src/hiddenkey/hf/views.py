@@ -140,6 +140,7 @@ def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
     return Compared(logits, labels != IGNORED)
 
 
+    _refuse_other_pooling(find_transformer(attachment.model)[1], attachment)
 def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
     """(B, D): the first token of an encoder, the last real token of a decoder, virtual tokens before it or not."""
     assert last is not None
@@ -149,6 +150,25 @@ def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor
     if mask is None:
         return last[:, -1]
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
+def _refuse_other_pooling(transformer: Any, attachment: Attachment) -> None:
+    """Raise UserError for a model known not to predict from the token that `_pooled` takes."""
+    config = transformer.config
+    summary = getattr(config, "summary_type", "first") if hasattr(transformer, "sequence_summary") else "first"
+    pooling = getattr(config, "classifier_pooling", "cls")
+    if config.is_encoder_decoder:
+        found = "is an encoder-decoder, which need not predict from its first token (Bart and T5 take <eos>)"
+    elif summary != "first":
+        found = f"sums a sequence up by summary_type={summary!r}, not by its first token"
+    elif pooling not in ("cls", "bos"):
+        found = f"pools by classifier_pooling={pooling!r}, not the first token"
+    else:
+        return
+    raise UserError(
+        f"the consistency {attachment.recipe.consistency!r} of a regression compares the vectors that are predicted "
+        f"from, but {type(transformer).__name__} {found}; use 'mse', which compares the predictions"
+    )
+
+
     return last[torch.arange(last.shape[0], device=last.device), index]
 
 
