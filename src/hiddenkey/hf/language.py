@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ..consistency import Consistency
 from .adapters import adds_to_loss
 from .attach import Attachment
-from .structure import LANGUAGE_MODELS, find_transformer
+from .structure import LANGUAGE_MODELS, find_transformer, takes_the_stock_loss
 from .token_loss import Head, Share, TokenLoss
-from .views import IGNORED
+from .views import IGNORED, Batch
 
 
 class HiddenStates:
@@ -44,7 +44,7 @@ class HiddenStates:
 
 
 def frozen_head(attachment: Attachment) -> Head | None:
-    """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None.
+    """The model's head where its logits are a frozen linear map of its last hidden states, or None.
 
     None too where the weight is quantised, or is elsewhere until the head is called; a sharded one is gathered.
     """
@@ -57,11 +57,23 @@ def frozen_head(attachment: Attachment) -> Head | None:
         and _is_plain(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not any(site.drop.position == "output" for site in attachment.plan.sites)
-        and not getattr(transformer.config, "output_router_logits", False)
-        and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
         and not adds_to_loss(attachment.model)
     )
     return Head(whole(head.weight), whole(head.bias)) if fits else None
+
+
+def is_next_token_loss(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model's loss of the batch is transformers' cross entropy of next tokens, with nothing added."""
+    transformer = find_transformer(model)[1]
+    routers = batch.get("output_router_logits")
+    if routers is None:
+        routers = getattr(transformer.config, "output_router_logits", False)
+    return (
+        takes_the_stock_loss(transformer)
+        and batch.get("shift_labels") is None
+        and not routers
+        and not getattr(transformer, "z_loss_coefficient", 0)
+    )
 
 
 def _is_plain(head: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..consistency import CONSISTENCIES, Consistency
 from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
-from .language import HiddenStates, agrees, frozen_head, token_losses
+from .language import HiddenStates, agrees, frozen_head, is_next_token_loss, token_losses
 from .lower import LowerLayers
 from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
@@ -112,7 +112,7 @@ def _losses(
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)
     chunks = task_loss is None and not step.consistency.scalar and not attachment.dense
-    head = frozen_head(attachment) if chunks else None
+    head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
         chunked = _chunked(step, head)
         if chunked is not None:

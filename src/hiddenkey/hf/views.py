@@ -17,7 +17,7 @@ from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import give_back_modes, to_evaluation
-from .structure import LANGUAGE_MODELS, find_transformer
+from .structure import find_transformer, shifts_labels
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -91,9 +91,8 @@ def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def count_labels(transformer: nn.Module, labels: Tensor) -> Tensor:
-    """How many labels count in the loss, as transformers' Trainer counts them."""
-    shifted = type(transformer).__name__.endswith(LANGUAGE_MODELS)
-    return ((labels[..., 1:] if shifted else labels) != IGNORED).sum()
+    """How many labels count in the loss."""
+    return ((labels[..., 1:] if shifts_labels(transformer) else labels) != IGNORED).sum()
 
 
 def compared(
@@ -133,23 +132,24 @@ def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
 
 
 def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
-    transformer = find_transformer(attachment.model)[1]
-    shifted = attachment.plan.structure.stacks[-1].latter_half and "Token" not in type(transformer).__name__
-    if shifted:
+    if shifts_labels(find_transformer(attachment.model)[1]):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return Compared(logits, labels != IGNORED)
 
 
-    _refuse_other_pooling(find_transformer(attachment.model)[1], attachment)
 def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
     """(B, D): the first token of an encoder, the last real token of a decoder, virtual tokens before it or not."""
     assert last is not None
+    _refuse_other_pooling(find_transformer(attachment.model)[1], attachment)
     if not attachment.plan.structure.stacks[-1].latter_half:
         return last[:, 0]
     mask = batch.get("attention_mask")
     if mask is None:
         return last[:, -1]
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
+    return last[torch.arange(last.shape[0], device=last.device), index]
+
+
 def _refuse_other_pooling(transformer: Any, attachment: Attachment) -> None:
     """Raise UserError for a model known not to predict from the token that `_pooled` takes."""
     config = transformer.config
@@ -169,9 +169,6 @@ def _refuse_other_pooling(transformer: Any, attachment: Attachment) -> None:
     )
 
 
-    return last[torch.arange(last.shape[0], device=last.device), index]
-
-
 def tie(consistency: Consistency, first: Compared, second: Compared, num_items: Tensor | int | None) -> Tensor:
     """The consistency of the two views, with the denominator of the task loss.
 
@@ -184,14 +181,6 @@ def tie(consistency: Consistency, first: Compared, second: Compared, num_items: 
     return total / num_items
 
 
-def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:
-    """What the decoder of an encoder-decoder model reads for these labels: (B, T), one place later than they are."""
-    prepare = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        return prepare(labels=labels)
-    config = transformer.config
-    later = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
-    return later.masked_fill(later == IGNORED, config.pad_token_id)
 def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None) -> bool:
     """Whether the decoder reads the labels, which are tokens, and the second view goes without them."""
     if labels is None or labels.dim() != 2 or labels.is_floating_point() or not transformer.config.is_encoder_decoder:
@@ -201,3 +190,11 @@ def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None
     return takes_them and writes and {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
 
 
+def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder model reads for these labels: (B, T), one place later than they are."""
+    prepare = getattr(transformer, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)
+    config = transformer.config
+    later = F.pad(labels[:, :-1], (1, 0), value=config.decoder_start_token_id)
+    return later.masked_fill(later == IGNORED, config.pad_token_id)
