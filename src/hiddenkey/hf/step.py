@@ -131,7 +131,7 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
-    fits = first is not None and agrees(head, first, outputs["logits"])
+    fits = first is not None and _is_whole(first, step) and agrees(head, first, outputs["logits"])
     if first is None or not everywhere(step.model, fits):
         step.attachment.dense = True
         return None
@@ -143,6 +143,11 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     labels = labels_of(step.batch, first.shape[1], step.model)
     losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
     return *losses, outputs
+
+
+def _is_whole(states: Tensor, step: Step) -> bool:
+    """Whether there is a state for every label: some decoders leave tokens out for which no logits are asked."""
+    return states.shape[:2] == labels_of(step.batch, states.shape[1], step.model).shape
 
 
 def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:

@@ -141,6 +141,11 @@ def takes_the_stock_loss(model: nn.Module) -> bool:
     return stock and not hasattr(model, "_loss_function") and "loss_function" in names_in(model)
 
 
+def reads_lower_keys(layer: nn.Module) -> bool:
+    """Whether the layer takes its keys and values from a layer below it, as the upper ones of Gemma 3n do."""
+    return any(getattr(module, "is_kv_shared_layer", False) for module in layer.modules())
+
+
 def _forwards(kind: type) -> Iterator[FunctionType]:
     """The forwards of a class and those it overrides, undecorated."""
     for parent in kind.__mro__:
