@@ -17,7 +17,9 @@ from torch import distributed, nn
 import hiddenkey
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.draws import random_keep
+from hiddenkey.hf.doctor import surroundings
 from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
+from hiddenkey.hf.step import consistency_step
 
 from .adapters import batch_for, build
 from .tiny import FAMILIES, batch, make
@@ -192,6 +194,22 @@ def test_a_pattern_of_somebody_else_counts_rows():
         assert diagnosis.ok, str(diagnosis)
     finally:
         PATTERNS.remove("all-or-nothing")
+
+
+def test_the_cost_is_that_of_the_step_that_training_takes(monkeypatch):
+    """Of a frozen head, in chunks: a step gives only the last token's logits."""
+    lengths = []
+
+    def watched(*args):
+        found = consistency_step(*args)
+        lengths.append(found.outputs["logits"].shape[1])
+        return found
+
+    monkeypatch.setattr(surroundings, "consistency_step", watched)
+    diagnosis = examined(lora(make("llama")), "hiddenkey@0.3")
+    assert set(lengths) == {1}
+    (tied,) = (finding for finding in diagnosis.findings if finding.check == "consistency")
+    assert tied.values["parameters"] > 0
 
 
 def test_adapter_dropouts_are_named():

@@ -9,7 +9,7 @@ from hiddenkey.hf import lower, step, token_loss
 from hiddenkey.hf.language import frozen_head
 from hiddenkey.hf.token_loss import Head, Share, TokenLoss
 
-from .tiny import batch, make
+from .tiny import batch, decoder, make
 from .tools import assert_same_gradients, gradients, lora
 
 DISTRIBUTIONS = ("kl", "kl-clean", "kl-rdrop", "js", "jsd")
@@ -47,10 +47,19 @@ def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
     assert_same_gradients(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_a_soft_cap_before_the_loss_is_noticed():
-    model = lora(make("gemma2", final_logit_softcapping=0.5), ["q_proj"])
-    found, _, attachment = one_step(model, "hiddenkey@0.2", batch("gemma2"))
+def test_a_scale_before_the_loss_is_noticed():
+    model = lora(decoder("Granite")(initializer_range=0.3, logits_scaling=2.0), ["q_proj"])
+    found, _, attachment = one_step(model, "hiddenkey@0.2", batch("llama"))
     assert attachment.dense
+    assert found.outputs["logits"].shape[1] > 1
+
+
+def test_a_soft_cap_that_small_logits_do_not_show():
+    model = lora(make("gemma2", final_logit_softcapping=30.0), ["q_proj"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(0.1)
+    found, _, attachment = one_step(model, "hiddenkey@0.2", batch("gemma2"))
+    assert frozen_head(attachment) is None
     assert found.outputs["logits"].shape[1] > 1
 
 

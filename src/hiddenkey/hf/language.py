@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import PreTrainedModel
 from ..consistency import Consistency
 from .adapters import adds_to_loss
 from .attach import Attachment
-from .structure import LANGUAGE_MODELS, find_transformer
+from .code import config_names_in
+from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys, takes_the_stock_loss
 from .token_loss import Head, Share, TokenLoss
-from .views import IGNORED
+from .views import IGNORED, Batch
+
+SOFT_CAP = re.compile("soft_?cap")
 
 
 class HiddenStates:
@@ -44,7 +48,7 @@ class HiddenStates:
 
 
 def frozen_head(attachment: Attachment) -> Head | None:
-    """The model's head where its loss is cross entropy of a frozen linear map of its last hidden states, or None.
+    """The model's head where its logits are a frozen linear map of its last hidden states, or None.
 
     None too where the weight is quantised, or is elsewhere until the head is called; a sharded one is gathered.
     """
@@ -57,11 +61,37 @@ def frozen_head(attachment: Attachment) -> Head | None:
         and _is_plain(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
         and not any(site.drop.position == "output" for site in attachment.plan.sites)
-        and not getattr(transformer.config, "output_router_logits", False)
-        and getattr(transformer, "loss_type", None) in (None, "ForCausalLM")
+        and not _cuts_tokens(transformer)
+        and not _caps_logits(transformer)
         and not adds_to_loss(attachment.model)
     )
     return Head(whole(head.weight), whole(head.bias)) if fits else None
+
+
+def is_next_token_loss(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model's loss of the batch is transformers' cross entropy of next tokens, with nothing added."""
+    transformer = find_transformer(model)[1]
+    routers = batch.get("output_router_logits")
+    if routers is None:
+        routers = getattr(transformer.config, "output_router_logits", False)
+    return (
+        takes_the_stock_loss(transformer)
+        and batch.get("shift_labels") is None
+        and not routers
+        and not getattr(transformer, "z_loss_coefficient", 0)
+    )
+
+
+def _cuts_tokens(transformer: PreTrainedModel) -> bool:
+    """Whether the decoder itself leaves tokens out for which no logits are asked, as Gemma 4's upper layers do."""
+    takes_it = "logits_to_keep" in inspect.signature(transformer.get_decoder().forward).parameters
+    return takes_it and reads_lower_keys(transformer)
+
+
+def _caps_logits(transformer: PreTrainedModel) -> bool:
+    """Whether the forward caps its logits (Gemma), which small logits do not show."""
+    caps = (name for name in config_names_in(transformer) if SOFT_CAP.search(name))
+    return any(getattr(transformer.config, name, None) for name in caps)
 
 
 def _is_plain(head: Any) -> bool:
@@ -77,7 +107,7 @@ def whole(parameter: Any) -> Any:
 
 
 def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
-    """Whether the model's logits of the last token are the head's: no soft cap, no scale in between, one device."""
+    """Whether the model's logits of the last token are the head's: no scale, nothing else in between, one device."""
     if states.device != head.weight.device:
         return False
     ours = head.logits(states[:, -1].detach())

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
+from .structure import reads_lower_keys
 
 
 class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
     `layers` is empty where nothing can be shared: several stacks, drops from the start, noise on the embedded tokens
-    (NEFTune), or an adapter that draws in every layer, or came after the plan. constant: the second view
-    gets no gradient; otherwise both views' meets in them.
+    (NEFTune), layers above that read keys of those below, or an adapter that draws in every layer, or came after the
+    plan. constant: the second view gets no gradient; otherwise both views' meets in them.
     """
 
     def __init__(self, attachment: Attachment, *, constant: bool) -> None:
@@ -31,8 +32,8 @@ class LowerLayers:
         if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
-        below = [] if noise else stacks[0].layers[:shared]
-        self.layers = [attachment.model.get_submodule(layer.path) for layer in below]
+        layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers]
+        self.layers = [] if noise or any(map(reads_lower_keys, layers)) else layers[:shared]
         self.output: Any = None
 
     @contextmanager

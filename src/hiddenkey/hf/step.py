@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..consistency import CONSISTENCIES, Consistency
 from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
-from .language import HiddenStates, agrees, frozen_head, token_losses
+from .language import HiddenStates, agrees, frozen_head, is_next_token_loss, token_losses
 from .lower import LowerLayers
 from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
@@ -112,7 +112,7 @@ def _losses(
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)
     chunks = task_loss is None and not step.consistency.scalar and not attachment.dense
-    head = frozen_head(attachment) if chunks else None
+    head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
         chunked = _chunked(step, head)
         if chunked is not None:
@@ -131,7 +131,7 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
-    fits = first is not None and agrees(head, first, outputs["logits"])
+    fits = first is not None and _is_whole(first, step) and agrees(head, first, outputs["logits"])
     if first is None or not everywhere(step.model, fits):
         step.attachment.dense = True
         return None
@@ -143,6 +143,11 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     labels = labels_of(step.batch, first.shape[1], step.model)
     losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
     return *losses, outputs
+
+
+def _is_whole(states: Tensor, step: Step) -> bool:
+    """Whether there is a state for every label: some decoders leave tokens out for which no logits are asked."""
+    return states.shape[:2] == labels_of(step.batch, states.shape[1], step.model).shape
 
 
 def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:

@@ -17,7 +17,7 @@ from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import give_back_modes, to_evaluation
-from .structure import LANGUAGE_MODELS, find_transformer
+from .structure import find_transformer, shifts_labels
 
 Batch = Mapping[str, Any]
 IGNORED = -100
@@ -68,7 +68,7 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
     """
     inputs = {name: value for name, value in uncached(model, batch).items() if name != "labels"} | options
     transformer = find_transformer(model)[1]
-    if transformer.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+    if _needs_decoder_inputs(transformer, inputs, batch.get("labels")):
         inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
     held = inference(model) if consistency.clean else nullcontext() if consistency.both else torch.no_grad()
     with held:
@@ -91,9 +91,8 @@ def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 def count_labels(transformer: nn.Module, labels: Tensor) -> Tensor:
-    """How many labels count in the loss, as transformers' Trainer counts them."""
-    shifted = type(transformer).__name__.endswith(LANGUAGE_MODELS)
-    return ((labels[..., 1:] if shifted else labels) != IGNORED).sum()
+    """How many labels count in the loss."""
+    return ((labels[..., 1:] if shifts_labels(transformer) else labels) != IGNORED).sum()
 
 
 def compared(
@@ -133,9 +132,7 @@ def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
 
 
 def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
-    transformer = find_transformer(attachment.model)[1]
-    shifted = attachment.plan.structure.stacks[-1].latter_half and "Token" not in type(transformer).__name__
-    if shifted:
+    if shifts_labels(find_transformer(attachment.model)[1]):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return Compared(logits, labels != IGNORED)
 
@@ -143,6 +140,7 @@ def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
 def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
     """(B, D): the first token of an encoder, the last real token of a decoder, virtual tokens before it or not."""
     assert last is not None
+    _refuse_other_pooling(find_transformer(attachment.model)[1], attachment)
     if not attachment.plan.structure.stacks[-1].latter_half:
         return last[:, 0]
     mask = batch.get("attention_mask")
@@ -150,6 +148,25 @@ def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor
         return last[:, -1]
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
     return last[torch.arange(last.shape[0], device=last.device), index]
+
+
+def _refuse_other_pooling(transformer: Any, attachment: Attachment) -> None:
+    """Raise UserError for a model known not to predict from the token that `_pooled` takes."""
+    config = transformer.config
+    summary = getattr(config, "summary_type", "first") if hasattr(transformer, "sequence_summary") else "first"
+    pooling = getattr(config, "classifier_pooling", "cls")
+    if config.is_encoder_decoder:
+        found = "is an encoder-decoder, which need not predict from its first token (Bart and T5 take <eos>)"
+    elif summary != "first":
+        found = f"sums a sequence up by summary_type={summary!r}, not by its first token"
+    elif pooling not in ("cls", "bos"):
+        found = f"pools by classifier_pooling={pooling!r}, not the first token"
+    else:
+        return
+    raise UserError(
+        f"the consistency {attachment.recipe.consistency!r} of a regression compares the vectors that are predicted "
+        f"from, but {type(transformer).__name__} {found}; use 'mse', which compares the predictions"
+    )
 
 
 def tie(consistency: Consistency, first: Compared, second: Compared, num_items: Tensor | int | None) -> Tensor:
@@ -162,6 +179,15 @@ def tie(consistency: Consistency, first: Compared, second: Compared, num_items: 
         return consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid)
     total = consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid, reduction="sum")
     return total / num_items
+
+
+def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None) -> bool:
+    """Whether the decoder reads the labels, which are tokens, and the second view goes without them."""
+    if labels is None or labels.dim() != 2 or labels.is_floating_point() or not transformer.config.is_encoder_decoder:
+        return False
+    takes_them = "decoder_input_ids" in inspect.signature(transformer.forward).parameters
+    writes = transformer.get_output_embeddings() is not None  # else the labels are classes
+    return takes_them and writes and {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
 
 
 def decoder_inputs(transformer: Any, labels: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
+from ..attach import Attachment
 from ..intact import some
 from ..step import consistency_step
 from ..structure import find_transformer
@@ -143,14 +144,25 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
 
 def _reach_of_the_term(patient: Patient) -> int:
     """How many trainable parameters get a gradient that is not zero from the consistency alone."""
-    patient.attachment.dense = True  # in chunks of tokens only the sum has a gradient
     seed_all(SEED)
-    term = consistency_step(patient.model, patient.batch).consistency
+    with _whole_logits(patient.attachment):
+        term = consistency_step(patient.model, patient.batch).consistency
     trained = [p for p in patient.model.parameters() if p.requires_grad]
     if term is None or not term.requires_grad or not trained:
         return 0
     found = torch.autograd.grad(term, trained, allow_unused=True)
     return sum(gradient is not None and bool(gradient.any()) for gradient in found)
+
+
+@contextmanager
+def _whole_logits(attachment: Attachment) -> Iterator[None]:
+    """Steps without chunks of tokens, in which only the sum has a gradient; as before afterwards."""
+    dense = attachment.dense
+    attachment.dense = True
+    try:
+        yield
+    finally:
+        attachment.dense = dense
 
 
 def _inner(name: str) -> str:
