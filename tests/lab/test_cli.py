@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.test_registry import PLUGIN, install
+
+from .signals import heed_interrupts
 
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
 
@@ -113,9 +114,7 @@ def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path
     out = tmp_path / "out"
     flags = ["--model", str(bert), "--data", str(sentences), "--out", str(out), "--max-length", "16"]
     command = [*PROGRAM, "train", *flags, "--epochs", "5000"]
-    # A shell's background job ignores Ctrl-C, and so do the tests in it and what they start.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 180  # the machine may be busy
     while not list(out.glob("checkpoints/*/complete")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -26,6 +26,7 @@ from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.lock import hold
 
+from .signals import heed_interrupts
 from .test_run import config, same  # noqa: F401
 
 
@@ -276,7 +277,9 @@ def test_twenty_kills_at_random_moments(config: TrainConfig, tmp_path: Path):  #
     command = [sys.executable, "-c", "from hiddenkey.cli import main; main()", "train", *flags]
     generator, reached = random.Random(0), []
     for kill in range(20):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+        )
         wait_for_start(Path(config.out), process)
         time.sleep(generator.uniform(0, 1.2))
         os.kill(process.pid, signal.SIGINT if kill % 4 == 3 else signal.SIGKILL)

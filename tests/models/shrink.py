@@ -26,7 +26,7 @@ def at_most(limit: int) -> Callable[[int], int]:
 # The first pattern that matches a field's whole name gives its new value.
 RULES: tuple[Rule, ...] = (
     # Sparse attention that leaves keys out of a batch as short as ours.
-    (r"index_(topk|block_size)", at_most(4)),
+    (r"index_(topk|block_size|kpool)", at_most(4)),
     (r"index_topk_blocks", at_most(1)),
     (r".*(vocab_size|num_embeddings|codebook_size|vocab)", at_most(VOCABULARY)),
     (r".*(num_(key_value|kv)_heads|kv_heads|n_head_kv|num_kv)", lambda v: 1 if v == 1 else KV_HEADS),

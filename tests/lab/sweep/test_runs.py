@@ -33,6 +33,7 @@ from hiddenkey.lab.sweep.run import sweep
 from hiddenkey.lab.sweep.storage import open_storage
 from hiddenkey.lab.sweep.worker import make_run
 
+from ..signals import heed_interrupts
 from .tools import GRACE, record_of, sweep_values, write_sweep
 
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
@@ -287,7 +288,7 @@ def test_a_hundred_runs_by_four_processes_killed_at_random(bert: Path, sentences
     generator, kills = random.Random(0), 0
     with (tmp_path / "said").open("w") as said:
         while True:
-            process = subprocess.Popen(command, stderr=said)
+            process = subprocess.Popen(command, stderr=said, preexec_fn=heed_interrupts)
             while process.poll() is None:
                 time.sleep(generator.uniform(0.5, 4))
                 busy = [pid for entry in board.busy() if is_alive(pid := int(entry.worker.rpartition("-")[2]))]
