@@ -1,5 +1,7 @@
 """Adapters of several kinds at once, and what is done to them while a recipe is attached: it works, or it is said."""
 
+import inspect
+
 import peft
 import pytest
 import torch
@@ -188,6 +190,8 @@ def test_modules_to_save(family, names):
     targets = {"bert": ["query"], "gpt2": ["c_attn"], "llama": ["q_proj"]}[family]
     if names == ["self_attn"]:
         targets = ["gate_proj"]
+        if "x" in inspect.signature(peft.utils.ModulesToSaveWrapper.forward).parameters:
+            pytest.skip("this PEFT calls what it saves with one tensor, and attention takes names")
     model = moved(peft.get_peft_model(quiet(family), config(family, target_modules=targets, modules_to_save=names)))
     with hiddenkey.attach(model, ZEROS):
         assert not any(output.any() for output in feed_forward_outputs(model, family))
