@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from hiddenkey.cli import main
-from hiddenkey.lab.report import generation
+from hiddenkey.lab.report import generation, small_tables, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
 from hiddenkey.lab.report.study import make_task
+from hiddenkey.lab.report.task_table import task_table
 from hiddenkey.lab.report.write import write_report
 
 from .made_up import World, make_records, write_records
@@ -163,6 +164,24 @@ def test_tables_2_and_4_have_the_papers_numbers_beside_ours(docs: Path):
     assert "| paper, GPT2-Medium: `hiddenkey` | 69.76 | 8.765 | 46.80 | 71.78 | 2.511 |" in text
     assert "69.91 ± 0.52 (+1.95)" in text
     assert "91.16 for `hiddenkey-input`" in text
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("matthews", True), ("accuracy", False)])
+def test_the_papers_numbers_stand_beside_its_own_metric_alone(metric, shown):
+    world = World(task="cola", metric=metric, methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    table = small_tables.blocks([make_task("cola", make_records(world))])[0]
+    row = dict(zip(table.headings, table.rows[1], strict=True))
+    assert row["metric"] == {"matthews": "Matthews", "accuracy": "accuracy"}[metric]
+    assert row["paper, RoBERTa-large (gain)"] == ("69.91 ± 0.52 (+1.95)" if shown else words.NOTHING)
+    assert ("The paper's numbers of CoLA are of another metric" in table.note) is not shown
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("accuracy", True), ("f1", False)])
+def test_so_they_do_in_the_table_of_a_task(metric, shown):
+    world = World(task="mrpc", metric=metric, methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    table = task_table(make_task("mrpc", make_records(world)))
+    assert table.rows[1][-1] == ("91.20 (+1.25)" if shown else words.NOTHING)
+    assert ("another metric (accuracy) than F1" in table.note) is not shown
 
 
 def test_webnlg_has_its_three_parts():

@@ -12,13 +12,25 @@ from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report.budget import within_budget
 from hiddenkey.lab.report.conditions import blocks
 from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
-from hiddenkey.lab.report.paper import TABLE1, family, gap, method_key, misprinted, rank_of, task_key, true_average
+from hiddenkey.lab.report.paper import (
+    PRINTED_METRICS,
+    TABLE1,
+    family,
+    gap,
+    method_key,
+    misprinted,
+    rank_of,
+    task_key,
+    true_average,
+)
 from hiddenkey.lab.report.pool import pools
 from hiddenkey.lab.report.study import make_task, read_study
 from hiddenkey.lab.report.transfer import transferred
+from hiddenkey.lab.sweep.file import read_sweep
 
 from .made_up import World, make_records, write_records
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
 
 
@@ -226,3 +238,12 @@ def test_the_papers_names_and_numbers():
     assert true_average("hiddenkey-output") == pytest.approx(91.70, abs=0.005)
     assert gap("hiddenkey", "baseline") == pytest.approx(1.415)
     assert sorted(["x", "r-drop", "hiddenkey", "baseline"], key=rank_of) == ["baseline", "hiddenkey", "r-drop", "x"]
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_the_experiments_measure_what_the_paper_prints(path):
+    sweep = read_sweep(path)
+    key = task_key(sweep.name)
+    usual = "pearson" if key == "stsb" else "accuracy"
+    if key in PRINTED_METRICS:
+        assert sweep.base.get("metric", usual) == PRINTED_METRICS[key]

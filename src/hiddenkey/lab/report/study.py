@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..errors import RunError
 from ..sweep.record import RunRecord, read_record
 from .metrics import Metric, metric
-from .paper import DECODERS, GENERATION_METRICS, TASK_LABELS, method_key, rank_of, task_key
+from .paper import DECODERS, GENERATION_METRICS, PRINTED_METRICS, TASK_LABELS, method_key, rank_of, task_key
 from .statistics import Seed
 
 When = Literal["best", "last"]
@@ -67,6 +67,11 @@ class Task:
     def key(self) -> str | None:
         """The paper's task, or None."""
         return task_key(self.name)
+
+    @property
+    def metric_of_the_paper(self) -> bool:
+        """Whether the paper prints numbers of this task in this metric; others say nothing beside ours."""
+        return PRINTED_METRICS.get(self.key or "") == self.metric.name
 
     @property
     def label(self) -> str:
