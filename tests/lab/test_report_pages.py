@@ -257,6 +257,16 @@ def test_the_command_says_where_the_report_is(study: Path, tmp_path: Path, capsy
     assert "`hiddenkey` against LoRA alone: not run." in text
 
 
+@pytest.mark.parametrize("begun", [["hiddenkey"], ["baseline", "hiddenkey"]])
+def test_the_report_of_a_sweep_that_runs_says_what_is_left_out(begun: list[str], tmp_path: Path):
+    records = [replace(one, trials=3) for one in make_records(World(methods=("baseline", "hiddenkey"), seeds=(1, 2)))]
+    write_records([one for one in records if one.trial < 2 or one.method not in begun], tmp_path / "study")
+    text = write_report([str(tmp_path / "study")], str(tmp_path / "docs")).read_text()
+    assert "`hiddenkey` against LoRA alone: not run." in text
+    assert f"left out for want of runs of some trials: {2 * len(begun)} pairs of method and seed" in text
+    assert "`hiddenkey` \N{MULTIPLICATION SIGN}2." in text
+
+
 @pytest.mark.parametrize(("arguments", "said"), [(["EMPTY"], "runs/*.json"), ([], "folder")])
 def test_nothing_to_report_is_a_mistake_with_a_message(arguments, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

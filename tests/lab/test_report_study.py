@@ -101,8 +101,17 @@ def test_a_group_whose_trials_are_not_all_there_is_left_out_and_told_of():
         if (record.method, record.trial, record.axes["seed"]) != ("baseline", 2, 3)
     ]
     task = make_task("sst2", records)
-    assert task.incomplete == 1
+    assert task.incomplete == ("baseline",)
     assert set(task.values("baseline")) == {(1, 0), (2, 0)}
+
+
+def test_a_sweep_that_runs_is_told_of_where_all_its_seeds_are_equally_short():
+    records = [replace(record, trials=3) for record in make_records(SMALL)]
+    running = [record for record in records if record.trial < 2 or record.method == "baseline"]
+    task = make_task("sst2", running)
+    assert task.incomplete == ("hiddenkey",) * 3
+    assert list(task.methods) == ["baseline"]
+    assert make_task("sst2", records).incomplete == ()
 
 
 def test_ranks_are_conditions_of_their_own_and_the_main_one_fills_the_gap():

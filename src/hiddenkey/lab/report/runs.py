@@ -81,12 +81,11 @@ def _count(records: list[RunRecord]) -> str:
 def _notes(task: Task) -> list[str]:
     notes = []
     if task.incomplete:
-        what = (
-            "groups lack runs of some trials and are"
-            if task.incomplete > 1
-            else "group lacks runs of some trials and is"
+        methods = words.counted(f"`{method}`" for method in task.incomplete)
+        groups = words.plural(len(task.incomplete), "pair")
+        notes.append(
+            f"{task.name}: left out for want of runs of some trials: {groups} of method and seed, {methods}."
         )
-        notes.append(f"{task.name}: {task.incomplete} {what} left out.")
     trials = {
         method: max(len(group.runs) for group in groups.values()) for method, groups in task.methods.items() if groups
     }

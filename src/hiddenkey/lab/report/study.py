@@ -59,8 +59,8 @@ class Task:
     records: tuple[RunRecord, ...]
     conditions: dict[Condition, dict[str, Groups]]
     """Condition → method → seed → group; methods in the order of Table 1."""
-    incomplete: int
-    """Groups left out because some of their trials have no record yet."""
+    incomplete: tuple[str, ...]
+    """The method of every group left out because some of its trials have no record yet."""
     main: Condition
 
     @property
@@ -196,15 +196,22 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
         seed = (int(run.config["seed"]), int(run.config["data_seed"]))
         found[condition][method_key(run.method)][seed].append(run)
     conditions: dict[Condition, dict[str, Groups]] = {}
-    incomplete = 0
+    incomplete: list[str] = []
     for condition in sorted(found, key=str):
         conditions[condition] = {}
         for method, seeds in found[condition].items():
-            trials = max(len(runs) for runs in seeds.values())
-            whole = {seed: Group(tuple(runs)) for seed, runs in sorted(seeds.items()) if len(runs) == trials}
-            incomplete += len(seeds) - len(whole)
-            conditions[condition][method] = whole
-    return Task(name, tuple(records), conditions, incomplete, _main(conditions))
+            whole = _whole(seeds)
+            incomplete += [method] * (len(seeds) - len(whole))
+            if whole:
+                conditions[condition][method] = whole
+    return Task(name, tuple(records), conditions, tuple(incomplete), _main(conditions))
+
+
+def _whole(seeds: dict[Seed, list[RunRecord]]) -> Groups:
+    # Records of earlier versions do not say how many trials were planned: as many as the fullest seed has.
+    trials = max(len(runs) for runs in seeds.values())
+    planned = max(run.trials for runs in seeds.values() for run in runs)
+    return {seed: Group(tuple(runs)) for seed, runs in sorted(seeds.items()) if len(runs) == max(trials, planned)}
 
 
 def _trials(groups: Groups) -> int:
