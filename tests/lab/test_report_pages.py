@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hiddenkey.cli import main
-from hiddenkey.lab.report import generation, small_tables, words
+from hiddenkey.lab.report import generation, how, small_tables, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
@@ -182,6 +182,48 @@ def test_so_they_do_in_the_table_of_a_task(metric, shown):
     table = task_table(make_task("mrpc", make_records(world)))
     assert table.rows[1][-1] == ("91.20 (+1.25)" if shown else words.NOTHING)
     assert ("another metric (accuracy) than F1" in table.note) is not shown
+
+
+def told(study: Path, records, out: Path) -> str:
+    return write_report([str(write_records(records, study))], str(out)).read_text()
+
+
+def test_unequal_numbers_of_trials_are_not_called_equal(tmp_path: Path):
+    records = make_records(World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3)))
+    fewer = [one for one in records if one.trial == 0 or one.method != "baseline"]
+    alike, unlike = (told(tmp_path / name, runs, tmp_path) for name, runs in (("all", records), ("few", fewer)))
+    assert "both tuned with the same number of trials" in alike
+    assert "Every method, the baseline included, had the same number of trials." in alike
+    assert "the same number of trials" not in unlike
+    assert "tuned with different numbers of trials (SST-2: 3 against 1)" in unlike
+    assert "The methods had different numbers of trials" in unlike
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"test": "dev"}, how.CUT),
+        ({"test": "validation"}, how.CUT),
+        ({"test": "data/devset.csv"}, how.CUT),
+        ({"test": "test"}, how.FOUND),
+        ({"test": "developers"}, how.FOUND),
+        ({}, how.FOUND),
+        ({"test": "dev", "validation": "held.csv"}, "the validation part that was asked for (`held.csv`)"),
+    ],
+)
+def test_where_the_validation_rows_are_from_is_read_off_the_runs(given, said):
+    records = make_records(World(methods=("baseline",), seeds=(1,)))
+    task = make_task("sst2", [replace(one, config=one.config | given) for one in records])
+    assert f"the trial and the epoch were chosen on {said}." in how.how([task]).text
+
+
+def test_tasks_that_differ_in_it_are_told_apart():
+    world = World(methods=("baseline",), seeds=(1,))
+    records = [replace(one, config=one.config | {"test": "dev"}, test={}) for one in make_records(world)]
+    tasks = [make_task("sst2", records), make_task("e2e", make_records(replace(world, task="e2e")))]
+    text = how.how(tasks).text
+    assert f"chosen on {how.CUT} (SST-2) and {how.FOUND} (E2E)." in text
+    assert "The test part, which SST-2 lacked, was looked at once" in text
 
 
 def test_webnlg_has_its_three_parts():

@@ -33,9 +33,19 @@ def _answer(main: Finding, pool: Pool) -> str:
         tests = f"95 % interval, {tests}, {words.p_equals(change.p)}, after Holm's correction over all claims "
         tests += words.p_equals(main.adjusted)
     return (
-        f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, both tuned with the "
-        f"same number of trials: **{shown}** ({tests})."
+        f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, {_tuned(pool)}: "
+        f"**{shown}** ({tests})."
     )
+
+
+def _tuned(pool: Pool) -> str:
+    counts = [(task.label, *(task.trials.get(method) for method in (HIDDENKEY, BASELINE))) for task in pool.tasks]
+    unequal = [
+        f"{label}: {ours} against {plain}" for label, ours, plain in counts if ours and plain and ours != plain
+    ]
+    if unequal:
+        return f"tuned with different numbers of trials ({', '.join(unequal)})"
+    return "both tuned with the same number of trials"
 
 
 def _verdict(main: Finding, change: Difference) -> str:

@@ -55,8 +55,8 @@ def rivals_table(pool: Pool) -> Table:
         "p (Holm)",
     )
     note = (
-        "Points, mean over tasks, paired over seeds; every rival was tuned like the methods. Holm's correction over "
-        "the rivals that were run, for either comparison apart."
+        "Points, mean over tasks, paired over seeds; of every rival too the trial that validation chose. Holm's "
+        "correction over the rivals that were run, for either comparison apart."
     )
     return Table("rivals", "Rivals", headings, rows, data, note)
 

@@ -86,11 +86,8 @@ def _notes(task: Task) -> list[str]:
         notes.append(
             f"{task.name}: left out for want of runs of some trials: {groups} of method and seed, {methods}."
         )
-    trials = {
-        method: max(len(group.runs) for group in groups.values()) for method, groups in task.methods.items() if groups
-    }
-    if len(set(trials.values())) > 1:
-        shown = words.listed(f"`{method}` {count}" for method, count in trials.items())
+    if len(set(task.trials.values())) > 1:
+        shown = words.listed(f"`{method}` {count}" for method, count in task.trials.items())
         notes.append(f"{task.name}: the methods had different numbers of trials, which is not fair: {shown}.")
     lost = [
         f"`{method}` {count}"

@@ -85,6 +85,11 @@ class Task:
         return self.conditions[self.main]
 
     @property
+    def trials(self) -> dict[str, int]:
+        """How many trials each method had."""
+        return {method: _trials(groups) for method, groups in self.methods.items()}
+
+    @property
     def model(self) -> str:
         """The last part of the model's name or path."""
         return Path(str(self.records[0].config["model"])).name
