@@ -92,14 +92,27 @@ class Page(HTMLParser):
 
 
 def test_the_same_runs_give_the_same_bytes(study: Path, docs: Path, tmp_path: Path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "old.svg").write_text("of an earlier report")
-    (tmp_path / "results" / "mine.txt").write_text("not of a report")
     write_report([str(study / "sst2"), str(study / "e2e"), str(study / "cola")], str(tmp_path))
-    (tmp_path / "results" / "mine.txt").unlink()
     again = contents(tmp_path)
     assert again == contents(docs)
     assert len(again) > 30
+
+
+def test_a_report_deletes_what_an_earlier_one_wrote_and_nothing_else(study: Path, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "outside.csv").write_text("mine")
+    for name in ("mine.csv", "mine.tex", "mine.svg"):
+        (tmp_path / "results" / name).write_text("mine")
+    write_report([str(study)], str(tmp_path))
+    first = contents(tmp_path / "results")
+    with (tmp_path / "results" / "manifest.txt").open("a") as file:
+        file.write("../outside.csv\n")
+    write_report([str(study / "e2e")], str(tmp_path))
+    second = contents(tmp_path / "results")
+    assert "task-sst2.csv" in first
+    assert "task-sst2.csv" not in second
+    assert {name for name in second if second[name] == b"mine"} == {"mine.csv", "mine.tex", "mine.svg"}
+    assert (tmp_path / "outside.csv").exists()
 
 
 def test_table_1_says_what_the_records_say(study: Path, docs: Path):
