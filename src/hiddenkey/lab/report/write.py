@@ -30,7 +30,7 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     folder = Path(out) / NAME
     folder.mkdir(parents=True, exist_ok=True)
     for name in _written_before(folder) - texts.keys():
-        (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink()
     texts[MANIFEST] = "".join(f"{name}\n" for name in sorted(texts))
     for name, text in sorted(texts.items()):
         write_text(folder / name, text)
