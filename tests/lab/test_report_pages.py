@@ -239,6 +239,59 @@ def test_tasks_that_differ_in_it_are_told_apart():
     assert "The test part, which SST-2 lacked, was looked at once" in text
 
 
+SEVERAL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+
+
+def test_rates_drawn_by_chance_make_no_curve_and_that_is_said(tmp_path: Path):
+    drawn = [
+        replace(one, params={"p": one.params["p"] + one.axes["seed"] / 100}) if "p" in one.params else one
+        for one in make_records(SEVERAL)
+    ]
+    text = told(tmp_path / "study", drawn, tmp_path)
+    why = (
+        "run, but no seed has all rates. Seeds left out, as they lack a result at some rates: 1, 2, 3 (`hiddenkey`)."
+    )
+    assert f"SST-2: metric against rate: {why}" in text
+
+
+def test_seeds_that_lack_a_point_of_a_curve_are_named(tmp_path: Path):
+    world = replace(SEVERAL, failing=(("hiddenkey", 1, 2),), rank_effects={4: 0.0, 64: 0.0})
+    records = [one for one in make_records(world) if one.axes != {"seed": 3, "lora_r": 64}]
+    text = told(tmp_path / "study", records, tmp_path)
+    assert "Seeds left out, as they lack a result at some rates: 2 (`hiddenkey`)." in text
+    assert "Seeds left out on SST-2, as they lack a result at some ranks: 3 (`baseline`), 3 (`hiddenkey-`)." in text
+
+
+def test_tasks_without_a_seed_in_common_were_run_all_the_same(tmp_path: Path):
+    records = [*make_records(SEVERAL), *make_records(replace(SEVERAL, task="rte", seeds=(4, 5)))]
+    renamed = [replace(one, id=f"{one.sweep}-{one.id}") for one in records]
+    text = told(tmp_path / "study", renamed, tmp_path)
+    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    row = next(line for line in text.splitlines() if line.startswith("| `hiddenkey` | "))
+    assert row.startswith("| `hiddenkey` | run, but no seed in common | ")
+    assert "| run, but no seed in common | 8" in row
+    assert "as a task or a side has no result of them: 1, 2, 3, 4, 5 (`hiddenkey`)." in text
+    claims = {row["claim"]: row["verdict"] for row in rows_of(tmp_path, "claims")}
+    assert claims["hiddenkey beats LoRA alone"] == "undecided"
+    assert claims["the JS loss has no effect"] == "not run"
+
+
+def test_a_method_and_a_baseline_of_other_seeds_were_run_all_the_same(tmp_path: Path):
+    records = [one for one in make_records(SEVERAL) if (one.method == "baseline") == (one.axes["seed"] == 1)]
+    text = told(tmp_path / "study", records, tmp_path)
+    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    row = {row["method"]: row for row in rows_of(tmp_path, "task-sst2")}["hiddenkey"]
+    assert (row["n"], row["pairs"]) == ("2", "0")
+    assert "run, but no seed in common" in (tmp_path / "results" / "task-sst2.tex").read_text()
+
+
+def test_a_method_whose_trials_all_failed_was_run(tmp_path: Path):
+    failing = [("hiddenkey", trial, seed) for trial in range(3) for seed in SEVERAL.seeds]
+    text = told(tmp_path / "study", make_records(replace(SEVERAL, failing=failing)), tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| `hiddenkey` | "))
+    assert row.endswith("| run, no result |")
+
+
 def test_webnlg_has_its_three_parts():
     world = World(task="gpt2-webnlg", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2))
     records = [

@@ -38,19 +38,19 @@ def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled
     return (statistics.fmean(ratios) if ratios else None), whole, budgeted
 
 
-def _steps(task: Task, method: str) -> float:
+def _steps(task: Task, method: str) -> float | None:
     # As many as fit into the baseline's time, and half an epoch, so that the nearest epoch counts.
     ratio = step_ratio(task, method)
     runs = [run for group in task.methods.get(BASELINE, {}).values() for run in group.runs if run.epochs]
     if ratio is None or not runs:
-        return 0.0
+        return None
     total, per_epoch = runs[0].epochs[-1]["step"], runs[0].epochs[0]["step"]
     return float(total) / ratio + per_epoch / 2
 
 
-def _gains(task: Task, method: str, steps: float) -> dict[Seed, float]:
-    if method not in task.methods or BASELINE not in task.methods:
-        return {}
+def _gains(task: Task, method: str, steps: float | None) -> dict[Seed, float] | None:
+    if steps is None or method not in task.methods or BASELINE not in task.methods:
+        return None
     shown = task.validation_metric
     sign = -shown.scale if shown.lower_is_better else shown.scale
     one, other = _at(task, method, steps), _at(task, BASELINE, math.inf)

@@ -24,7 +24,7 @@ def blocks(pool: Pool | None, found: Sequence[Finding]) -> list[Block]:
 def _answer(main: Finding, pool: Pool) -> str:
     change = main.difference
     if change is None:
-        return f"`{HIDDENKEY}` against LoRA alone: {words.NOT_RUN}."
+        return f"`{HIDDENKEY}` against LoRA alone: {main.nothing}."
     over = f"{words.plural(len(main.tasks), 'task')} ({', '.join(main.tasks)})"
     where = f"the mean over {over}" if len(main.tasks) > 1 else over
     shown, tests = f"{words.signed(change.mean)} points", f"n = {words.plural(change.n, 'seed')}"

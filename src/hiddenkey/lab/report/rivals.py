@@ -6,7 +6,7 @@ from . import machine, words
 from .blocks import Block, Table, Text
 from .budget import within_budget
 from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVAL_NOTES, RIVALS
-from .pool import Pool, against
+from .pool import Pool, Pooled, against
 from .statistics import Difference, holm
 from .study import When
 from .transfer import transfer_table, transfer_words
@@ -44,9 +44,7 @@ def rivals_table(pool: Pool) -> Table:
     rows, data = [], []
     for method, lead, lead_p in zip(RIVALS, leads, adjusted, strict=True):
         pooled, p = gains[method]
-        rows.append(
-            [f"`{method}`: {RIVAL_NOTES[method]}", *_cells(pooled.difference, p), *_cells(lead.difference, lead_p)]
-        )
+        rows.append([f"`{method}`: {RIVAL_NOTES[method]}", *_cells(pooled, p), *_cells(lead, lead_p)])
         numbers = machine.gain(pooled.difference, p)
         ours = {f"hiddenkey_{name}": value for name, value in machine.gain(lead.difference, lead_p).items()}
         data.append({"method": method, "tasks": " ".join(pooled.tasks)} | numbers | ours)
@@ -77,7 +75,7 @@ def early_stopping(pool: Pool) -> Table:
             [
                 f"`{pair[0][0]}`, {pair[0][1]} epoch",
                 f"`{pair[1][0]}`, {pair[1][1]} epoch",
-                *_cells(pooled.difference, p),
+                *_cells(pooled, p),
             ]
         )
         data.append({"first": first, "second": second} | machine.gain(pooled.difference, p))
@@ -97,7 +95,9 @@ def equal_time(pool: Pool) -> Table:
     rows, data = [], []
     for (method, ratio, whole, budgeted), p in zip(found, adjusted, strict=True):
         full = whole.difference
-        rows.append([f"`{method}`", _ratio(ratio), words.difference(full), *_cells(budgeted.difference, p)])
+        rows.append(
+            [f"`{method}`", _ratio(ratio), words.difference(full, nothing=whole.nothing), *_cells(budgeted, p)]
+        )
         data.append(
             {"method": method, "step_time_ratio": machine.rounded(ratio), "gain_last_epochs": _mean(full)}
             | machine.gain(budgeted.difference, p)
@@ -123,7 +123,7 @@ def equal_time(pool: Pool) -> Table:
 def _in_time(pool: Pool) -> Text:
     ratio, whole, budgeted = within_budget(pool, HIDDENKEY)
     if budgeted.difference is None:
-        return Text(f"`{HIDDENKEY}` at the baseline's training time: {words.NOT_RUN}.")
+        return Text(f"`{HIDDENKEY}` at the baseline's training time: {budgeted.nothing}.")
     return Text(
         f"`{HIDDENKEY}` takes {_ratio(ratio)} of the baseline's step time. At the epoch that it reaches in the "
         f"baseline's training time its validation metric lies {words.difference(budgeted.difference)} points over "
@@ -132,8 +132,13 @@ def _in_time(pool: Pool) -> Text:
     )
 
 
-def _cells(found: Difference | None, adjusted: float | None) -> list[str]:
-    return [words.difference(found), str(found.n) if found else words.NOTHING, words.p_value(adjusted)]
+def _cells(pooled: Pooled, adjusted: float | None) -> list[str]:
+    found = pooled.difference
+    return [
+        words.difference(found, nothing=pooled.nothing),
+        str(found.n) if found else words.NOTHING,
+        words.p_value(adjusted),
+    ]
 
 
 def _mean(found: Difference | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 from . import machine, words
 from .blocks import Block, Table, Text
 from .paper import BASELINE, HIDDENKEY, TABLE4, TABLE5, other_metric
-from .pool import differences
+from .pool import differences, why_none
 from .statistics import describe, summarise
 from .study import Task
 
@@ -47,9 +47,11 @@ def _row(task: Task, method: str, printed: Printed) -> tuple[list[str], dict[str
         f"{task.label} ({task.model})",
         task.metric.label,
         f"`{method}`",
-        words.mean_sd(found, task.metric.digits),
+        words.mean_sd(found, task.metric.digits, words.NO_RESULT),
         str(found.n if found else 0),
-        words.NOTHING if method == BASELINE else words.difference(gain, task.metric.digits),
+        words.NOTHING
+        if method == BASELINE
+        else words.difference(gain, task.metric.digits, why_none(task.methods, method)),
         _printed(task, method, printed),
     ]
     about = {"task": task.name, "metric": task.metric.name, "method": method}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import machine, words
 from .blocks import Table
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
-from .pool import differences
+from .pool import differences, why_none
 from .statistics import Difference, describe, holm, summarise
 from .study import Groups, Task
 
@@ -72,9 +72,9 @@ def _row(
     failed, chosen = sum(group.failed for group in groups.values()), chosen_values(groups)
     cells = [
         f"`{method}`",
-        words.mean_sd(summary, digits),
+        words.mean_sd(summary, digits, words.NO_RESULT),
         str(summary.n if summary else 0),
-        words.NOTHING if method == BASELINE else words.difference(change, digits),
+        words.NOTHING if method == BASELINE else words.difference(change, digits, why_none(task.methods, method)),
         words.bootstrapped(change, digits),
         words.p_value(change.p if change else None),
         words.p_value(adjusted),
