@@ -25,7 +25,7 @@ from hiddenkey.lab.report.paper import (
 )
 from hiddenkey.lab.report.pool import pools
 from hiddenkey.lab.report.study import make_task, read_study
-from hiddenkey.lab.report.transfer import transferred
+from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
 from hiddenkey.lab.sweep.file import read_sweep
 
 from .made_up import World, make_records, write_records
@@ -223,11 +223,30 @@ def test_more_epochs_to_choose_from_are_no_gain():
 def test_transfer_takes_the_other_tasks_choice():
     source = make_task("rte", make_records(replace(SMALL, task="rte", best_rate=0.1, noise=0.0)))
     target = make_task("sst2", make_records(replace(SMALL, best_rate=0.2)))
-    found = transferred(source, target, "hiddenkey")
+    found = transferred(source, target, "hiddenkey").values
     assert set(found) == {(1, 0), (2, 0), (3, 0)}
     for seed, value in found.items():
         at = next(one for one in target.methods["hiddenkey"][seed].runs if one.params["p"] == 0.1)
         assert value == pytest.approx(100 * at.test["best"]["accuracy"])
+
+
+def test_what_failed_or_was_not_tried_on_the_other_task_is_counted():
+    world = replace(SMALL, noise=0.0, best_rate=0.1)
+    source = make_task("rte", make_records(replace(world, task="rte")))
+    there = make_records(replace(world, failing=[("hiddenkey", 1, 1)]))
+    changed = [
+        replace(one, params={"p": 0.15}) if one.params == {"p": 0.1} and one.axes["seed"] == 2 else one
+        for one in there
+    ]
+    target = make_task("sst2", changed)
+    found = transferred(source, target, "hiddenkey")
+    assert (set(found.values), sorted(found.left_out)) == ({(3, 0)}, ["failed there", "not tried there"])
+    without = make_task("sst2", make_records(replace(SMALL, methods=("baseline",))))
+    assert transferred(source, without, "hiddenkey") is None
+    pool = pools([source, target])[0]
+    row = next(row for row in transfer_table(pool).rows if row[0] == "`hiddenkey`")
+    assert row[-1] == "not tried there \N{MULTIPLICATION SIGN}2, failed there \N{MULTIPLICATION SIGN}1"
+    assert f"Left out: {row[-1]}." in transfer_words(pool).text
 
 
 @pytest.mark.parametrize(
