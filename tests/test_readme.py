@@ -90,16 +90,35 @@ def signed(value):
     return f"{float(value):+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
+def rows_of(table):
+    with (ROOT / f"docs/results/{table}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gain_of(row):
+    return f"{signed(row['gain_mean'])} [{signed(row['gain_low'])}, {signed(row['gain_high'])}]"
+
+
 def test_the_results_are_those_of_the_report():
-    with (ROOT / "docs/results/table1.csv").open(newline="") as file:
-        found = {row["method"]: row for row in csv.DictReader(file)}
+    found = {row["method"]: row for row in rows_of("table1")}
     shown = re.findall(r"^\| `([\w:-]+)`(?: \(LoRA alone\))? \| (\d+\.\d\d ± .*) \|$", README, re.MULTILINE)
     assert len(shown) == 5
     for recipe, cells in shown:
         row = found[recipe.replace(":", " ")]
         gain = paper = ""
         if recipe != "baseline":
-            gain = f"{signed(row['gain_mean'])} [{signed(row['gain_low'])}, {signed(row['gain_high'])}]"
+            gain = gain_of(row)
             paper = signed(row["paper_gain"])
         wanted = [f"{float(row['mean']):.2f} ± {float(row['sd']):.2f}", gain, row["n"], paper]
         assert [cell.strip() for cell in cells.split("|")] == wanted, recipe
+
+
+def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
+    said = " ".join(README.split())
+    claims = {row["claim"]: row for row in rows_of("claims")}
+    rank, last = (next(row for claim, row in claims.items() if part in claim) for part in ("rank grows", "peak"))
+    tried = {int(row["lora_r"]) for row in rows_of("conditions") if row["lora_r"]}
+    ranks = f"ranks {min(tried)} to {max(tried)}, {rank['pairs']} seeds; rank 8 minus rank {max(tried)}"
+    assert f"no sign that LoRA overfits as its rank grows ({ranks}: {gain_of(rank)} points)" in said
+    assert f"stopping early brought it nothing ({gain_of(last)})" in said
+    assert all(float(row["gain_low"]) <= 0 for row in (rank, last))

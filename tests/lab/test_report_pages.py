@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from hiddenkey.cli import main
-from hiddenkey.lab.report import generation
+from hiddenkey.lab.report import generation, how, small_tables, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
 from hiddenkey.lab.report.study import make_task
+from hiddenkey.lab.report.task_table import task_table
 from hiddenkey.lab.report.write import write_report
 
 from .made_up import World, make_records, write_records
@@ -91,14 +92,27 @@ class Page(HTMLParser):
 
 
 def test_the_same_runs_give_the_same_bytes(study: Path, docs: Path, tmp_path: Path):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "old.svg").write_text("of an earlier report")
-    (tmp_path / "results" / "mine.txt").write_text("not of a report")
     write_report([str(study / "sst2"), str(study / "e2e"), str(study / "cola")], str(tmp_path))
-    (tmp_path / "results" / "mine.txt").unlink()
     again = contents(tmp_path)
     assert again == contents(docs)
     assert len(again) > 30
+
+
+def test_a_report_deletes_what_an_earlier_one_wrote_and_nothing_else(study: Path, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "outside.csv").write_text("mine")
+    for name in ("mine.csv", "mine.tex", "mine.svg"):
+        (tmp_path / "results" / name).write_text("mine")
+    write_report([str(study)], str(tmp_path))
+    first = contents(tmp_path / "results")
+    with (tmp_path / "results" / "manifest.txt").open("a") as file:
+        file.write("../outside.csv\n")
+    write_report([str(study / "e2e")], str(tmp_path))
+    second = contents(tmp_path / "results")
+    assert "task-sst2.csv" in first
+    assert "task-sst2.csv" not in second
+    assert {name for name in second if second[name] == b"mine"} == {"mine.csv", "mine.tex", "mine.svg"}
+    assert (tmp_path / "outside.csv").exists()
 
 
 def test_table_1_says_what_the_records_say(study: Path, docs: Path):
@@ -163,6 +177,119 @@ def test_tables_2_and_4_have_the_papers_numbers_beside_ours(docs: Path):
     assert "| paper, GPT2-Medium: `hiddenkey` | 69.76 | 8.765 | 46.80 | 71.78 | 2.511 |" in text
     assert "69.91 ± 0.52 (+1.95)" in text
     assert "91.16 for `hiddenkey-input`" in text
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("matthews", True), ("accuracy", False)])
+def test_the_papers_numbers_stand_beside_its_own_metric_alone(metric, shown):
+    world = World(task="cola", metric=metric, methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    table = small_tables.blocks([make_task("cola", make_records(world))])[0]
+    row = dict(zip(table.headings, table.rows[1], strict=True))
+    assert row["metric"] == {"matthews": "Matthews", "accuracy": "accuracy"}[metric]
+    assert row["paper, RoBERTa-large (gain)"] == ("69.91 ± 0.52 (+1.95)" if shown else words.NOTHING)
+    assert ("The paper's numbers of CoLA are of another metric" in table.note) is not shown
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("accuracy", True), ("f1", False)])
+def test_so_they_do_in_the_table_of_a_task(metric, shown):
+    world = World(task="mrpc", metric=metric, methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    table = task_table(make_task("mrpc", make_records(world)))
+    assert table.rows[1][-1] == ("91.20 (+1.25)" if shown else words.NOTHING)
+    assert ("another metric (accuracy) than F1" in table.note) is not shown
+
+
+def told(study: Path, records, out: Path) -> str:
+    return write_report([str(write_records(records, study))], str(out)).read_text()
+
+
+def test_unequal_numbers_of_trials_are_not_called_equal(tmp_path: Path):
+    records = make_records(World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3)))
+    fewer = [one for one in records if one.trial == 0 or one.method != "baseline"]
+    alike, unlike = (told(tmp_path / name, runs, tmp_path) for name, runs in (("all", records), ("few", fewer)))
+    assert "both tuned with the same number of trials" in alike
+    assert "Every method, the baseline included, had the same number of trials." in alike
+    assert "the same number of trials" not in unlike
+    assert "tuned with different numbers of trials (SST-2: 3 against 1)" in unlike
+    assert "The methods had different numbers of trials" in unlike
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"test": "dev"}, how.CUT),
+        ({"test": "validation"}, how.CUT),
+        ({"test": "data/devset.csv"}, how.CUT),
+        ({"test": "test"}, how.FOUND),
+        ({"test": "developers"}, how.FOUND),
+        ({}, how.FOUND),
+        ({"test": "dev", "validation": "held.csv"}, "the validation part that was asked for (`held.csv`)"),
+    ],
+)
+def test_where_the_validation_rows_are_from_is_read_off_the_runs(given, said):
+    records = make_records(World(methods=("baseline",), seeds=(1,)))
+    task = make_task("sst2", [replace(one, config=one.config | given) for one in records])
+    assert f"the trial and the epoch were chosen on {said}." in how.how([task]).text
+
+
+def test_tasks_that_differ_in_it_are_told_apart():
+    world = World(methods=("baseline",), seeds=(1,))
+    records = [replace(one, config=one.config | {"test": "dev"}, test={}) for one in make_records(world)]
+    tasks = [make_task("sst2", records), make_task("e2e", make_records(replace(world, task="e2e")))]
+    text = how.how(tasks).text
+    assert f"chosen on {how.CUT} (SST-2) and {how.FOUND} (E2E)." in text
+    assert "The test part, which SST-2 lacked, was looked at once" in text
+
+
+SEVERAL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+
+
+def test_rates_drawn_by_chance_make_no_curve_and_that_is_said(tmp_path: Path):
+    drawn = [
+        replace(one, params={"p": one.params["p"] + one.axes["seed"] / 100}) if "p" in one.params else one
+        for one in make_records(SEVERAL)
+    ]
+    text = told(tmp_path / "study", drawn, tmp_path)
+    why = (
+        "run, but no seed has all rates. Seeds left out, as they lack a result at some rates: 1, 2, 3 (`hiddenkey`)."
+    )
+    assert f"SST-2: metric against rate: {why}" in text
+
+
+def test_seeds_that_lack_a_point_of_a_curve_are_named(tmp_path: Path):
+    world = replace(SEVERAL, failing=(("hiddenkey", 1, 2),), rank_effects={4: 0.0, 64: 0.0})
+    records = [one for one in make_records(world) if one.axes != {"seed": 3, "lora_r": 64}]
+    text = told(tmp_path / "study", records, tmp_path)
+    assert "Seeds left out, as they lack a result at some rates: 2 (`hiddenkey`)." in text
+    assert "Seeds left out on SST-2, as they lack a result at some ranks: 3 (`baseline`), 3 (`hiddenkey-`)." in text
+
+
+def test_tasks_without_a_seed_in_common_were_run_all_the_same(tmp_path: Path):
+    records = [*make_records(SEVERAL), *make_records(replace(SEVERAL, task="rte", seeds=(4, 5)))]
+    renamed = [replace(one, id=f"{one.sweep}-{one.id}") for one in records]
+    text = told(tmp_path / "study", renamed, tmp_path)
+    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    row = next(line for line in text.splitlines() if line.startswith("| `hiddenkey` | "))
+    assert row.startswith("| `hiddenkey` | run, but no seed in common | ")
+    assert "| run, but no seed in common | 8" in row
+    assert "as a task or a side has no result of them: 1, 2, 3, 4, 5 (`hiddenkey`)." in text
+    claims = {row["claim"]: row["verdict"] for row in rows_of(tmp_path, "claims")}
+    assert claims["hiddenkey beats LoRA alone"] == "undecided"
+    assert claims["the JS loss has no effect"] == "not run"
+
+
+def test_a_method_and_a_baseline_of_other_seeds_were_run_all_the_same(tmp_path: Path):
+    records = [one for one in make_records(SEVERAL) if (one.method == "baseline") == (one.axes["seed"] == 1)]
+    text = told(tmp_path / "study", records, tmp_path)
+    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    row = {row["method"]: row for row in rows_of(tmp_path, "task-sst2")}["hiddenkey"]
+    assert (row["n"], row["pairs"]) == ("2", "0")
+    assert "run, but no seed in common" in (tmp_path / "results" / "task-sst2.tex").read_text()
+
+
+def test_a_method_whose_trials_all_failed_was_run(tmp_path: Path):
+    failing = [("hiddenkey", trial, seed) for trial in range(3) for seed in SEVERAL.seeds]
+    text = told(tmp_path / "study", make_records(replace(SEVERAL, failing=failing)), tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| `hiddenkey` | "))
+    assert row.endswith("| run, no result |")
 
 
 def test_webnlg_has_its_three_parts():
@@ -236,6 +363,16 @@ def test_the_command_says_where_the_report_is(study: Path, tmp_path: Path, capsy
     assert capsys.readouterr().out.strip() == str(tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "`hiddenkey` against LoRA alone: not run." in text
+
+
+@pytest.mark.parametrize("begun", [["hiddenkey"], ["baseline", "hiddenkey"]])
+def test_the_report_of_a_sweep_that_runs_says_what_is_left_out(begun: list[str], tmp_path: Path):
+    records = [replace(one, trials=3) for one in make_records(World(methods=("baseline", "hiddenkey"), seeds=(1, 2)))]
+    write_records([one for one in records if one.trial < 2 or one.method not in begun], tmp_path / "study")
+    text = write_report([str(tmp_path / "study")], str(tmp_path / "docs")).read_text()
+    assert "`hiddenkey` against LoRA alone: not run." in text
+    assert f"left out for want of runs of some trials: {2 * len(begun)} pairs of method and seed" in text
+    assert "`hiddenkey` \N{MULTIPLICATION SIGN}2." in text
 
 
 @pytest.mark.parametrize(("arguments", "said"), [(["EMPTY"], "runs/*.json"), ([], "folder")])

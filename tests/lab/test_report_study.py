@@ -12,13 +12,25 @@ from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report.budget import within_budget
 from hiddenkey.lab.report.conditions import blocks
 from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
-from hiddenkey.lab.report.paper import TABLE1, family, gap, method_key, misprinted, rank_of, task_key, true_average
+from hiddenkey.lab.report.paper import (
+    PRINTED_METRICS,
+    TABLE1,
+    family,
+    gap,
+    method_key,
+    misprinted,
+    rank_of,
+    task_key,
+    true_average,
+)
 from hiddenkey.lab.report.pool import pools
 from hiddenkey.lab.report.study import make_task, read_study
-from hiddenkey.lab.report.transfer import transferred
+from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
+from hiddenkey.lab.sweep.file import read_sweep
 
 from .made_up import World, make_records, write_records
 
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
 
 
@@ -89,8 +101,17 @@ def test_a_group_whose_trials_are_not_all_there_is_left_out_and_told_of():
         if (record.method, record.trial, record.axes["seed"]) != ("baseline", 2, 3)
     ]
     task = make_task("sst2", records)
-    assert task.incomplete == 1
+    assert task.incomplete == ("baseline",)
     assert set(task.values("baseline")) == {(1, 0), (2, 0)}
+
+
+def test_a_sweep_that_runs_is_told_of_where_all_its_seeds_are_equally_short():
+    records = [replace(record, trials=3) for record in make_records(SMALL)]
+    running = [record for record in records if record.trial < 2 or record.method == "baseline"]
+    task = make_task("sst2", running)
+    assert task.incomplete == ("hiddenkey",) * 3
+    assert list(task.methods) == ["baseline"]
+    assert make_task("sst2", records).incomplete == ()
 
 
 def test_ranks_are_conditions_of_their_own_and_the_main_one_fills_the_gap():
@@ -181,22 +202,51 @@ def test_in_the_baselines_time_a_slow_method_gets_fewer_epochs():
     ratio, whole, budgeted = within_budget(pools([task])[0], "hiddenkey")
     assert ratio == pytest.approx(1.5)
     for seed, group in task.methods["hiddenkey"].items():
-        best = max(row["validation_accuracy"] for found in group.runs for row in found.epochs[:4])
-        plain = max(
-            row["validation_accuracy"] for found in task.methods["baseline"][seed].runs for row in found.epochs
+        runs, plain = group.runs, task.methods["baseline"][seed].runs
+        reached, last, other = (
+            max(one.epochs[place]["validation_accuracy"] for one in trials)
+            for trials, place in ((runs, 3), (runs, 5), (plain, 5))
         )
-        assert budgeted.values[seed] == pytest.approx(100 * (best - plain))
-        assert whole.values[seed] >= budgeted.values[seed]
+        assert budgeted.values[seed] == pytest.approx(100 * (reached - other))
+        assert whole.values[seed] == pytest.approx(100 * (last - other))
+
+
+def test_more_epochs_to_choose_from_are_no_gain():
+    # Equal but for chance, which the best of 10 epochs would make use of more than the best of 6.
+    chance = replace(SMALL, seeds=range(60), noise=0.04, of_a_seed=0.0, decline=0.0, epochs=6)
+    longer = [one for one in make_records(replace(chance, epochs=12)) if one.method == "baseline"]
+    task = make_task("sst2", [*(one for one in make_records(chance) if one.method != "baseline"), *longer])
+    _, whole, _ = within_budget(pools([task])[0], "hiddenkey")
+    assert whole.difference.low < 0 < whole.difference.high
 
 
 def test_transfer_takes_the_other_tasks_choice():
     source = make_task("rte", make_records(replace(SMALL, task="rte", best_rate=0.1, noise=0.0)))
     target = make_task("sst2", make_records(replace(SMALL, best_rate=0.2)))
-    found = transferred(source, target, "hiddenkey")
+    found = transferred(source, target, "hiddenkey").values
     assert set(found) == {(1, 0), (2, 0), (3, 0)}
     for seed, value in found.items():
         at = next(one for one in target.methods["hiddenkey"][seed].runs if one.params["p"] == 0.1)
         assert value == pytest.approx(100 * at.test["best"]["accuracy"])
+
+
+def test_what_failed_or_was_not_tried_on_the_other_task_is_counted():
+    world = replace(SMALL, noise=0.0, best_rate=0.1)
+    source = make_task("rte", make_records(replace(world, task="rte")))
+    there = make_records(replace(world, failing=[("hiddenkey", 1, 1)]))
+    changed = [
+        replace(one, params={"p": 0.15}) if one.params == {"p": 0.1} and one.axes["seed"] == 2 else one
+        for one in there
+    ]
+    target = make_task("sst2", changed)
+    found = transferred(source, target, "hiddenkey")
+    assert (set(found.values), sorted(found.left_out)) == ({(3, 0)}, ["failed there", "not tried there"])
+    without = make_task("sst2", make_records(replace(SMALL, methods=("baseline",))))
+    assert transferred(source, without, "hiddenkey") is None
+    pool = pools([source, target])[0]
+    row = next(row for row in transfer_table(pool).rows if row[0] == "`hiddenkey`")
+    assert row[-1] == "not tried there \N{MULTIPLICATION SIGN}2, failed there \N{MULTIPLICATION SIGN}1"
+    assert f"Left out: {row[-1]}." in transfer_words(pool).text
 
 
 @pytest.mark.parametrize(
@@ -226,3 +276,12 @@ def test_the_papers_names_and_numbers():
     assert true_average("hiddenkey-output") == pytest.approx(91.70, abs=0.005)
     assert gap("hiddenkey", "baseline") == pytest.approx(1.415)
     assert sorted(["x", "r-drop", "hiddenkey", "baseline"], key=rank_of) == ["baseline", "hiddenkey", "r-drop", "x"]
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_the_experiments_measure_what_the_paper_prints(path):
+    sweep = read_sweep(path)
+    key = task_key(sweep.name)
+    usual = "pearson" if key == "stsb" else "accuracy"
+    if key in PRINTED_METRICS:
+        assert sweep.base.get("metric", usual) == PRINTED_METRICS[key]

@@ -170,6 +170,7 @@ def test_a_grid_that_grows_keeps_its_runs_and_counts_its_trials_anew(tmp_path: P
     assert grown.open({}) == 1
     drain(grown)
     assert [(record.trial, record.params["p"]) for record in grown.records()] == [(1, 0.05), (2, 0.1), (3, 0.2)]
+    assert {record.trials for record in grown.records()} == {3}
 
 
 def test_tpe_takes_one_trial_after_another_and_the_same_ones_again(tmp_path: Path):
@@ -189,6 +190,7 @@ def test_tpe_takes_one_trial_after_another_and_the_same_ones_again(tmp_path: Pat
     assert again.open({name: records[name] for name in list(records)[:5]}) == 11
     assert set(drain(again)) == set(list(records)[5:])
     assert [record.trial for record in again.records()] == [*range(1, 9)] * 2
+    assert {record.trials for record in again.records()} == {8}
 
 
 def test_failed_runs_count_as_the_worst(tmp_path: Path):

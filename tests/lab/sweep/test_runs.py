@@ -206,6 +206,7 @@ def test_a_loss_that_is_not_finite_is_a_record(base: dict[str, Any], tmp_path: P
     work_here(write_sweep(tmp_path, base=base | {"log_steps": 1, "max_grad_norm": 1e30}, axes=None, methods=methods))
     good, bad = sorted(records_in(tmp_path / "out").values(), key=lambda record: record.trial)
     assert (good.status, bad.status) == ("finished", "failed")
+    assert (good.trials, bad.trials) == (2, 2)
     assert "learning rate 1e+38" in bad.failure
     assert bad.value > good.value
 

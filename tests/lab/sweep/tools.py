@@ -58,6 +58,7 @@ def record_of(run: Run, accuracy: float = 0.5, status: Any = "finished") -> RunR
         params=run.params,
         axes=run.axes,
         trial=run.trial,
+        trials=run.trials,
         config=run.config.to_dict(),
         recipe=run.config.recipe,
         status=status,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
 
+from ..sweep.record import RunRecord
 from .paper import BASELINE
 from .pool import Pool, Pooled
 from .statistics import Seed
@@ -28,48 +28,46 @@ def step_ratio(task: Task, method: str) -> float | None:
 
 
 def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled]:
-    """Mean ratio of step times, and gains over the baseline in the validation metric: all epochs, and in its time."""
+    """Mean ratio of step times, and gains over the baseline's last epoch in the validation metric.
+
+    First at the method's own last epoch, then at the one (to the nearest) that it reaches in the baseline's time.
+    """
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, method)) is not None]
     whole = pool.over(lambda task: _gains(task, method, math.inf))
     budgeted = pool.over(lambda task: _gains(task, method, _steps(task, method)))
     return (statistics.fmean(ratios) if ratios else None), whole, budgeted
 
 
-def _steps(task: Task, method: str) -> float:
+def _steps(task: Task, method: str) -> float | None:
     # As many as fit into the baseline's time, and half an epoch, so that the nearest epoch counts.
     ratio = step_ratio(task, method)
     runs = [run for group in task.methods.get(BASELINE, {}).values() for run in group.runs if run.epochs]
     if ratio is None or not runs:
-        return 0.0
+        return None
     total, per_epoch = runs[0].epochs[-1]["step"], runs[0].epochs[0]["step"]
     return float(total) / ratio + per_epoch / 2
 
 
-def _gains(task: Task, method: str, steps: float) -> dict[Seed, float]:
-    if method not in task.methods or BASELINE not in task.methods:
-        return {}
+def _gains(task: Task, method: str, steps: float | None) -> dict[Seed, float] | None:
+    if steps is None or method not in task.methods or BASELINE not in task.methods:
+        return None
     shown = task.validation_metric
     sign = -shown.scale if shown.lower_is_better else shown.scale
-    one, other = _best(task, method, steps), _best(task, BASELINE, math.inf)
+    one, other = _at(task, method, steps), _at(task, BASELINE, math.inf)
     return {seed: sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())}
 
 
-def _best(task: Task, method: str, steps: float) -> dict[Seed, float]:
+def _at(task: Task, method: str, steps: float) -> dict[Seed, float]:
     choose = min if task.validation_metric.lower_is_better else max
     found = {}
     for seed, group in task.methods[method].items():
-        runs = [run for run in group.runs if run.status == "finished"]
-        values = list(
-            _present(row.get(f"validation_{run.metric}") for run in runs for row in _until(run.epochs, steps))
-        )
+        values = [value for run in group.runs if (value := _value(run, steps)) is not None]
         if values:
             found[seed] = choose(values)
     return found
 
 
-def _until(rows: list[dict[str, float]], steps: float) -> list[dict[str, float]]:
-    return [row for row in rows if row["step"] <= steps]
-
-
-def _present(values: Iterable[float | None]) -> Iterable[float]:
-    return (value for value in values if value is not None)
+def _value(run: RunRecord, steps: float) -> float | None:
+    # One epoch for each run: the best of several would favour the side that has more of them.
+    rows = [row for row in run.epochs if row["step"] <= steps]
+    return rows[-1].get(f"validation_{run.metric}") if rows and run.status == "finished" else None

@@ -52,7 +52,7 @@ def table(found: Sequence[Finding], pool: Pool | None) -> Table:
             [
                 claim.says + _pairs(finding),
                 finding.verdict,
-                words.difference(change),
+                words.difference(change, nothing=finding.nothing),
                 str(change.n) if change else words.NOTHING,
                 words.p_value(finding.adjusted),
                 words.signed(claim.paper_gap) if claim.paper_gap is not None else words.NOTHING,

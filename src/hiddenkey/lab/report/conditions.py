@@ -8,7 +8,7 @@ from typing import Any
 from . import machine, words
 from .blocks import Block, Table
 from .paper import BASELINE
-from .pool import differences
+from .pool import differences, why_none
 from .statistics import describe, summarise
 from .study import Condition, Task
 
@@ -50,9 +50,11 @@ def _row(task: Task, condition: Condition, method: str) -> tuple[list[str], dict
         task.label,
         shown(condition),
         f"`{method}`",
-        words.mean_sd(result, digits),
+        words.mean_sd(result, digits, words.NO_RESULT),
         str(result.n if result else 0),
-        words.NOTHING if method == BASELINE else words.difference(gain, digits),
+        words.NOTHING
+        if method == BASELINE
+        else words.difference(gain, digits, why_none(task.conditions[condition], method)),
         str(failed),
     ]
     about = {"task": task.name, "model": task.model, "metric": task.metric.name, "method": method}

@@ -6,18 +6,10 @@ from collections.abc import Sequence
 
 from . import claims_table, conditions, costs, figures, generation, headline, rivals, runs, small_tables, table1
 from .blocks import Block, Report, Section, Text
+from .how import how
 from .machine import slug
 from .pool import Pool, findings, pools
 from .study import Task
-
-HOW = (
-    "Every method, the baseline included, had the same number of trials. For each seed the trial and the epoch were "
-    "chosen on a validation part cut from the training data; the test part was looked at once, after training. Seeds "
-    "were fixed beforehand and are shared by all methods, so differences are paired. Intervals are Student's 95 % "
-    "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests "
-    "cannot give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other "
-    "seeds, not of other tasks."
-)
 
 
 def make_report(tasks: Sequence[Task]) -> Report:
@@ -33,7 +25,7 @@ def make_report(tasks: Sequence[Task]) -> Report:
         Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
         Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
         Section("Cost", costs.blocks(tasks)),
-        Section("How it was done", [Text(HOW), *runs.blocks(tasks)]),
+        Section("How it was done", [how(tasks), *runs.blocks(tasks)]),
     ]
     return Report("Results: dropout in LoRA fine-tuning", sections)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from .paper import rank_of
 from .statistics import Seed, Summary, average, summarise
-from .study import Group, Task, When, tested, validation
+from .study import Condition, Group, Task, When, tested, validation
 
 Part = Literal["validation", "test"]
 RATE = "p"
@@ -20,12 +20,16 @@ class Curve:
 
     method: str
     points: tuple[tuple[float, Summary], ...]
+    """None where no seed has them all."""
+    lost: tuple[Seed, ...] = ()
+    """Seeds left out, as they lack some point."""
 
 
 def rate_curves(tasks: Sequence[Task], part: Part) -> list[Curve]:
     """Metric against rate for every method that has one, the mean over the tasks for each seed; Fig. 4.
 
-    Where a method has further values in its grid, those that validation chose at that rate.
+    Where a method has further values in its grid, those that validation chose at that rate. A curve without points
+    stands for a method of which no seed has all its rates, as where they are drawn by chance.
     """
     methods = [name for name in tasks[0].methods if all(name in task.methods for task in tasks)]
     curves = []
@@ -33,8 +37,9 @@ def rate_curves(tasks: Sequence[Task], part: Part) -> list[Curve]:
         points = {
             rate: average([_at_rate(task, method, rate, part) for task in tasks]) for rate in _rates(tasks, method)
         }
-        curves.append(_curve(method, points))
-    return [curve for curve in curves if curve.points]
+        seen = {seed for task in tasks for seed in task.methods[method]} if points else set()
+        curves.append(_curve(method, points, seen))
+    return [curve for curve in curves if curve.points or curve.lost]
 
 
 def level(tasks: Sequence[Task], method: str, part: Part) -> Summary | None:
@@ -55,8 +60,11 @@ def rank_curves(tasks: Sequence[Task], when: When) -> list[Curve]:
             for rank in ranks[0]
             if all(rank in found for found in ranks)
         }
-        curves.append(_curve(method, points))
-    return [curve for curve in curves if len(curve.points) > 1]
+        seen = {
+            seed for task, found in zip(tasks, ranks, strict=True) for seed in _seeds(task, method, found.values())
+        }
+        curves.append(_curve(method, points, seen if len(points) > 1 else set()))
+    return [curve for curve in curves if len(curve.points) > 1 or curve.lost]
 
 
 def dynamics(task: Task, methods: Sequence[str], name: str, scale: float) -> list[Curve]:
@@ -70,8 +78,12 @@ def dynamics(task: Task, methods: Sequence[str], name: str, scale: float) -> lis
             values = {seed: run.epochs[place].get(name) for seed, run in runs.items()}
             epoch = next(iter(runs.values())).epochs[place]["epoch"]
             points[epoch] = {seed: value * scale for seed, value in values.items() if value is not None}
-        curves.append(_curve(method, points))
+        curves.append(_curve(method, points, set(runs)))
     return [curve for curve in curves if curve.points]
+
+
+def _seeds(task: Task, method: str, conditions: Iterable[Condition]) -> set[Seed]:
+    return {seed for condition in conditions for seed in task.conditions[condition][method]}
 
 
 def _rates(tasks: Sequence[Task], method: str) -> list[float]:
@@ -101,9 +113,10 @@ def _of_groups(task: Task, groups: dict[Seed, Group], part: Part) -> dict[Seed, 
     return found
 
 
-def _curve(method: str, points: dict[float, dict[Seed, float]]) -> Curve:
+def _curve(method: str, points: dict[float, dict[Seed, float]], seen: set[Seed]) -> Curve:
     """Every point over the same seeds, those that all of them have: points of other seeds would not compare."""
     points = {x: values for x, values in points.items() if values}
     shared = set.intersection(*(set(values) for values in points.values())) if points else set()
+    lost = tuple(sorted(seen - shared))
     summaries = {x: summarise([values[seed] for seed in sorted(shared)]) for x, values in points.items()}
-    return Curve(method, tuple((x, summary) for x, summary in summaries.items() if summary is not None))
+    return Curve(method, tuple((x, summary) for x, summary in summaries.items() if summary is not None), lost)

@@ -38,8 +38,6 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
 
 def rates(pool: Pool, suffix: str = "") -> list[Block]:
     """Fig. 4: the mean over tasks, then each task."""
-    if not rate_curves(pool.tasks, "validation") and len(pool.tasks) == 1:
-        return [Text(f"Metric against rate: {words.NOT_RUN}.")]
     found: list[Block] = []
     if len(pool.tasks) > 1:
         found += [_rate_pair(pool.tasks, f"rates{suffix}", long=False)]
@@ -48,16 +46,18 @@ def rates(pool: Pool, suffix: str = "") -> list[Block]:
 
 def ranks(pool: Pool, suffix: str = "") -> list[Block]:
     """Fig. 5: the tasks that have ranks."""
-    tasks = [task for task in pool.tasks if rank_curves([task], "best")]
+    tasks = [task for task in pool.tasks if _drawn(rank_curves([task], "best"))]
     if not tasks:
-        return [Text(f"Metric against rank: {words.NOT_RUN}.")]
+        found = [curve for task in pool.tasks for curve in rank_curves([task], "best")]
+        return [Text(f"Metric against rank: {_why_none(found, 'ranks')}")]
     figures = [_rank_figure([task], f"ranks-{slug(task.name)}") for task in tasks]
-    if len(tasks) > 1 and rank_curves(tasks, "best"):
+    note = WHISKERS + "".join(_lost(rank_curves([task], "best"), "ranks", task.label) for task in tasks)
+    if len(tasks) > 1 and _drawn(mean := rank_curves(tasks, "best")):
         return [
-            Figures([_rank_figure(tasks, f"ranks{suffix}")], WHISKERS),
-            Figures(figures, WHISKERS, title="Metric against rank, each task", long=True),
+            Figures([_rank_figure(tasks, f"ranks{suffix}")], WHISKERS + _lost(mean, "ranks")),
+            Figures(figures, note, title="Metric against rank, each task", long=True),
         ]
-    return [Figures(figures, WHISKERS)]
+    return [Figures(figures, note)]
 
 
 def training(tasks: Sequence[Task]) -> list[Block]:
@@ -95,22 +95,40 @@ def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
     parts: tuple[Part, Part] = ("validation", "test")
     where, several, figures = _mean_of([task.label for task in tasks]), len(tasks) > 1, []
     for part in parts:
-        curves, baseline = rate_curves(tasks, part), level(tasks, BASELINE, part)
+        curves, baseline = _drawn(rate_curves(tasks, part)), level(tasks, BASELINE, part)
         if curves:
             metric = (tasks[0].metric if part == "test" else tasks[0].validation_metric).label
             title = f"{where}: {part} {'metric' if several else metric} against rate"
             first = f"Baseline {_point(baseline, 2)}. " if baseline else ""
             svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {metric}")
             figures.append(Figure(f"{name}-{part}", title, f"{title}. {first}{_alt('', curves, 2)}", svg))
+    found = rate_curves(tasks, "validation")
     if not figures:
-        return Text(f"{where}: metric against rate: {words.NOT_RUN}.")
-    note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd."
+        return Text(f"{where}: metric against rate: {_why_none(found, 'rates')}")
+    note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd.{_lost(found, 'rates')}"
     return Figures(figures, note, f"{where}: metric against rate", long)
+
+
+def _drawn(curves: Sequence[Curve]) -> list[Curve]:
+    return [curve for curve in curves if curve.points]
+
+
+def _lost(curves: Sequence[Curve], what: str, where: str = "") -> str:
+    lost = words.seeds_of({curve.method: curve.lost for curve in curves})
+    return (
+        f" Seeds left out{f' on {where}' if where else ''}, as they lack a result at some {what}: {lost}."
+        if lost
+        else ""
+    )
+
+
+def _why_none(curves: Sequence[Curve], what: str) -> str:
+    return f"run, but no seed has all {what}.{_lost(curves, what)}" if curves else f"{words.NOT_RUN}."
 
 
 def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:
     last = [Curve(LAST, curve.points) for curve in rank_curves(tasks, "last") if curve.method == BASELINE]
-    curves = [*rank_curves(tasks, "best"), *last]
+    curves = _drawn([*rank_curves(tasks, "best"), *last])
     title = f"{_mean_of([task.label for task in tasks])}: test metric against the rank of LoRA"
     svg = drawing.lines(
         curves, "rank of LoRA", "points" if len(tasks) > 1 else f"test {tasks[0].metric.label}", powers=True

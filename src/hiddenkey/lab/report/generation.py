@@ -8,7 +8,7 @@ from . import machine, words
 from .blocks import Block, Table, Text
 from .metrics import metric
 from .paper import BASELINE, GENERATION_METRICS, TABLE2, TABLE3, TASK_LABELS
-from .pool import differences
+from .pool import differences, why_none
 from .statistics import describe, holm, summarise
 from .study import Task
 from .task_table import about_task
@@ -38,7 +38,11 @@ def _generation(number: int, task: Task) -> Table:
     for method in task.methods:
         gain = gains[method] if method != BASELINE else None
         cells = [words.mean_sd(summarise(_values(task, method, *pair)), metric(pair[1]).digits) for pair in shown]
-        change = words.NOTHING if method == BASELINE else words.difference(gain, task.metric.digits)
+        change = (
+            words.NOTHING
+            if method == BASELINE
+            else words.difference(gain, task.metric.digits, why_none(task.methods, method))
+        )
         rows.append([f"`{method}`", *cells, str(len(task.values(method))), change, words.p_value(ps.get(method))])
         about = {"task": task.name, "model": task.model, "method": method}
         means = {f"{part}_{name}": _mean(_values(task, method, part, name)) for part, name in shown}

@@ -24,7 +24,7 @@ def blocks(pool: Pool | None, found: Sequence[Finding]) -> list[Block]:
 def _answer(main: Finding, pool: Pool) -> str:
     change = main.difference
     if change is None:
-        return f"`{HIDDENKEY}` against LoRA alone: {words.NOT_RUN}."
+        return f"`{HIDDENKEY}` against LoRA alone: {main.nothing}."
     over = f"{words.plural(len(main.tasks), 'task')} ({', '.join(main.tasks)})"
     where = f"the mean over {over}" if len(main.tasks) > 1 else over
     shown, tests = f"{words.signed(change.mean)} points", f"n = {words.plural(change.n, 'seed')}"
@@ -33,9 +33,19 @@ def _answer(main: Finding, pool: Pool) -> str:
         tests = f"95 % interval, {tests}, {words.p_equals(change.p)}, after Holm's correction over all claims "
         tests += words.p_equals(main.adjusted)
     return (
-        f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, both tuned with the "
-        f"same number of trials: **{shown}** ({tests})."
+        f"**{_verdict(main, change)}** `{HIDDENKEY}` minus LoRA alone, {where}, {pool.model}, {_tuned(pool)}: "
+        f"**{shown}** ({tests})."
     )
+
+
+def _tuned(pool: Pool) -> str:
+    counts = [(task.label, *(task.trials.get(method) for method in (HIDDENKEY, BASELINE))) for task in pool.tasks]
+    unequal = [
+        f"{label}: {ours} against {plain}" for label, ours, plain in counts if ours and plain and ours != plain
+    ]
+    if unequal:
+        return f"tuned with different numbers of trials ({', '.join(unequal)})"
+    return "both tuned with the same number of trials"
 
 
 def _verdict(main: Finding, change: Difference) -> str:

@@ -21,6 +21,15 @@ TASK_LABELS = {
     "e2e": "E2E",
     "webnlg": "WebNLG",
 }
+PRINTED_METRICS = {
+    "rte": "accuracy",
+    "mrpc": "accuracy",
+    "stsb": "pearson",
+    "sst2": "accuracy",
+    "cola": "matthews",
+    "qnli": "accuracy",
+}
+"""The metric of the numbers that the paper prints of a task."""
 
 # fmt: off
 # Table 1, RoBERTa-large: RTE, MRPC (accuracy), STS-B (Pearson), SST-2 (accuracy), the average as printed.
@@ -123,6 +132,11 @@ def task_key(sweep: str) -> str | None:
     words = re.findall(r"[a-z0-9]+", sweep.lower())
     words += [first + second for first, second in pairwise(words)]
     return next((key for key in TASK_LABELS if key in words), None)
+
+
+def other_metric(task: str, ours: str) -> str:
+    """Why the paper's numbers of a task do not stand beside ours."""
+    return f" The paper's numbers of {TASK_LABELS[task]} are of another metric ({PRINTED_METRICS[task]}) than {ours}."
 
 
 def true_average(method: str) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from . import words
 from .claims import CLAIMS, Claim, Verdict, verdict
 from .metrics import metric
 from .paper import BASELINE, rank_of
@@ -34,12 +35,16 @@ class Pool:
 
     def compare(self, first: str, second: str, when: When = "best", second_when: When | None = None) -> Pooled:
         """First minus second, positive where the first is better."""
-        return self.over(lambda task: differences(task, first, second, when, second_when))
+        both = [task for task in self.tasks if {first, second} <= task.methods.keys()]
+        seen = {seed for task in both for method in (first, second) for seed in task.methods[method]}
+        pooled = self.over(lambda task: differences(task, first, second, when, second_when) if task in both else None)
+        return replace(pooled, lost=tuple(sorted(seen - pooled.values.keys())))
 
-    def over(self, find: Callable[[Task], Values]) -> Pooled:
-        """Average over the tasks for which differences are found."""
-        found = [(task, values) for task in self.tasks if (values := find(task))]
-        return Pooled(tuple(task.label for task, _ in found), average([values for _, values in found]))
+    def over(self, find: Callable[[Task], Values | None]) -> Pooled:
+        """Average over the tasks for which differences are found; None of a task: it was not run."""
+        found = [(task, values) for task in self.tasks if (values := find(task)) is not None]
+        some = [(task, values) for task, values in found if values]
+        return Pooled(tuple(task.label for task, _ in some), average([values for _, values in some]), bool(found))
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,20 @@ class Pooled:
 
     tasks: tuple[str, ...]
     values: dict[Seed, float]
+    run: bool = False
+    """Whether both sides were run on any task."""
+    lost: tuple[Seed, ...] = ()
+    """Seeds that were run and left out, as a task or a side has no result of them."""
 
     @property
     def difference(self) -> Difference | None:
-        """With its interval; None where nothing was run."""
+        """With its interval; None where there is nothing in common."""
         return describe(list(self.values.values()))
+
+    @property
+    def nothing(self) -> str:
+        """Why there is no difference where there is none."""
+        return words.NO_COMMON if self.run else words.NOT_RUN
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,8 @@ class Finding:
     adjusted: float | None
     """p-value after Holm's correction over all claims that were run."""
     verdict: Verdict
+    nothing: str
+    """Why there is no difference where there is none."""
 
 
 def differences(
@@ -108,9 +124,20 @@ def findings(pool: Pool | None) -> list[Finding]:
     changes = [pooled.difference for pooled in found]
     adjusted = holm([change.p if change else None for change in changes])
     return [
-        Finding(claim, claim != whole, pooled.tasks, change, p, verdict(claim, change, p))
+        Finding(claim, claim != whole, pooled.tasks, change, p, _verdict(claim, pooled, p), pooled.nothing)
         for whole, claim, pooled, change, p in zip(CLAIMS, claims, found, changes, adjusted, strict=True)
     ]
+
+
+def why_none(methods: Collection[str], method: str) -> str:
+    """Why a method has no difference to the baseline where it has none."""
+    return words.NO_COMMON if {method, BASELINE} <= set(methods) else words.NOT_RUN
+
+
+def _verdict(claim: Claim, pooled: Pooled, adjusted: float | None) -> Verdict:
+    # Run without a seed in common is fewer seeds than decide anything.
+    nothing = pooled.run and not pooled.values
+    return "undecided" if nothing else verdict(claim, pooled.difference, adjusted)
 
 
 def _as_run(pool: Pool | None, claim: Claim) -> Claim:
@@ -126,12 +153,17 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
         return pool.over(_rank_differences)
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
-    return pool.over(lambda task: average([found for pair in claim.pairs if (found := differences(task, *pair))]))
+    return pool.over(lambda task: _pair_differences(task, claim))
 
 
-def _rank_differences(task: Task) -> dict[Seed, float]:
+def _pair_differences(task: Task, claim: Claim) -> dict[Seed, float] | None:
+    run = [differences(task, *pair) for pair in claim.pairs if set(pair) <= task.methods.keys()]
+    return average([found for found in run if found]) if run else None
+
+
+def _rank_differences(task: Task) -> dict[Seed, float] | None:
     ranks = task.ranks(BASELINE)
     if 8 not in ranks or max(ranks) == 8:
-        return {}
+        return None
     one, other = (task.values(BASELINE, condition=ranks[rank]) for rank in (8, max(ranks)))
     return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}

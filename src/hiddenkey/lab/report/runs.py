@@ -81,17 +81,13 @@ def _count(records: list[RunRecord]) -> str:
 def _notes(task: Task) -> list[str]:
     notes = []
     if task.incomplete:
-        what = (
-            "groups lack runs of some trials and are"
-            if task.incomplete > 1
-            else "group lacks runs of some trials and is"
+        methods = words.counted(f"`{method}`" for method in task.incomplete)
+        groups = words.plural(len(task.incomplete), "pair")
+        notes.append(
+            f"{task.name}: left out for want of runs of some trials: {groups} of method and seed, {methods}."
         )
-        notes.append(f"{task.name}: {task.incomplete} {what} left out.")
-    trials = {
-        method: max(len(group.runs) for group in groups.values()) for method, groups in task.methods.items() if groups
-    }
-    if len(set(trials.values())) > 1:
-        shown = words.listed(f"`{method}` {count}" for method, count in trials.items())
+    if len(set(task.trials.values())) > 1:
+        shown = words.listed(f"`{method}` {count}" for method, count in task.trials.items())
         notes.append(f"{task.name}: the methods had different numbers of trials, which is not fair: {shown}.")
     lost = [
         f"`{method}` {count}"

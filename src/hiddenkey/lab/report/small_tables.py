@@ -7,12 +7,13 @@ from typing import Any
 
 from . import machine, words
 from .blocks import Block, Table, Text
-from .paper import BASELINE, HIDDENKEY, TABLE4, TABLE5
-from .pool import differences
+from .paper import BASELINE, HIDDENKEY, TABLE4, TABLE5, other_metric
+from .pool import differences, why_none
 from .statistics import describe, summarise
 from .study import Task
 
 Printed = Mapping[str, Mapping[str, tuple[float, float]]]
+NOTE = "Test metrics in points where they are shares, mean ± sd; gain paired over seeds."
 
 
 def blocks(tasks: Sequence[Task]) -> list[Block]:
@@ -26,36 +27,40 @@ def blocks(tasks: Sequence[Task]) -> list[Block]:
 
 
 def _table(number: int, what: str, printed: Printed, tasks: Sequence[Task], model: str) -> Block:
+    ours = [task for task in tasks if task.key is not None and task.key in printed]
     found = [
-        _row(task, method, printed[task.key])
-        for task in tasks
-        if task.key is not None and task.key in printed
-        for method in (BASELINE, HIDDENKEY)
-        if method in task.methods
+        _row(task, method, printed) for task in ours for method in (BASELINE, HIDDENKEY) if method in task.methods
     ]
     title = f"Table {number}: {what}"
     if not found:
         return Text(f"{title}: {words.NOT_RUN}.")
-    headings = ("task", "method", "ours", "n", "gain over baseline [95 %]", f"paper, {model} (gain)")
-    note = "Test metrics in points, mean ± sd; gain paired over seeds."
+    headings = ("task", "metric", "method", "ours", "n", "gain over baseline [95 %]", f"paper, {model} (gain)")
+    apart = [other_metric(task.key, task.metric.label) for task in ours if task.key and not task.metric_of_the_paper]
     rows, data = zip(*found, strict=True)
-    return Table(f"table{number}", title, headings, rows, data, note)
+    return Table(f"table{number}", title, headings, rows, data, NOTE + "".join(apart))
 
 
-def _row(task: Task, method: str, printed: Mapping[str, tuple[float, float]]) -> tuple[list[str], dict[str, Any]]:
+def _row(task: Task, method: str, printed: Printed) -> tuple[list[str], dict[str, Any]]:
     found = summarise(list(task.values(method).values()))
-    (mean, sd), plain = printed[method], printed[BASELINE][0]
-    own = f"{mean:.2f} ± {sd:.2f}"
-    gain, shown = None, words.NOTHING
-    if method != BASELINE:
-        gain = describe(list(differences(task, method, BASELINE).values()))
-        own, shown = f"{own} ({words.signed(mean - plain)})", words.difference(gain)
+    gain = None if method == BASELINE else describe(list(differences(task, method, BASELINE).values()))
     cells = [
         f"{task.label} ({task.model})",
+        task.metric.label,
         f"`{method}`",
-        words.mean_sd(found),
+        words.mean_sd(found, task.metric.digits, words.NO_RESULT),
         str(found.n if found else 0),
-        shown,
-        own,
+        words.NOTHING
+        if method == BASELINE
+        else words.difference(gain, task.metric.digits, why_none(task.methods, method)),
+        _printed(task, method, printed),
     ]
-    return cells, {"task": task.name, "method": method} | machine.summary(found) | machine.gain(gain)
+    about = {"task": task.name, "metric": task.metric.name, "method": method}
+    return cells, about | machine.summary(found) | machine.gain(gain)
+
+
+def _printed(task: Task, method: str, printed: Printed) -> str:
+    if task.key is None or not task.metric_of_the_paper:
+        return words.NOTHING
+    mean, sd = printed[task.key][method]
+    gain = "" if method == BASELINE else f" ({words.signed(mean - printed[task.key][BASELINE][0])})"
+    return f"{mean:.2f} ± {sd:.2f}{gain}"

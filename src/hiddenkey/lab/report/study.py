@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ..errors import RunError
 from ..sweep.record import RunRecord, read_record
 from .metrics import Metric, metric
-from .paper import DECODERS, GENERATION_METRICS, TASK_LABELS, method_key, rank_of, task_key
+from .paper import DECODERS, GENERATION_METRICS, PRINTED_METRICS, TASK_LABELS, method_key, rank_of, task_key
 from .statistics import Seed
 
 When = Literal["best", "last"]
@@ -59,14 +59,19 @@ class Task:
     records: tuple[RunRecord, ...]
     conditions: dict[Condition, dict[str, Groups]]
     """Condition → method → seed → group; methods in the order of Table 1."""
-    incomplete: int
-    """Groups left out because some of their trials have no record yet."""
+    incomplete: tuple[str, ...]
+    """The method of every group left out because some of its trials have no record yet."""
     main: Condition
 
     @property
     def key(self) -> str | None:
         """The paper's task, or None."""
         return task_key(self.name)
+
+    @property
+    def metric_of_the_paper(self) -> bool:
+        """Whether the paper prints numbers of this task in this metric; others say nothing beside ours."""
+        return PRINTED_METRICS.get(self.key or "") == self.metric.name
 
     @property
     def label(self) -> str:
@@ -78,6 +83,11 @@ class Task:
     def methods(self) -> dict[str, Groups]:
         """The groups of the main condition."""
         return self.conditions[self.main]
+
+    @property
+    def trials(self) -> dict[str, int]:
+        """How many trials each method had."""
+        return {method: _trials(groups) for method, groups in self.methods.items()}
 
     @property
     def model(self) -> str:
@@ -191,15 +201,22 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
         seed = (int(run.config["seed"]), int(run.config["data_seed"]))
         found[condition][method_key(run.method)][seed].append(run)
     conditions: dict[Condition, dict[str, Groups]] = {}
-    incomplete = 0
+    incomplete: list[str] = []
     for condition in sorted(found, key=str):
         conditions[condition] = {}
         for method, seeds in found[condition].items():
-            trials = max(len(runs) for runs in seeds.values())
-            whole = {seed: Group(tuple(runs)) for seed, runs in sorted(seeds.items()) if len(runs) == trials}
-            incomplete += len(seeds) - len(whole)
-            conditions[condition][method] = whole
-    return Task(name, tuple(records), conditions, incomplete, _main(conditions))
+            whole = _whole(seeds)
+            incomplete += [method] * (len(seeds) - len(whole))
+            if whole:
+                conditions[condition][method] = whole
+    return Task(name, tuple(records), conditions, tuple(incomplete), _main(conditions))
+
+
+def _whole(seeds: dict[Seed, list[RunRecord]]) -> Groups:
+    # Records of earlier versions do not say how many trials were planned: as many as the fullest seed has.
+    trials = max(len(runs) for runs in seeds.values())
+    planned = max(run.trials for runs in seeds.values() for run in runs)
+    return {seed: Group(tuple(runs)) for seed, runs in sorted(seeds.items()) if len(runs) == max(trials, planned)}
 
 
 def _trials(groups: Groups) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from . import machine, words
 from .blocks import Block, Table, Text
@@ -45,12 +45,14 @@ def overview(pool: Pool, methods: Sequence[str], name: str, title: str) -> Table
         row = [f"`{method}`"]
         row += [words.NOTHING] * 3 if method == BASELINE else _gain_cells(pool, pooled, found, adjusted)
         row += [words.signed(printed)] if paper else []
-        row += [words.mean_sd(average)] if len(pool.tasks) > 1 else []
+        row += [words.mean_sd(average, nothing=_why_no_average(pool, method))] if len(pool.tasks) > 1 else []
         rows.append([*row, *(_cell(task, method) for task in pool.tasks)])
         numbers = machine.summary(average) | machine.gain(found, adjusted) | {"paper_gain": machine.rounded(printed)}
         data.append({"method": method, "tasks": " ".join(pooled.tasks)} | numbers)
     tested = sum(pooled.difference is not None for pooled, _ in gains.values())
-    return Table(name, title, headings, rows, data, _note(pool, tested) + (IN_THE_PAPER if paper else ""))
+    return Table(
+        name, title, headings, rows, data, _note(pool, tested) + _lost(gains) + (IN_THE_PAPER if paper else "")
+    )
 
 
 def paper_table() -> Table:
@@ -86,13 +88,30 @@ def _note(pool: Pool, tested: int) -> str:
     )
 
 
+def _lost(gains: Mapping[str, tuple[Pooled, float | None]]) -> str:
+    lost = words.seeds_of({method: pooled.lost for method, (pooled, _) in gains.items()})
+    return f" Seeds left out of the gains, as a task or a side has no result of them: {lost}." if lost else ""
+
+
+def _why_no_average(pool: Pool, method: str) -> str:
+    run = [task for task in pool.tasks if method in task.methods]
+    if not run:
+        return words.NOT_RUN
+    return words.NO_COMMON if len(run) == len(pool.tasks) else "not run on all"
+
+
 def _gain_cells(pool: Pool, pooled: Pooled, found: Difference | None, adjusted: float | None) -> list[str]:
     few = "" if len(pooled.tasks) in (0, len(pool.tasks)) else f" ({', '.join(pooled.tasks)})"
-    return [words.difference(found), f"{found.n}{few}" if found else words.NOTHING, words.p_value(adjusted)]
+    return [
+        words.difference(found, nothing=pooled.nothing),
+        f"{found.n}{few}" if found else words.NOTHING,
+        words.p_value(adjusted),
+    ]
 
 
 def _cell(task: Task, method: str) -> str:
     found = summarise(list(task.values(method).values()))
-    text = words.mean_sd(found, task.metric.digits)
+    nothing = words.NO_RESULT if method in task.methods else words.NOT_RUN
+    text = words.mean_sd(found, task.metric.digits, nothing)
     most = max((len(task.values(other)) for other in task.methods), default=0)
     return f"{text} (n = {found.n})" if found and found.n != most else text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from . import machine, words
 from .blocks import Table
-from .paper import BASELINE, TABLE1, TABLE1_TASKS
-from .pool import differences
+from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
+from .pool import differences, why_none
 from .statistics import Difference, describe, holm, summarise
 from .study import Groups, Task
 
@@ -44,7 +44,7 @@ def task_table(task: Task) -> Table:
         "paper (gain)",
     )
     title = f"{task.label} in full: {about_task(task)}"
-    return Table(f"task-{machine.slug(task.name)}", title, headings, rows, data, NOTE, long=True)
+    return Table(f"task-{machine.slug(task.name)}", title, headings, rows, data, NOTE + _apart(task), long=True)
 
 
 def chosen_values(groups: Groups) -> str:
@@ -72,9 +72,9 @@ def _row(
     failed, chosen = sum(group.failed for group in groups.values()), chosen_values(groups)
     cells = [
         f"`{method}`",
-        words.mean_sd(summary, digits),
+        words.mean_sd(summary, digits, words.NO_RESULT),
         str(summary.n if summary else 0),
-        words.NOTHING if method == BASELINE else words.difference(change, digits),
+        words.NOTHING if method == BASELINE else words.difference(change, digits, why_none(task.methods, method)),
         words.bootstrapped(change, digits),
         words.p_value(change.p if change else None),
         words.p_value(adjusted),
@@ -91,9 +91,14 @@ def _row(
 
 
 def _printed(task: Task, method: str) -> str:
-    if task.key not in TABLE1_TASKS or method not in TABLE1:
+    if task.key not in TABLE1_TASKS or method not in TABLE1 or not task.metric_of_the_paper:
         return words.NOTHING
     place = TABLE1_TASKS.index(task.key)
     value = TABLE1[method][place]
     change = value - TABLE1[BASELINE][place]
     return f"{value:.2f}" + ("" if method == BASELINE else f" ({words.signed(change)})")
+
+
+def _apart(task: Task) -> str:
+    apart = task.key in TABLE1_TASKS and not task.metric_of_the_paper
+    return other_metric(task.key, task.metric.label) if apart and task.key else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 from . import machine, words
@@ -12,60 +14,105 @@ from .pool import Pool, Pooled
 from .statistics import Seed, average, holm
 from .study import Task, tested
 
+NOTE = (
+    "Test metrics in points, mean over all ordered pairs of tasks, paired over seeds: for each seed the trial "
+    "that validation chose on the one task is used on the other. The baseline is tuned on each task itself. "
+    "Left out: seeds of pairs of tasks without a value, counted; a run that failed there has no test metric and is "
+    "not in the means, so those of a method that fails are better than it is."
+)
+FAILED = "failed there"
+ABSENT = "not tried there"
+UNCHOSEN = "nothing to choose"
+UNTESTED = "no test result there"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One method from one task to another."""
+
+    values: dict[Seed, float]
+    """Test metric on the target, by seed, of the trial that was chosen on the source."""
+    left_out: tuple[str, ...]
+    """Why, for every other seed of the source."""
+
 
 def transfer_table(pool: Pool) -> Table:
     """Own choice, another task's choice, and the difference, as means over all ordered pairs of tasks."""
     names = [method for method in (*METHODS, *RIVALS) if method in pool.methods]
     found = [(method, _lost(pool, method), _gained(pool, method)) for method in names]
-    found = [row for row in found if row[1].values]
+    found = [row for row in found if row[1].run]
     adjusted = holm(
         [gained.difference.p if gained.difference and name != BASELINE else None for name, _, gained in found]
     )
     rows, data = [], []
     for (method, lost, gained), p in zip(found, adjusted, strict=True):
         gain = None if method == BASELINE else gained.difference
-        shown = words.NOTHING if method == BASELINE else words.difference(gain)
-        count = len(lost.values)
-        rows.append([f"`{method}`", words.difference(lost.difference), shown, str(count), words.p_value(p)])
-        lost_mean = lost.difference.mean if lost.difference else None
-        data.append({"method": method, "cost_of_transfer": machine.rounded(lost_mean)} | machine.gain(gain, p))
+        shown = words.NOTHING if method == BASELINE else words.difference(gain, nothing=gained.nothing)
+        cost, missing = lost.difference, left_out(pool, method)
+        rows.append(
+            [
+                f"`{method}`",
+                words.difference(cost, nothing=lost.nothing),
+                shown,
+                str(len(lost.values)),
+                words.p_value(p),
+                words.counted(missing),
+            ]
+        )
+        about = {"method": method, "cost_of_transfer": machine.rounded(cost.mean if cost else None)}
+        data.append(about | machine.gain(gain, p) | {"left_out": len(missing)})
     headings = (
         "method",
         "another task's choice minus its own [95 %]",
         "another task's choice over the tuned baseline [95 %]",
         "n",
         "p (Holm)",
+        "left out",
     )
-    note = (
-        "Test metrics in points, mean over all ordered pairs of tasks, paired over seeds: for each seed the trial "
-        "that validation chose on the one task is used on the other. The baseline is tuned on each task itself."
-    )
-    return Table("transfer", "Values chosen on another task", headings, rows, data, note, long=True)
+    return Table("transfer", "Values chosen on another task", headings, rows, data, NOTE, long=True)
 
 
 def transfer_words(pool: Pool) -> Text:
     """What becomes of HiddenKey."""
-    lost, gained = _lost(pool, HIDDENKEY).difference, _gained(pool, HIDDENKEY).difference
-    if lost is None or gained is None:
-        return Text(f"`{HIDDENKEY}` with values chosen on another task: {words.NOT_RUN}.")
+    lost, gained = _lost(pool, HIDDENKEY), _gained(pool, HIDDENKEY)
+    missing = left_out(pool, HIDDENKEY)
+    without = f" Left out: {words.counted(missing)}." if missing else ""
+    if lost.difference is None or gained.difference is None:
+        return Text(f"`{HIDDENKEY}` with values chosen on another task: {gained.nothing}.{without}")
     return Text(
-        f"With values chosen on another task `{HIDDENKEY}` changes by {words.difference(lost)} points, and lies "
-        f"{words.difference(gained)} over the baseline that is tuned on the task itself; n = {gained.n}."
+        f"With values chosen on another task `{HIDDENKEY}` changes by {words.difference(lost.difference)} points, "
+        f"and lies {words.difference(gained.difference)} over the baseline that is tuned on the task itself; "
+        f"n = {gained.difference.n}.{without}"
     )
 
 
-def transferred(source: Task, target: Task, method: str) -> dict[Seed, float]:
-    """Test metric on the target, by seed, of the trial that was chosen on the source."""
-    found = {}
-    for seed, group in source.methods.get(method, {}).items():
-        chosen, there = group.chosen("best"), target.methods.get(method, {}).get(seed)
-        if chosen is None or there is None or len(there.runs) < 2:
-            continue
-        run = next((run for run in there.runs if run.params == chosen.params and run.status == "finished"), None)
-        value = tested(run, "best", metric(target.metric.name))
-        if value is not None:
-            found[seed] = value
-    return found
+def transferred(source: Task, target: Task, method: str) -> Transfer | None:
+    """From one task to the other, by seed; None where a task lacks the method or has nothing to choose among."""
+    here, there = source.methods.get(method), target.methods.get(method)
+    if not here or not there or all(len(group.runs) < 2 for group in there.values()):
+        return None
+    found = {seed: _used(source, target, method, seed) for seed in here}
+    values = {seed: value for seed, value in found.items() if isinstance(value, float)}
+    return Transfer(values, tuple(why for why in found.values() if isinstance(why, str)))
+
+
+def left_out(pool: Pool, method: str) -> Sequence[str]:
+    """Why a seed of a pair of tasks has no value, for each that has none."""
+    found = [transferred(source, target, method) for source, target in permutations(pool.tasks, 2)]
+    return [why for pair in found if pair for why in pair.left_out]
+
+
+def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:
+    chosen, there = source.methods[method][seed].chosen("best"), target.methods[method].get(seed)
+    if chosen is None:
+        return UNCHOSEN
+    run = next((run for run in there.runs if run.params == chosen.params), None) if there else None
+    if run is None:
+        return ABSENT
+    if run.status != "finished":
+        return FAILED
+    value = tested(run, "best", metric(target.metric.name))
+    return UNTESTED if value is None else value
 
 
 def _lost(pool: Pool, method: str) -> Pooled:
@@ -77,11 +124,12 @@ def _gained(pool: Pool, method: str) -> Pooled:
 
 
 def _over_pairs(pool: Pool, method: str, reference: str) -> Pooled:
-    maps, names = [], set()
+    maps, names, run = [], set(), False
     for source, target in permutations(pool.tasks, 2):
-        values, own = transferred(source, target, method), target.values(reference)
-        shared = values.keys() & own.keys()
-        if shared:
-            maps.append({seed: values[seed] - own[seed] for seed in sorted(shared)})
+        found, own = transferred(source, target, method), target.values(reference)
+        run = run or (found is not None and reference in target.methods)
+        shared = found.values.keys() & own.keys() if found else set()
+        if found and shared:
+            maps.append({seed: found.values[seed] - own[seed] for seed in sorted(shared)})
             names.add(target.label)
-    return Pooled(tuple(sorted(names)), average(maps))
+    return Pooled(tuple(sorted(names)), average(maps), run)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from .statistics import Difference, Summary
+from .statistics import Difference, Seed, Summary
 
 MINUS = "\N{MINUS SIGN}"
 NOT_RUN = "not run"
+NO_RESULT = "run, no result"
+NO_COMMON = "run, but no seed in common"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -27,17 +29,17 @@ def signed(value: float | None, digits: int = 2) -> str:
     return text if value is None or text.startswith(MINUS) or not round(value, digits) else f"+{text}"
 
 
-def mean_sd(found: Summary | None, digits: int = 2) -> str:
-    """Mean ± sd."""
+def mean_sd(found: Summary | None, digits: int = 2, nothing: str = NOT_RUN) -> str:
+    """Mean ± sd; `nothing`: why there is none."""
     if found is None:
-        return NOT_RUN
+        return nothing
     return number(found.mean, digits) + ("" if found.sd is None else f" ± {number(found.sd, digits)}")
 
 
-def difference(found: Difference | None, digits: int = 2) -> str:
-    """Mean difference with Student's interval."""
+def difference(found: Difference | None, digits: int = 2, nothing: str = NOT_RUN) -> str:
+    """Mean difference with Student's interval; `nothing`: why there is none."""
     if found is None:
-        return NOT_RUN
+        return nothing
     if found.low is None:
         return f"{signed(found.mean, digits)} (no interval)"
     return f"{signed(found.mean, digits)} [{signed(found.low, digits)}, {signed(found.high, digits)}]"
@@ -80,6 +82,16 @@ def listed(names: Iterable[str]) -> str:
     """`a, b and c`."""
     *front, last = list(names) or [NOTHING]
     return f"{', '.join(front)} and {last}" if front else last
+
+
+def seeds(values: Iterable[Seed]) -> str:
+    """`11, 12`; with the seed of the data where it is another one: `11/3`."""
+    return ", ".join(f"{seed}" if data in (0, seed) else f"{seed}/{data}" for seed, data in sorted(values))
+
+
+def seeds_of(lost: Mapping[str, Collection[Seed]]) -> str:
+    """Seeds of methods: ``1, 2 (`hiddenkey`), 3 (`dropkey column`)``."""
+    return ", ".join(f"{seeds(values)} (`{method}`)" for method, values in lost.items() if values)
 
 
 def plural(count: int, noun: str) -> str:

@@ -12,6 +12,8 @@ from .page import page_text
 from .study import read_study
 
 NAME = "results"
+MANIFEST = "manifest.txt"
+"""The names of the files that a report wrote beside it: a later one deletes no others."""
 
 
 def write_report(folders: Sequence[str], out: str) -> Path:
@@ -27,11 +29,17 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
     folder = Path(out) / NAME
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():  # what an earlier report had and this one has not
-        if path.suffix in (".csv", ".tex", ".svg") and path.name not in texts:
-            path.unlink()
+    for name in _written_before(folder) - texts.keys():
+        (folder / name).unlink()
+    texts[MANIFEST] = "".join(f"{name}\n" for name in sorted(texts))
     for name, text in sorted(texts.items()):
         write_text(folder / name, text)
     write_text(Path(out) / f"{NAME}.html", page_text(report, NAME))
     write_text(Path(out) / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
     return Path(out) / f"{NAME}.md"
+
+
+def _written_before(folder: Path) -> set[str]:
+    manifest = folder / MANIFEST
+    names = manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []
+    return {name for name in names if name == Path(name).name and (folder / name).is_file()}

@@ -234,7 +234,8 @@ def _records(group: Group, trials: dict[str, list[FrozenTrial]]) -> list[RunReco
 def _record(group: Group, slot: Slot, trials: list[FrozenTrial]) -> RunRecord:
     done = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
     # A grid that has grown counts its trials anew, and a sweep may have got another name.
-    return replace(make_record(done.user_attrs["record"]), sweep=group.sweep.name, trial=slot.trial)
+    record = make_record(done.user_attrs["record"])
+    return replace(record, sweep=group.sweep.name, trial=slot.trial, trials=group.trials)
 
 
 def _next(group: Group, slot: Slot, records: list[RunRecord]) -> Run:

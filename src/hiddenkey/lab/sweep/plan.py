@@ -32,6 +32,8 @@ class Run:
     params: Values
     axes: Values
     trial: int
+    trials: int
+    """How many its group has."""
     config: TrainConfig
 
 
@@ -73,6 +75,11 @@ class Group:
         """Whether a trial waits for those before it: a search that learns from them."""
         return self.sweep.search == "tpe"
 
+    @property
+    def trials(self) -> int:
+        """How many trials it has when all are done."""
+        return self.sweep.trials or len(_grid(self.method.space))
+
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
         """Its trials, in order."""
@@ -100,7 +107,7 @@ class Group:
             raise type(error)(f"methods.{method.name}, {_told(params | self.axes)}: {error}") from None
         folder = str(Path(self.sweep.out) / WORK / name)
         config = TrainConfig(**values, recipe=config.recipe, out=folder)
-        return Run(name, self.sweep.name, method.name, params, self.axes, trial, config)
+        return Run(name, self.sweep.name, method.name, params, self.axes, trial, self.trials, config)
 
     def corners(self) -> Iterator[Run]:
         """Runs that show whether every value of the space is allowed: each one's ends, the others at their first."""

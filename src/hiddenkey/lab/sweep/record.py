@@ -67,6 +67,8 @@ class RunRecord:
     """When that process began, in UTC."""
     versions: dict[str, str]
     commit: str | None
+    trials: int = 0
+    """How many trials the method has on these axes when all are done; 0 in records that do not say."""
 
     @property
     def value(self) -> float:

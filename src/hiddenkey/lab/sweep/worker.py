@@ -112,6 +112,7 @@ def _record(run: Run, result: RunResult, started: datetime) -> RunRecord:
         params={name: plain(value) for name, value in run.params.items()},
         axes={name: plain(value) for name, value in run.axes.items()},
         trial=run.trial,
+        trials=run.trials,
         status="finished" if result.status == "finished" else "failed",
         lower_is_better=lower_is_better(result.task, result.metric),
         started=started.strftime("%Y-%m-%dT%H:%M:%SZ"),

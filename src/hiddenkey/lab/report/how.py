@@ -1,0 +1,58 @@
+"""How it was done, in words that the records bear out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import words
+from .blocks import Text
+from .study import Task
+
+CUT = "a validation part cut from the training data"
+FOUND = "the validation or dev part of the data, or, where they have none, a part cut from the training data"
+_DEV = re.compile(r"(validation|valid|val|dev)([^a-z].*|set.*)?")
+STATISTICS = (
+    "Differences are paired over the seeds that both sides have. Intervals are Student's 95 % "
+    "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests "
+    "cannot give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other "
+    "seeds, not of other tasks."
+)
+
+
+def how(tasks: Sequence[Task]) -> Text:
+    """Trials, choice, test, statistics."""
+    return Text(" ".join((_trials(tasks), _choice(tasks), _test(tasks), STATISTICS)))
+
+
+def validation_of(config: dict[str, Any]) -> str:
+    """The rows on which a run was chosen, by the rule of `lab/parts.py`: the test part is never among them."""
+    if config.get("validation"):
+        return f"the validation part that was asked for (`{config['validation']}`)"
+    tested_on_dev = _DEV.fullmatch(Path(str(config.get("test", ""))).stem.lower())
+    return CUT if tested_on_dev else FOUND
+
+
+def _trials(tasks: Sequence[Task]) -> str:
+    if all(len(set(task.trials.values())) <= 1 for task in tasks):
+        return "Every method, the baseline included, had the same number of trials."
+    return "The methods had different numbers of trials, which favours those that had more; see below."
+
+
+def _choice(tasks: Sequence[Task]) -> str:
+    found: dict[str, set[str]] = {}
+    for task in tasks:
+        for run in task.records:
+            found.setdefault(validation_of(run.config), set()).add(task.label)
+    parts = [part if len(found) == 1 else f"{part} ({', '.join(sorted(found[part]))})" for part in sorted(found)]
+    return f"For each seed the trial and the epoch were chosen on {words.listed(parts)}."
+
+
+def _test(tasks: Sequence[Task]) -> str:
+    without = sorted(
+        {task.label for task in tasks for run in task.records if not run.test and run.status == "finished"}
+    )
+    lacking = f", which {words.listed(without)} lacked," if without else ""
+    return f"The test part{lacking} was looked at once, after training."
