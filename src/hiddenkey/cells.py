@@ -16,7 +16,7 @@ from . import flash
 from .drop import guard, spread
 from .masks import Mask
 
-# Entries of a part's mask: 8 MiB of float32, in cache; from 32 MiB on, the allocator of Linux asks the system every time.
+# Entries of a part's mask: 8 MiB of float32, in cache; from 32 MiB on, Linux's allocator asks the system every time.
 LARGEST = 2**21
 # Causal rows that see so few keys are looked at before the kernel; at p = 0.5 one in 10^9 of the others is empty.
 FEW = 32
