@@ -16,7 +16,7 @@ from .config import SweepConfig
 from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
 from .plan import Plan, make_plan
-from .record import WORK, RunRecord
+from .record import WORK, RunRecord, keep_texts
 from .show import Display, print_plan
 from .storage import FILE, open_storage, url_of
 from .sync import known_records, put_aside, write_records
@@ -116,8 +116,11 @@ def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Consol
 
 def _write(plan: Plan, board: Board) -> None:
     """Bring `runs/` to what the storage knows; work folders go when nobody needs them any more."""
-    write_records(plan, board.records(), known_records(plan))
+    records, known = board.records(), known_records(plan)
+    write_records(plan, records, known)
     if board.finished():
+        for run in {*known, *(record.id for record in records)}:
+            keep_texts(plan.folder, run)  # of a worker that was killed, or silent for too long
         shutil.rmtree(plan.folder / WORK, ignore_errors=True)
 
 
