@@ -97,6 +97,8 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
             )
         _say(console, "Waiting for the sweep to be started on another machine.")
         time.sleep(5)
+    if not board.finished():
+        _check(job.plan)  # what this machine lacks must not count as a fault of the run that it would take
     try:
         serve(job, console)
     finally:
