@@ -64,6 +64,15 @@ def test_the_rows_of_every_data_seed_are_checked(base: dict[str, Any], tmp_path:
         dry_run(write_sweep(tmp_path, base=base, axes={"data_seed": list(range(20))}, methods=METHODS))
 
 
+def test_smoothed_scores_are_told_wherever_they_stand(bert: Path, tmp_path: Path):
+    rows = [{"text": row["text"], "score": i / 7} for i, row in enumerate(tiny.labelled_rows(30))]
+    data = tiny.write_csv(tmp_path / "scores.csv", rows)
+    base = {"model": str(bert), "data": str(data), "max_length": 16}
+    dry_run(write_sweep(tmp_path, base=base, axes=None, methods=METHODS))
+    with pytest.raises(ConfigError, match=r"label_smoothing = 0\.1 .*regression"):
+        dry_run(write_sweep(tmp_path, base=base, axes={"label_smoothing": [0.0, 0.1]}, methods=METHODS))
+
+
 def test_what_a_late_worker_lacks_is_no_fault_of_a_run(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

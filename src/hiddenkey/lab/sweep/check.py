@@ -11,7 +11,7 @@ from ..data import Examples, load_examples
 from ..generation import collect_prompts
 from ..models import find_targets, load_tokenizer
 from ..skeleton import build_skeleton
-from ..tasks import choose_metric, make_task
+from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import Plan
 
 # What neither the data nor the structure of a model depends on; the data of every data_seed is checked.
@@ -45,6 +45,8 @@ def _check(configs: list[TrainConfig]) -> None:
     examples = load_examples(config)
     task = make_task(examples, config.separator)
     choose_metric(task, config.metric)
+    for each in configs:
+        refuse_smoothing(examples.task, each.label_smoothing)
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
     find_targets(skeleton, config.target_modules)
     tokenizer = load_tokenizer(config, skeleton)
