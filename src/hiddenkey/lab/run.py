@@ -29,7 +29,7 @@ from .errors import LabError, RunError
 from .generation import Prompt, collect_prompts, generation_scores
 from .lock import hold
 from .models import load_model, load_tokenizer
-from .settings import training_arguments
+from .settings import require_one_device, training_arguments
 from .skeleton import build_skeleton
 from .tasks import Task, choose_metric, make_task, refuse_smoothing
 from .testing import final_scores, load_weights
@@ -65,6 +65,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     recipe = hiddenkey.parse(config.recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("hiddenkey train is one process; for several write a script with hiddenkey.DropTrainer.")
+    require_one_device()
     folder = Path(config.out)
     make_folder(folder)
     with hold(folder, console):

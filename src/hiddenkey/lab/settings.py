@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from .artifacts import CHECKPOINTS
 from .config import TrainConfig
-from .errors import ConfigError
+from .errors import ConfigError, RunError
 from .tasks import Task
 
 _CHECKPOINTING: dict[str, Any] = {
@@ -59,3 +59,13 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         **(_CHECKPOINTING if config.gradient_checkpointing else {}),
     )
+
+
+def require_one_device() -> None:
+    """Raises RunError where this process sees several GPUs: the Trainer would spread each batch over all of them."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise RunError(
+            f"This process sees {count} GPUs, and a run is made on one. Give it one of them, for instance with "
+            f"CUDA_VISIBLE_DEVICES=0 before the command; hiddenkey sweep --workers {count} gives one to each worker."
+        )

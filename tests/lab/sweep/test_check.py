@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from hiddenkey.lab.errors import ConfigError, DataError
+from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.metrics import measure as metrics
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
@@ -73,15 +74,32 @@ def test_smoothed_scores_are_told_wherever_they_stand(bert: Path, tmp_path: Path
         dry_run(write_sweep(tmp_path, base=base, axes={"label_smoothing": [0.0, 0.1]}, methods=METHODS))
 
 
+def opened(path: Path, url: str) -> Board:
+    """A sweep that was started on another machine."""
+    board = Board(make_plan(read_sweep(path)), open_storage(url, GRACE), str(os.getpid()))
+    board.open({})
+    return board
+
+
 def test_what_a_late_worker_lacks_is_no_fault_of_a_run(
     base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = write_sweep(tmp_path, base=base | {"generation_metrics": ["meteor"]}, axes=None, methods=METHODS)
-    plan = make_plan(read_sweep(path))
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    board = Board(plan, open_storage(url, GRACE), str(os.getpid()))
-    board.open({})
+    board = opened(path, url)
     monkeypatch.setattr(metrics, "has_java", lambda: False)
     with pytest.raises(ConfigError, match="meteor need Java"):
         sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
     assert board.take() is not None, "another machine may make it"
+
+
+def test_a_worker_that_sees_several_gpus_takes_no_run(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_sweep(tmp_path, base=base, axes=None, methods=METHODS)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    board = opened(path, url)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
+    assert board.take() is not None

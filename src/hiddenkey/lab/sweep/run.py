@@ -81,12 +81,19 @@ def _check(plan: Plan) -> None:
     check_plan(plan)
 
 
+def _check_device() -> None:
+    from ..settings import require_one_device  # slow to import
+
+    require_one_device()
+
+
 def _join(job: Job, config: SweepConfig, console: Console) -> None:
     if not config.storage and not (job.plan.folder / FILE).exists():
         raise RunError(
             f"{job.plan.folder} holds no {FILE}: start the sweep without --worker first, or give the --storage of "
             "the one that runs."
         )
+    _check_device()
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     deadline = time.monotonic() + _WAIT_FOR_SWEEP
     while not board.ready():
