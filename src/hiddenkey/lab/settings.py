@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from .artifacts import CHECKPOINTS
-from .config import TrainConfig
+from .config import Dtype, TrainConfig
 from .errors import ConfigError, RunError
 from .tasks import Task
 
@@ -25,8 +25,7 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
     Raises:
         ConfigError: a type that this machine cannot train in.
     """
-    if config.dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+    require_dtype(config.dtype)
     return TrainingArguments(
         output_dir=str(Path(config.out) / CHECKPOINTS),
         num_train_epochs=config.epochs,
@@ -59,6 +58,12 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         **(_CHECKPOINTING if config.gradient_checkpointing else {}),
     )
+
+
+def require_dtype(dtype: Dtype) -> None:
+    """Raises ConfigError where this machine cannot train in this type."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
 
 
 def require_one_device() -> None:

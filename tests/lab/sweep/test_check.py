@@ -103,3 +103,15 @@ def test_a_worker_that_sees_several_gpus_takes_no_run(
     with pytest.raises(RunError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
     assert board.take() is not None
+
+
+def test_a_worker_that_cannot_train_in_the_type_takes_no_run(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_sweep(tmp_path, base=base | {"dtype": "float16"}, axes=None, methods=METHODS)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    board = opened(path, url)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="float16 needs a CUDA device"):
+        sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
+    assert board.take() is not None

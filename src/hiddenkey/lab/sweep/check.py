@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import hiddenkey
@@ -10,6 +11,7 @@ from ..config import TrainConfig
 from ..data import Examples, load_examples
 from ..generation import collect_prompts
 from ..models import find_targets, load_tokenizer
+from ..settings import require_dtype, require_one_device
 from ..skeleton import build_skeleton
 from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import Plan
@@ -30,14 +32,29 @@ def check_plan(plan: Plan) -> None:
         UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
     """
     alike: dict[str, list[TrainConfig]] = {}
-    for group in plan.groups:
-        runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
-        for run in runs:
-            values = run.config.to_dict()
-            kind = repr({name: value for name, value in values.items() if name not in _FREE})
-            alike.setdefault(kind, []).append(run.config)
+    for config in _configs(plan):
+        kind = repr({name: value for name, value in config.to_dict().items() if name not in _FREE})
+        alike.setdefault(kind, []).append(config)
     for configs in alike.values():
         _check(configs)
+
+
+def check_machine(plan: Plan) -> None:
+    """Check that this process has what a run needs, whatever the others have.
+
+    Raises:
+        RunError, ConfigError: it sees several devices, or cannot train in a type that the plan asks for.
+    """
+    require_one_device()
+    for dtype in {config.dtype for config in _configs(plan)}:
+        require_dtype(dtype)
+
+
+def _configs(plan: Plan) -> Iterator[TrainConfig]:
+    """Of every run, or of those at the corners of a search that chooses its runs later."""
+    for group in plan.groups:
+        runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
+        yield from (run.config for run in runs)
 
 
 def _check(configs: list[TrainConfig]) -> None:

@@ -81,10 +81,12 @@ def _check(plan: Plan) -> None:
     check_plan(plan)
 
 
-def _check_device() -> None:
-    from ..settings import require_one_device  # slow to import
+def _check_machine(plan: Plan) -> None:
+    from ..quiet import quieten
+    from .check import check_machine
 
-    require_one_device()
+    quieten()
+    check_machine(plan)
 
 
 def _join(job: Job, config: SweepConfig, console: Console) -> None:
@@ -93,7 +95,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
             f"{job.plan.folder} holds no {FILE}: start the sweep without --worker first, or give the --storage of "
             "the one that runs."
         )
-    _check_device()
+    _check_machine(job.plan)
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     deadline = time.monotonic() + _WAIT_FOR_SWEEP
     while not board.ready():
