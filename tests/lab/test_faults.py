@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from hiddenkey.lab import run
@@ -227,6 +228,13 @@ def test_torchrun_is_told_what_to_do(config: TrainConfig, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="DropTrainer"):
         run.train(config)
+
+
+def test_a_machine_with_several_gpus_is_told_what_to_do(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RunError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
+        run.train(config)
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"status": "finished"}', b"\xff\xfe\x00"])

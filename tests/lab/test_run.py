@@ -14,6 +14,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from transformers.trainer_pt_utils import LabelSmoother
 
 import hiddenkey
 from hiddenkey.lab import artifacts, run
@@ -272,6 +273,32 @@ def test_prompt_that_fills_everything_is_an_error(config: TrainConfig, llama: Pa
     config = replace(config, model=str(llama), data=str(pairs), max_length=3, separator=" ")
     with pytest.raises(DataError, match="max_length = 3"):
         run.train(config)
+
+
+def test_scores_cannot_be_smoothed(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [{"text": row["text"], "score": i / 7} for i, row in enumerate(tiny.labelled_rows(30))]
+    data = tiny.write_csv(tmp_path / "scores.csv", rows)
+    monkeypatch.setattr(run, "load_model", no_weights)
+    with pytest.raises(ConfigError, match=r"label_smoothing = 0\.1 .*regression"):
+        run.train(replace(config, data=str(data), label_smoothing=0.1))
+
+
+def test_evaluation_is_without_label_smoothing(
+    config: TrainConfig, llama: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    smoothed: list[Any] = []
+    smooth = LabelSmoother.__call__
+
+    def counted(smoother: Any, *args: Any, **kwargs: Any) -> Any:
+        smoothed.append(smoother)
+        return smooth(smoother, *args, **kwargs)
+
+    monkeypatch.setattr(LabelSmoother, "__call__", counted)
+    change = {"model": str(llama), "data": str(pairs), "separator": " ", "label_smoothing": 0.3, "recipe": "baseline"}
+    result = run.train(replace(config, **change, learning_rate=0.05))
+    assert len(smoothed) == result.step_seconds["steps"], "once in every step of both epochs, and nowhere else"
+    for part in ("validation", "train"):
+        assert result.last[f"{part}_loss"] == pytest.approx(result.last[f"{part}_nll"], rel=1e-4)
 
 
 def test_unknown_target_lists_the_layers(config: TrainConfig):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import secrets
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -76,10 +78,19 @@ class RunResult:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    """Write a file so that a reader sees the old one or the new one, never a part; many may write it at once."""
+    part = _name_of_our_own(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _name_of_our_own(path: Path) -> Path:
+    # Processes of several machines, which may have the same number, and threads of one.
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -117,8 +128,9 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        trial = _name_of_our_own(folder / "writable")
+        trial.write_text("", encoding="utf-8")
+        trial.unlink()
     except OSError as error:
         raise RunError(f"out = {str(folder)!r} cannot be written: {error}. Give another folder.") from error
 

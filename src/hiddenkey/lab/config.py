@@ -97,7 +97,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     label_smoothing: float = 0.0
-    """Share of the probability spread over all classes or tokens."""
+    """Share of the probability spread over all classes or tokens in training; evaluation is without it."""
     neftune_alpha: float = 0.0
     """Noise on the embedded tokens in training (NEFTune, arXiv 2310.05914); 0 = none."""
     seed: int = 0

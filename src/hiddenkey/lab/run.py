@@ -29,9 +29,9 @@ from .errors import LabError, RunError
 from .generation import Prompt, collect_prompts, generation_scores
 from .lock import hold
 from .models import load_model, load_tokenizer
-from .settings import training_arguments
+from .settings import require_one_device, training_arguments
 from .skeleton import build_skeleton
-from .tasks import Task, choose_metric, make_task
+from .tasks import Task, choose_metric, make_task, refuse_smoothing
 from .testing import final_scores, load_weights
 
 
@@ -65,6 +65,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     recipe = hiddenkey.parse(config.recipe)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RunError("hiddenkey train is one process; for several write a script with hiddenkey.DropTrainer.")
+    require_one_device()
     folder = Path(config.out)
     make_folder(folder)
     with hold(folder, console):
@@ -114,18 +115,27 @@ def written(what: str) -> Iterator[None]:
 
 
 class _Trainer(hiddenkey.DropTrainer):
-    """Tells of checkpoints that cannot be written."""
+    """Tells of checkpoints that cannot be written, and evaluates without label smoothing."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         unmark(Path(self.args.output_dir), self.state.global_step)
         with written(f"The checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # A smoothed loss is on another scale, so that runs with and without could not be compared by it.
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
 
 def _check(config: TrainConfig, recipe: Any) -> _Checked:
     examples = load_examples(config)
     task = make_task(examples, config.separator)
     metric = choose_metric(task, config.metric)
+    refuse_smoothing(examples.task, config.label_smoothing)
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
     hiddenkey.plan(skeleton, recipe)
     tokenizer = load_tokenizer(config, skeleton)

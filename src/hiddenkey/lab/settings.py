@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 
 from .artifacts import CHECKPOINTS
-from .config import TrainConfig
-from .errors import ConfigError
+from .config import Dtype, TrainConfig
+from .errors import ConfigError, RunError
 from .tasks import Task
 
 _CHECKPOINTING: dict[str, Any] = {
@@ -25,8 +25,7 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
     Raises:
         ConfigError: a type that this machine cannot train in.
     """
-    if config.dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+    require_dtype(config.dtype)
     return TrainingArguments(
         output_dir=str(Path(config.out) / CHECKPOINTS),
         num_train_epochs=config.epochs,
@@ -59,3 +58,19 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         **(_CHECKPOINTING if config.gradient_checkpointing else {}),
     )
+
+
+def require_dtype(dtype: Dtype) -> None:
+    """Raises ConfigError where this machine cannot train in this type."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+
+
+def require_one_device() -> None:
+    """Raises RunError where this process sees several GPUs: the Trainer would spread each batch over all of them."""
+    count = torch.cuda.device_count()
+    if count > 1:
+        raise RunError(
+            f"This process sees {count} GPUs, and a run is made on one. Give it one of them, for instance with "
+            f"CUDA_VISIBLE_DEVICES=0 before the command; hiddenkey sweep --workers {count} gives one to each worker."
+        )

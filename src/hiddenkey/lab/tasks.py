@@ -79,3 +79,12 @@ def choose_metric(task: Task, asked: str) -> str:
     if asked and asked not in (*task.metrics, "loss"):
         raise ConfigError(f"metric = {asked!r} is not one of this task: {', '.join(task.metrics)}, loss.")
     return asked or task.metrics[0]
+
+
+def refuse_smoothing(task: TaskName, label_smoothing: float) -> None:
+    """Raises ConfigError where scores would be smoothed, which have no classes to spread a probability over."""
+    if task == "regression" and label_smoothing:
+        raise ConfigError(
+            f"label_smoothing = {label_smoothing} is for classes and tokens, which regression has not; "
+            "give 0 or leave it out."
+        )

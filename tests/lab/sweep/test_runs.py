@@ -19,11 +19,12 @@ import pytest
 from rich.console import Console
 
 from hiddenkey.errors import UserError
+from hiddenkey.lab.artifacts import GENERATIONS
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
 from hiddenkey.lab.lock import hold
 from hiddenkey.lab.run import train
 from hiddenkey.lab.sweep import crew, worker
-from hiddenkey.lab.sweep.board import Board
+from hiddenkey.lab.sweep.board import Board, Claim
 from hiddenkey.lab.sweep.config import SweepConfig
 from hiddenkey.lab.sweep.crew import Job, is_alive, serve
 from hiddenkey.lab.sweep.file import read_sweep
@@ -199,6 +200,49 @@ def test_two_folders_on_one_storage(base: dict[str, Any], tmp_path: Path):
     sweep(there, Console(quiet=True))
     assert records_in(tmp_path / "there") == records_in(tmp_path / "out")
     assert len(board.records()) == 4
+
+
+def write_generations(run: Run) -> None:
+    """What a run leaves in its work folder that has generated texts."""
+    folder = Path(run.config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / GENERATIONS).write_text(run.id)
+
+
+def texts_in(folder: Path) -> dict[str, str]:
+    return {path.stem: path.read_text() for path in (folder / "texts").glob("*.jsonl")}
+
+
+def test_texts_are_kept_before_a_run_counts_as_done(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def written(run: Run, console: Console) -> RunRecord:
+        write_generations(run)
+        return record_of(run)
+
+    def killed(board: Board, claim: Claim, record: RunRecord) -> bool:
+        finish(board, claim, record)
+        raise KeyboardInterrupt
+
+    finish = Board.finish
+    monkeypatch.setattr(worker, "make_run", written)
+    monkeypatch.setattr(Board, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        work_here(write_sweep(tmp_path, base=base, axes=None))
+    (name, text), *_ = texts_in(tmp_path / "out").items()
+    assert text == name
+
+
+@pytest.mark.usefixtures("no_training")
+def test_texts_of_done_runs_are_taken_out_of_work_folders_before_these_go(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base, axes=None)
+    board = work_here(path)
+    runs = [slot.run for group in board.plan.groups for slot in group.slots if slot.run]
+    for run in runs:
+        write_generations(run)
+    assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
+    assert texts_in(tmp_path / "out") == {run.id: run.id for run in runs}
+    assert not (tmp_path / "out" / "work").exists()
 
 
 def test_a_loss_that_is_not_finite_is_a_record(base: dict[str, Any], tmp_path: Path):

@@ -1,19 +1,22 @@
-"""Before anything long starts: the data is read, and every recipe is planned on a model without weights."""
+"""Before anything long starts: data is read and measured, and every recipe is planned on a model without weights."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import hiddenkey
 
 from ..config import TrainConfig
-from ..data import load_examples
+from ..data import Examples, load_examples
+from ..generation import collect_prompts
 from ..models import find_targets, load_tokenizer
+from ..settings import require_dtype, require_one_device
 from ..skeleton import build_skeleton
-from ..tasks import choose_metric, make_task
+from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import Plan
 
-# What neither the data nor the structure of a model depends on.
+# What neither the data nor the structure of a model depends on; the data of every data_seed is checked.
 _FREE = (
     *("out", "overwrite", "recipe", "learning_rate", "epochs", "max_steps", "batch_size", "eval_batch_size"),
     *("gradient_accumulation", "weight_decay", "warmup", "scheduler", "max_grad_norm", "label_smoothing", "seed"),
@@ -23,29 +26,60 @@ _FREE = (
 
 
 def check_plan(plan: Plan) -> None:
-    """Check data, metric, model, LoRA's targets, tokenizer and recipes of all runs, each combination once.
+    """Check data, metrics, model, LoRA's targets, tokenizer, prompts and recipes of all runs, each combination once.
 
     Raises:
         UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
     """
-    configs: dict[Any, dict[str, TrainConfig]] = {}
+    alike: dict[str, list[TrainConfig]] = {}
+    for config in _configs(plan):
+        kind = repr({name: value for name, value in config.to_dict().items() if name not in _FREE})
+        alike.setdefault(kind, []).append(config)
+    for configs in alike.values():
+        _check(configs)
+
+
+def check_machine(plan: Plan) -> None:
+    """Check that this process has what a run needs, whatever the others have.
+
+    Raises:
+        RunError, ConfigError: it sees several devices, or cannot train in a type that the plan asks for.
+    """
+    require_one_device()
+    for dtype in {config.dtype for config in _configs(plan)}:
+        require_dtype(dtype)
+
+
+def _configs(plan: Plan) -> Iterator[TrainConfig]:
+    """Of every run, or of those at the corners of a search that chooses its runs later."""
     for group in plan.groups:
         runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
-        for run in runs:
-            values = run.config.to_dict()
-            kind = repr({name: value for name, value in values.items() if name not in _FREE})
-            configs.setdefault(kind, {})[run.config.recipe] = run.config
-    for recipes in configs.values():
-        _check(recipes)
+        yield from (run.config for run in runs)
 
 
-def _check(recipes: dict[str, TrainConfig]) -> None:
-    config = next(iter(recipes.values()))
+def _check(configs: list[TrainConfig]) -> None:
+    config = configs[0]
     examples = load_examples(config)
     task = make_task(examples, config.separator)
     choose_metric(task, config.metric)
+    for each in configs:
+        refuse_smoothing(examples.task, each.label_smoothing)
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
     find_targets(skeleton, config.target_modules)
-    load_tokenizer(config, skeleton)
-    for recipe in recipes:
+    tokenizer = load_tokenizer(config, skeleton)
+    for recipe in {config.recipe for config in configs}:
         hiddenkey.plan(skeleton, recipe)
+    _check_lengths(config, examples, tokenizer, skeleton)
+    others = {other.data_seed: other for other in configs if other.data_seed != config.data_seed}
+    for other in others.values():
+        _check_lengths(other, load_examples(other), tokenizer, skeleton)
+
+
+def _check_lengths(config: TrainConfig, examples: Examples, tokenizer: Any, skeleton: Any) -> None:
+    collect_prompts(config, examples.test, tokenizer, skeleton)
+    if examples.task != "causal-lm":
+        return  # other tasks cut what is too long
+    task = make_task(examples, config.separator)
+    for rows in (examples.train, examples.validation, examples.test):
+        if rows is not None:
+            task.tokenise(rows, tokenizer, config.max_length)

@@ -23,7 +23,7 @@ class SweepConfig:
     storage: str = ""
     """Database that all machines share, such as postgresql+psycopg://user@host/db; none given: a file in `out`."""
     threads: int = 0
-    """CPU threads of a worker; 0 = the cores of this machine, shared between its workers."""
+    """CPU threads of a worker; 0 = the cores of this machine, shared between its --workers; a --worker takes all."""
     grace: int = 120
     """Seconds without a sign of life after which a run is taken from its worker."""
     dry_run: bool = False

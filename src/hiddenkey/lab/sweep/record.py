@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import hiddenkey
 
-from ..artifacts import NOT_OF_THE_RUN, write_json
+from ..artifacts import GENERATIONS, NOT_OF_THE_RUN, write_json
 from ..config import TrainConfig
 from ..errors import RunError
 from .space import plain
@@ -106,6 +107,15 @@ def write_record(record: RunRecord, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record.to_dict())
     return path
+
+
+def keep_texts(folder: Path, run: str) -> None:
+    """Move what the run with this id has generated, if anything, out of its work folder to `texts/<id>.jsonl`."""
+    texts = folder / WORK / run / GENERATIONS
+    if texts.exists():
+        (folder / TEXTS).mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another worker in this folder was quicker
+            texts.replace(folder / TEXTS / f"{run}.jsonl")
 
 
 def read_record(path: Path) -> RunRecord:

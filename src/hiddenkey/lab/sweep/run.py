@@ -16,7 +16,7 @@ from .config import SweepConfig
 from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
 from .plan import Plan, make_plan
-from .record import WORK, RunRecord
+from .record import WORK, RunRecord, keep_texts
 from .show import Display, print_plan
 from .storage import FILE, open_storage, url_of
 from .sync import known_records, put_aside, write_records
@@ -81,12 +81,21 @@ def _check(plan: Plan) -> None:
     check_plan(plan)
 
 
+def _check_machine(plan: Plan) -> None:
+    from ..quiet import quieten
+    from .check import check_machine
+
+    quieten()
+    check_machine(plan)
+
+
 def _join(job: Job, config: SweepConfig, console: Console) -> None:
     if not config.storage and not (job.plan.folder / FILE).exists():
         raise RunError(
             f"{job.plan.folder} holds no {FILE}: start the sweep without --worker first, or give the --storage of "
             "the one that runs."
         )
+    _check_machine(job.plan)
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     deadline = time.monotonic() + _WAIT_FOR_SWEEP
     while not board.ready():
@@ -97,6 +106,8 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
             )
         _say(console, "Waiting for the sweep to be started on another machine.")
         time.sleep(5)
+    if not board.finished():
+        _check(job.plan)  # what this machine lacks must not count as a fault of the run that it would take
     try:
         serve(job, console)
     finally:
@@ -116,8 +127,11 @@ def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Consol
 
 def _write(plan: Plan, board: Board) -> None:
     """Bring `runs/` to what the storage knows; work folders go when nobody needs them any more."""
-    write_records(plan, board.records(), known_records(plan))
+    records, known = board.records(), known_records(plan)
+    write_records(plan, records, known)
     if board.finished():
+        for run in {*known, *(record.id for record in records)}:
+            keep_texts(plan.folder, run)  # of a worker that was killed, or silent for too long
         shutil.rmtree(plan.folder / WORK, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from .plan import Plan
@@ -14,8 +15,12 @@ def known_records(plan: Plan) -> dict[str, RunRecord]:
     Raises:
         RunError: a file there that is not a record.
     """
-    paths = [path for name in (OTHER, RUNS) for path in sorted((plan.folder / name).glob("*.json"))]
-    return {record.id: record for record in map(read_record, paths)}
+    known: dict[str, RunRecord] = {}
+    for path in (path for name in (OTHER, RUNS) for path in sorted((plan.folder / name).glob("*.json"))):
+        with suppress(FileNotFoundError):  # a neighbour has moved it since, between the two folders
+            record = read_record(path)
+            known[record.id] = record
+    return known
 
 
 def write_records(plan: Plan, records: list[RunRecord], known: dict[str, RunRecord]) -> None:

@@ -17,13 +17,13 @@ from rich.console import Console
 
 import hiddenkey
 
-from ..artifacts import GENERATIONS, RunResult, finite, read_result
+from ..artifacts import RunResult, finite, read_result
 from ..errors import BusyError, NonFiniteLossError, RunError
 from ..run import train
 from ..tasks import lower_is_better
 from .board import Board, Claim
 from .plan import Plan, Run
-from .record import TEXTS, RunRecord, write_record
+from .record import RunRecord, keep_texts, write_record
 from .space import plain
 
 _PAUSE = 1.0
@@ -54,6 +54,7 @@ def _work_on(plan: Plan, board: Board, claim: Claim, interval: float, console: C
     with _heartbeat(board, claim, interval, console):
         try:
             record = make_run(claim.run, console)
+            keep_texts(plan.folder, claim.run.id)  # before the run counts as done: nobody would make them again
         except (KeyboardInterrupt, SystemExit):
             board.release(claim)
             raise
@@ -73,15 +74,7 @@ def _work_on(plan: Plan, board: Board, claim: Claim, interval: float, console: C
             return
     if board.finish(claim, record):
         write_record(record, plan.folder)
-        _keep_texts(plan.folder, claim.run)
         shutil.rmtree(claim.run.config.out, ignore_errors=True)
-
-
-def _keep_texts(folder: Path, run: Run) -> None:
-    texts = Path(run.config.out) / GENERATIONS
-    if texts.exists():
-        (folder / TEXTS).mkdir(exist_ok=True)
-        texts.replace(folder / TEXTS / f"{run.id}.jsonl")
 
 
 def make_run(run: Run, console: Console) -> RunRecord:
