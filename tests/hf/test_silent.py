@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -132,6 +134,23 @@ def test_an_adapter_put_around_a_hooked_module():
     with pytest.raises(RuntimeError, match="an adapter was put around lm_head"):
         step(adapted)
     assert "an adapter was put around lm_head" in red(adapted)["attached"][0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "wanted"),
+    [
+        ("hiddenkey@0.3", "q_proj", "a consistency, but this loss was computed without it"),
+        ("output:element@0.3", "lm_head", "an adapter was put around lm_head"),
+    ],
+)
+def test_an_adapter_that_calls_a_forward_without_its_hooks(recipe, target, wanted, monkeypatch):
+    """As PEFT 0.19 does: nothing of ours on the model itself is called."""
+    monkeypatch.setattr(BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
+    model = make("llama")
+    hiddenkey.attach(model, recipe)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[target]))
+    with pytest.raises((RuntimeError, hiddenkey.UserError), match=wanted):
+        step(adapted).loss.backward()
 
 
 def test_an_adapter_that_is_merged_away():

@@ -106,6 +106,7 @@ class Attachment:
                 module.register_forward_hook(self.watch.after, always_call=True),
             )
             self.handles += [(path, hook) for hook in hooks]
+        self._watch_inside()
         setattr(model, MARK, self)
         ATTACHED.add(self)
 
@@ -168,6 +169,13 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         ATTACHED.add(self)
+
+    def _watch_inside(self) -> None:
+        """At what holds the layers too: PEFT 0.19 calls the model's forward without its hooks."""
+        path = self.plan.structure.stacks[0].path.rpartition(".")[0] if self.plan.structure.stacks else ""
+        module = self.model.get_submodule(path)
+        self.handles.append((path, module.register_forward_pre_hook(self._verify)))
+        self.handles.append((path, module.register_forward_hook(self.watch.inside)))
 
     def _attach_attention(self, path: str, sites: list[Site]) -> None:
         module = self.model.get_submodule(path)

@@ -78,9 +78,18 @@ class Watch:
         if self._places and not self._aside and torch.is_grad_enabled() and self._is_wrong():
             self._tell(output)
 
+    def inside(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of a part of the model, after which other parts may draw."""
+        if self._places and not self._aside and torch.is_grad_enabled() and self._misses():
+            self._tell(output)
+
+    def _misses(self) -> bool:
+        """Whether nothing can be drawn, or the consistency is not computed."""
+        return self._in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step)
+
     def _is_wrong(self) -> bool:
         """Whether a backward pass from here would not teach what the recipe says."""
-        if self._in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step):
+        if self._misses():
             return True
         self._drawn = self._drawn or self._undrawn() is None
         return not self._drawn
