@@ -92,13 +92,13 @@ class Attachment:
             self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
         self._silenced = silence(model, plan.own_dropouts)
         self._copies = [copy for _, copy in saved_copies(model)]
-        transformer = find_transformer(model)[1]
+        inner, transformer = find_transformer(model)
         if live:
             transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
         self.watch = Watch(self)
         # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called
         # by itself, and after `unload` only that is left.
-        for path, module in {find_transformer(model)[0]: transformer, "": model}.items():
+        for path, module in {inner: transformer, "": model}.items():
             hooks = (
                 module.register_forward_pre_hook(self._verify),
                 module.register_forward_hook(self._look_back),

@@ -116,7 +116,7 @@ class Watch:
         if self._in_evaluation():
             message = f"a backward pass of a model with the recipe '{recipe}' {EVALUATION}"
             return partial(self._fail if self.attachment.model.training else self._warn, message)
-        if recipe.consistency is not None and not self._in_step:
+        if self._misses():
             plain = str(recipe).partition(" ~ ")[0]
             return partial(self._fail, MISSED.format(recipe=recipe, plain=plain))
         drop = self._undrawn()
