@@ -122,3 +122,12 @@ def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
     assert f"no sign that LoRA overfits as its rank grows ({ranks}: {gain_of(rank)} points)" in said
     assert f"stopping early brought it nothing ({gain_of(last)})" in said
     assert all(float(row["gain_low"]) <= 0 for row in (rank, last))
+
+
+def test_what_is_said_of_the_nearest_rival_is_what_the_report_found():
+    said, rivals = " ".join(README.split()), rows_of("rivals")
+    nearest = max(rivals, key=lambda row: float(row["gain_mean"]))
+    difference = gain_of({name: nearest[f"hiddenkey_{name}"] for name in ("gain_mean", "gain_low", "gain_high")})
+    assert f"`{nearest['method']}` came closest ({gain_of(nearest)}; `hiddenkey` minus it: {difference})" in said
+    assert len(rivals) == 7
+    assert all(float(row["gain_low"]) <= 0 for row in rivals)
