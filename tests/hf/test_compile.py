@@ -60,7 +60,7 @@ def mostly_full(case, recipe):
 @pytest.mark.parametrize(("case", "recipe"), [mostly_full(case, recipe) for case in CASES for recipe in RECIPES])
 def test_no_graph_break(case, recipe):
     family, options = CASES[case]
-    model, inputs = make(family, **options), batch(family)
+    model, inputs = make(family, depth=2, **options), batch(family)
     with hiddenkey.attach(model, recipe) as attachment:
         run = compiled(model)
         run(**inputs).loss.backward()
@@ -73,7 +73,7 @@ def test_no_graph_break(case, recipe):
 )
 def test_every_call_draws_anew_at_the_right_rate(case):
     family, options = CASES[case]
-    model, inputs = make(family, **options), batch(family)
+    model, inputs = make(family, depth=2, **options), batch(family)
     with hiddenkey.attach(model, "logits[:]:column@0.3 + hidden[:]:element@0.3") as attachment:
         run = compiled(model)
         losses = {float(run(**inputs).loss.detach()) for _ in range(8)}
@@ -103,7 +103,7 @@ def test_gradients_are_those_of_eager_mode(case, checkpointing, monkeypatch):
         pytest.skip("has no activation checkpointing")
     for module in (attend, dropout):
         monkeypatch.setattr(module, "draw", scattered)
-    model, inputs = make(family, **options), batch(family)
+    model, inputs = make(family, depth=2, **options), batch(family)
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
         model.enable_input_require_grads()
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_eager_mode(case, checkpointing, monkeypatch):
 
 
 def test_the_consistency_step_of_a_compiled_model():
-    model, inputs = make("llama"), inputs_for("llama", "none")
+    model, inputs = make("llama", depth=2), inputs_for("llama", "none")
     inputs["labels"] = inputs["input_ids"]
     with hiddenkey.attach(model, "hiddenkey@0.2"):
         found = hiddenkey.consistency_step(compiled(model), inputs)

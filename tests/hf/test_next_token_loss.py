@@ -1,11 +1,13 @@
 """The task loss of a step is the model's own, whatever that is, and the consistency compares the rows it counts."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hiddenkey
@@ -99,6 +101,54 @@ def subclass():
     return model
 
 
+class PenalisedForCausalLM(hf.LlamaForCausalLM):
+    """More than the loss that it asks transformers for, itself."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
+        states = self.model(input_ids, attention_mask).last_hidden_state
+        logits = self.lm_head(states[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size) + states.square().mean()
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class Penalised(torch.nn.Module):
+    """A model of the user's around one of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        outputs = self.inner(**inputs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + outputs.logits.square().mean()
+        return outputs
+
+
+def penalised_subclass():
+    model = frozen("llama")
+    model.base_model.model.__class__ = PenalisedForCausalLM
+    return model
+
+
+def penalised_by_hand():
+    model = frozen("llama")
+    inner = model.base_model.model
+    plain = inner.forward
+
+    @functools.wraps(plain)
+    def forward(**inputs):
+        outputs = plain(**inputs)
+        if outputs.loss is not None:
+            outputs.loss = outputs.loss + 1
+        return outputs
+
+    inner.forward = forward
+    return model
+
+
 def mixtral():
     options = {"num_local_experts": 4, "initializer_range": 0.3, "router_aux_loss_coef": 0.5}
     return lora(decoder("Mixtral")(**options), ["q_proj"])
@@ -113,6 +163,9 @@ def bamba():
 OWN: dict[str, tuple[Any, dict[str, Any]]] = {
     "loss_function set by hand": (with_loss_function, {}),
     "subclass": (subclass, {}),
+    "subclass that adds": (penalised_subclass, {}),
+    "forward set by hand": (penalised_by_hand, {}),
+    "a model of the user's around it": (lambda: Penalised(frozen("llama")), {}),
     "router logits asked for in the batch": (mixtral, {"output_router_logits": True}),
     "z loss": (bamba, {}),
 }

@@ -1,7 +1,11 @@
 """Losses from hidden states in chunks, and the shared lower layers, equal the dense step of two whole forwards."""
 
+import types
+
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import convert_outputs_to_fp32
 
 import hiddenkey
 from hiddenkey.consistency import CONSISTENCIES
@@ -170,6 +174,23 @@ def test_lower_layers_run_once(family):
         hiddenkey.consistency_step(model, batch(family)).total.backward()
     assert [calls.count(layer.path) for layer in stack] == [1, 1, 2, 2]
     assert "forward" not in vars(model.get_submodule(stack[0].path))
+
+
+def autocast(model):
+    """What accelerate's `prepare` does to a model for mixed precision."""
+    forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward.__func__))
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+@pytest.mark.parametrize("prepare", (autocast, lambda model: add_hook_to_module(model, ModelHook())))
+def test_a_model_that_accelerate_prepared_stays_in_chunks(prepare):
+    """Only the last token's logits are computed by the model itself."""
+    model = lora(make("llama"))
+    hiddenkey.attach(model, "hiddenkey@0.2")
+    found = hiddenkey.consistency_step(prepare(model), batch("llama"))
+    assert found.outputs["logits"].shape[1] == 1
+    assert found.consistency > 0
 
 
 def test_a_forward_of_the_layers_own_stays():

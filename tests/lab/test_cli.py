@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hiddenkey.cli import main
 from tests.test_registry import PLUGIN, install
 
 from .signals import heed_interrupts
@@ -35,14 +36,16 @@ def test_help_and_version_load_neither_torch_nor_transformers():
         assert "hiddenkey" in done.stdout
 
 
-def test_plan_prints_sites_without_weights(bert: Path, llama: Path, tmp_path: Path):
+def test_plan_prints_sites_without_weights(
+    bert: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for model in (bert, llama):
         (tmp_path / model.name).mkdir()
         (tmp_path / model.name / "config.json").write_bytes((model / "config.json").read_bytes())
-        done = hiddenkey("plan", str(tmp_path / model.name), "hiddenkey-@0.1")
-        assert done.returncode == 0, done.stderr
-        assert "logits" in done.stdout
-        assert "hidden" in done.stdout
+        main(["plan", str(tmp_path / model.name), "hiddenkey-@0.1"])
+        said = capsys.readouterr().out
+        assert "logits" in said
+        assert "hidden" in said
 
 
 def test_without_the_extra_the_command_says_what_to_install(bert: Path, sentences: Path, tmp_path: Path):
@@ -81,15 +84,19 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         ([], "train"),
     ],
 )
-def test_mistakes_exit_with_2_and_no_traceback(bert: Path, tmp_path: Path, arguments: list[str], said: str):
+def test_mistakes_exit_with_2_and_no_traceback(
+    bert: Path, tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
     names = {"BERT": str(bert), "OUT": str(tmp_path / "out")}
-    done = hiddenkey(*(names.get(argument, argument) for argument in arguments))
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stop:
+        main([names.get(argument, argument) for argument in arguments])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
 
 
-def test_train_from_yaml_with_flags_on_top(bert: Path, sentences: Path, tmp_path: Path):
+def test_train_from_yaml_with_flags_on_top(
+    bert: Path, sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "out"
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -102,12 +109,12 @@ def test_train_from_yaml_with_flags_on_top(bert: Path, sentences: Path, tmp_path
     assert (record["config"]["epochs"], record["config"]["learning_rate"]) == (1, 1e-3)
     assert str(out / "adapter") in done.stdout
     assert "epoch 1" in done.stderr
-    again = hiddenkey(*command)
-    assert again.returncode == 0
-    assert "nothing to do" in again.stderr
-    other = hiddenkey(*command, "--seed", "1")
-    assert other.returncode == 2
-    assert "seed: 0 there, 1 now" in other.stderr
+    main(command)
+    assert "nothing to do" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--seed", "1"])
+    assert stop.value.code == 2
+    assert "seed: 0 there, 1 now" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path):

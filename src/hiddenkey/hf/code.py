@@ -88,6 +88,19 @@ def config_names_in(module: nn.Module) -> frozenset[str]:
     return _config_names_of(kind)
 
 
+def written_in(module: nn.Module) -> set[str]:
+    """The packages that its forward, set by hand or not, and what is wrapped around it come from."""
+    packages: set[str] = set()
+    function: Any = module.forward
+    while function is not None:
+        # What `functools.wraps` says of itself is what it is around; its globals are its own.
+        bare = getattr(function, "func", getattr(function, "__func__", function))
+        name = bare.__globals__["__name__"] if isinstance(bare, FunctionType) else type(bare).__module__
+        packages.add(name.partition(".")[0])
+        function = getattr(function, "__wrapped__", None)
+    return packages
+
+
 @cache
 def _names_of(kind: Any) -> frozenset[str]:
     return frozenset(name for code in _code_of(kind) for name in code.co_names)

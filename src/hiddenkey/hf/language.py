@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from ..consistency import Consistency
 from .adapters import adds_to_loss
 from .attach import Attachment
-from .code import config_names_in
-from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys, takes_the_stock_loss
+from .code import config_names_in, written_in
+from .feed_forward import ancestors
+from .structure import LANGUAGE_MODELS, WRAPPERS, find_transformer, reads_lower_keys, takes_the_stock_loss
 from .token_loss import Head, Share, TokenLoss
 from .views import IGNORED, Batch
 
@@ -70,16 +71,23 @@ def frozen_head(attachment: Attachment) -> Head | None:
 
 def is_next_token_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's loss of the batch is transformers' cross entropy of next tokens, with nothing added."""
-    transformer = find_transformer(model)[1]
+    path, transformer = find_transformer(model)
     routers = batch.get("output_router_logits")
     if routers is None:
         routers = getattr(transformer.config, "output_router_logits", False)
     return (
         takes_the_stock_loss(transformer)
+        and _is_wrapped_plainly(model, path)
         and batch.get("shift_labels") is None
         and not routers
         and not getattr(transformer, "z_loss_coefficient", 0)
     )
+
+
+def _is_wrapped_plainly(model: nn.Module, path: str) -> bool:
+    """Whether nothing of the user's is around the model at the path, which may add to its loss."""
+    around = {*ancestors(path), ""} - {path}
+    return all(written_in(model.get_submodule(wrapper)) <= WRAPPERS for wrapper in around)
 
 
 def _cuts_tokens(transformer: PreTrainedModel) -> bool:

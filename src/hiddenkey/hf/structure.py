@@ -25,10 +25,12 @@ from transformers.models.auto.modeling_auto import (
 from ..errors import PlanError
 from .adapters import is_wrapper
 from .adapters import modules as all_modules
-from .code import MIXER, closed_because, names_in, uses_interface, uses_own_softmax
+from .code import MIXER, closed_because, names_in, uses_interface, uses_own_softmax, written_in
 from .feed_forward import ancestors, feed_forwards, join
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+# Packages that, around a model or its forward, leave its loss alone, or are known to change it (see `adds_to_loss`).
+WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
 LISTS = (nn.ModuleList, nn.Sequential)
 # transformers' losses that compare logits and labels at one place; all others, such as a user's, take the next label.
 IN_PLACE = frozenset(name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss)
@@ -134,8 +136,10 @@ def shifts_labels(model: nn.Module) -> bool:
 def takes_the_stock_loss(model: nn.Module) -> bool:
     """Whether its forward asks transformers for the loss, and transformers gives the one of next tokens.
 
-    A subclass with a loss of its own does not ask.
+    A forward from elsewhere, as of a subclass, may add to that loss or ask for another.
     """
+    if not written_in(model) <= {"transformers", *WRAPPERS}:
+        return False
     kind = getattr(model, "loss_type", None)
     stock = LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM") is ForCausalLMLoss
     return stock and not hasattr(model, "_loss_function") and "loss_function" in names_in(model)
