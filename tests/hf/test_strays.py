@@ -82,6 +82,20 @@ def test_a_copy_with_rates_in_its_configuration():
         assert type(attention.config) is hf.FalconConfig
 
 
+def test_a_copy_of_an_attention_has_the_backend_of_before():
+    model = make("llama")
+    attachment = hiddenkey.attach(model, "logits[:]:column@0.5")
+    config = peft.LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["self_attn"])
+    adapted = peft.get_peft_model(model, config).train()
+    attachment.detach()
+    copies = [layer.self_attn.modules_to_save["default"] for layer in model.model.layers]
+    assert {copy.config._attn_implementation for copy in copies} == {"sdpa"}
+    assert hooks(adapted) == 0
+    with hiddenkey.attach(adapted, "logits[:]:column@0.5") as again:
+        logits_of(adapted, inputs_for("llama", "none"))
+        assert any("modules_to_save" in site and rate > 0 for site, rate in again.rates().items())
+
+
 def test_a_copy_made_before_keeps_its_own_rate():
     model = adapt(make("roberta"), "LoRA on attention", "bert")
     wrapper = model.base_model.model.classifier

@@ -15,7 +15,7 @@ from ..axes.pattern import PATTERNS
 from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
-from .backend import PREFIX, SITE, our_name, read_eager, wrapped_name
+from .backend import SITE, our_name, read_eager, restore_backend, wrapped_name
 from .code import uses_interface
 from .dropouts import give_back, silence
 from .intact import problems, replicated, silent_sites, warn_of_silence, warn_of_switches
@@ -68,12 +68,15 @@ class Attachment:
     """A recipe at work on a model.
 
     plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
+    renamed: the configurations whose attention implementation has our name.
     switches: one module per drop, found in the model as `hiddenkey_drops`; its `p` set to 0 switches the drop off.
     watch: sees that what is trained is what the recipe says.
+    pooling_seen: set once a regression was seen to predict from the token that its consistency compares.
     dense: set by the first step of a language model whose loss can't be computed from its last hidden states.
     """
 
     dense = False
+    pooling_seen = False
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
@@ -81,7 +84,7 @@ class Attachment:
         self.handles: list[tuple[str, RemovableHandle]] = []
         self.hooked: dict[str, nn.Module] = {}
         self._documents: dict[str, Documents] = {}
-        self._configs: list[tuple[Any, str]] = []
+        self.renamed: list[Any] = []
         self.seen = False
         live = [site for site in plan.sites if site.drop.p > 0]
         self._switches = {drop: DropSwitch(drop) for drop in dict.fromkeys(site.drop for site in live)}
@@ -151,10 +154,9 @@ class Attachment:
             handle.remove()
         remove_strays(self.model, ATTACHED)
         find_transformer(self.model)[1]._modules.pop(SWITCHES, None)
-        for config, name in self._configs:
-            shared = any(config is other for attachment in ATTACHED for other, _ in attachment._configs)
-            if not shared and config._attn_implementation == PREFIX + name:
-                config._attn_implementation_internal = name
+        for config in self.renamed:
+            if not any(config is other for attachment in ATTACHED for other in attachment.renamed):
+                restore_backend(config)
         later = [pair for pair in saved_copies(self.model) if pair[1] not in self._copies]
         give_back([*self._silenced, *silenced_in(later, self._silenced)])
 
@@ -193,9 +195,9 @@ class Attachment:
             self.handles.append((path, module.register_forward_hook(own.after, always_call=True)))
 
     def _rename_backend(self, config: Any) -> None:
-        if not any(config is known for known, _ in self._configs):
+        if not any(config is known for known in self.renamed):
             name = wrapped_name(config._attn_implementation)
-            self._configs.append((config, name))
+            self.renamed.append(config)
             if name == "eager":
                 read_eager(self.model)
             config._attn_implementation_internal = our_name(self.model, name)

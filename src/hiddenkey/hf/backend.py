@@ -183,6 +183,13 @@ def wrapped_name(name: str | None) -> str:
     return (name or "eager").removeprefix(PREFIX)
 
 
+def restore_backend(config: Any) -> None:
+    """Give a configuration the name that ours stands for; one without our name stays as it is."""
+    name = getattr(config, "_attn_implementation", None)
+    if isinstance(name, str) and name.startswith(PREFIX):
+        config._attn_implementation_internal = wrapped_name(name)
+
+
 def _site(module: nn.Module) -> AttentionSite | None:
     """The module's site where it drops now: the module is training and a drop is switched on."""
     site: AttentionSite | None = vars(module).get(SITE)

@@ -25,6 +25,16 @@ def give_back_modes(modes: Modes) -> None:
 
 
 @contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while active."""
+    modes = to_evaluation(model)
+    try:
+        yield
+    finally:
+        give_back_modes(modes)
+
+
+@contextmanager
 def another_forward(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """While active, `forward` runs in the place of the modules' own, one that accelerate put there included."""
     earlier = [vars(module).get("forward") for module in modules]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .backend import SITE
+from .backend import SITE, restore_backend
 from .dropouts import Silenced
 from .intact import module_at
 from .sites import AttentionSite, Documents, StreamSite
@@ -25,14 +25,18 @@ Copy = tuple[nn.Module, nn.Module]
 
 
 def remove_strays(model: nn.Module, attachments: Collection[Attachment]) -> None:
-    """Take off the model what is ours and of none of the attachments: hooks and sites."""
+    """Take off the model what is ours and of none of the attachments: hooks, sites and names of backends."""
     handles = [handle for attachment in attachments for _, handle in attachment.handles]
     hooks = {(id(handle.hooks_dict_ref()), handle.id) for handle in handles}
     sites = {site for attachment in attachments for _, site in attachment.sites}
+    configs = {id(config) for attachment in attachments for config in attachment.renamed}
     for module in model.modules():
         _remove_hooks(module, hooks)
         if SITE in vars(module) and vars(module)[SITE] not in sites:
             delattr(module, SITE)
+        config = getattr(module, "config", None)
+        if id(config) not in configs:
+            restore_backend(config)
 
 
 def saved_copies(model: nn.Module) -> list[Copy]:

@@ -16,7 +16,8 @@ from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
-from .modes import give_back_modes, to_evaluation
+from .modes import evaluation
+from .pooling import pooled
 from .structure import find_transformer, shifts_labels
 
 Batch = Mapping[str, Any]
@@ -34,12 +35,8 @@ class Compared:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient, every module's own mode given back afterwards."""
-    modes = to_evaluation(model)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        give_back_modes(modes)
+    with evaluation(model), torch.no_grad():
+        yield
 
 
 class LastLayer:
@@ -113,7 +110,10 @@ def compared(
                 f"the consistency {consistency.name!r} compares predictions of a regression, but this model has "
                 f"{logits.shape[-1]} outputs for labels of {labels.dtype}; use 'kl'"
             )
-        return Compared(logits if consistency.scalar else _pooled(last, batch, attachment), None)
+        if consistency.scalar:
+            return Compared(logits, None)
+        assert last is not None
+        return Compared(pooled(last, batch, attachment), None)
     if labels.is_floating_point():
         raise UserError(
             f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
@@ -135,38 +135,6 @@ def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
     if shifts_labels(find_transformer(attachment.model)[1]):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return Compared(logits, labels != IGNORED)
-
-
-def _pooled(last: Tensor | None, batch: Batch, attachment: Attachment) -> Tensor:
-    """(B, D): the first token of an encoder, the last real token of a decoder, virtual tokens before it or not."""
-    assert last is not None
-    _refuse_other_pooling(find_transformer(attachment.model)[1], attachment)
-    if not attachment.plan.structure.stacks[-1].latter_half:
-        return last[:, 0]
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return last[:, -1]
-    index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
-    return last[torch.arange(last.shape[0], device=last.device), index]
-
-
-def _refuse_other_pooling(transformer: Any, attachment: Attachment) -> None:
-    """Raise UserError for a model known not to predict from the token that `_pooled` takes."""
-    config = transformer.config
-    summary = getattr(config, "summary_type", "first") if hasattr(transformer, "sequence_summary") else "first"
-    pooling = getattr(config, "classifier_pooling", "cls")
-    if config.is_encoder_decoder:
-        found = "is an encoder-decoder, which need not predict from its first token (Bart and T5 take <eos>)"
-    elif summary != "first":
-        found = f"sums a sequence up by summary_type={summary!r}, not by its first token"
-    elif pooling not in ("cls", "bos"):
-        found = f"pools by classifier_pooling={pooling!r}, not the first token"
-    else:
-        return
-    raise UserError(
-        f"the consistency {attachment.recipe.consistency!r} of a regression compares the vectors that are predicted "
-        f"from, but {type(transformer).__name__} {found}; use 'mse', which compares the predictions"
-    )
 
 
 def tie(consistency: Consistency, first: Compared, second: Compared, num_items: Tensor | int | None) -> Tensor:

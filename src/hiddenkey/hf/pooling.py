@@ -1,0 +1,80 @@
+"""The token that a regression predicts from; its vectors are compared (arXiv 2403.00812, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attach import Attachment
+from .modes import evaluation
+from .structure import find_transformer
+
+
+def pooled(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Tensor:
+    """(B, D) of the last layer's (B, T, D): the first token of an encoder, the last real token of a decoder.
+
+    Raises UserError for a model that predicts from others, which is looked at once.
+    """
+    if not attachment.pooling_seen:
+        _refuse_other_pooling(batch, attachment)
+        attachment.pooling_seen = True
+    return last[torch.arange(len(last), device=last.device), _places(last, batch, attachment)]
+
+
+def _places(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Tensor:
+    """(B): where the token is, virtual tokens before it or not."""
+    if not attachment.plan.structure.stacks[-1].latter_half:
+        return torch.zeros(len(last), dtype=torch.long, device=last.device)
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.full((len(last),), last.shape[1] - 1, device=last.device)
+    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
+
+
+def _refuse_other_pooling(batch: Mapping[str, Any], attachment: Attachment) -> None:
+    last, read = _tokens_read(batch, attachment)
+    others = torch.ones_like(read)
+    if last.dim() == 3 and len(last) == len(batch["labels"]):
+        others[torch.arange(len(last), device=last.device), _places(last, batch, attachment)] = False
+    if not (read & others).any() and read.any():
+        return
+    token = "last real token" if attachment.plan.structure.stacks[-1].latter_half else "first token"
+    name = type(find_transformer(attachment.model)[1]).__name__
+    raise UserError(
+        f"the consistency {attachment.recipe.consistency!r} of a regression compares the last layer's vector of the "
+        f"{token}, but {name} does not predict from that alone (rather from a mean over tokens, from <eos>, from "
+        "several layers); use 'mse', which compares the predictions"
+    )
+
+
+def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tensor, Tensor]:
+    """The last layer's output, and which of its tokens the predictions have gradient at, in a pass without drops.
+
+    Without the compiler: in one of its graphs the one has no gradient at the other.
+    """
+    model, seen = attachment.model, []
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        state = output[0] if isinstance(output, tuple) else output
+        seen.append(state.detach().requires_grad_())
+        return (seen[-1], *output[1:]) if isinstance(output, tuple) else seen[-1]
+
+    path = attachment.plan.structure.stacks[-1].layers[-1].path
+    handle = model.get_submodule(path).register_forward_hook(cut)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    try:
+        with (
+            attachment.watch.aside(),
+            evaluation(model),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            predictions = model(**inputs)["logits"]
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(predictions.sum(), seen[-1], materialize_grads=True)
+    return seen[-1], gradient.ne(0).any(-1)
