@@ -313,18 +313,19 @@ class Killer(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resumable(out: Path, mode: str) -> dict[str, Any]:
+def resumable(out: Path, mode: str, recipe: str = "hiddenkey@0.3", **options: Any) -> dict[str, Any]:
     """A training with shuffled examples and drawn masks: whole, killed, or resumed after that."""
     made = trainer(
         out / ("whole" if mode == "whole" else "cut"),
         "llama",
-        "hiddenkey@0.3",
+        recipe,
         RANKS,
         cls=hiddenkey.DropTrainer,
         optim="adamw_torch",
         save_strategy="steps",
         save_steps=2,
         max_steps=9,
+        **options,
     )
     if mode == "killed":
         made.add_callback(Killer())

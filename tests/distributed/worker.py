@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tests.distributed import scenarios, sharded
+from tests.distributed import scenarios, sharded, zero
 
 
 def main() -> None:
     """One rank."""
     scenario, out, *arguments = sys.argv[1:]
     rank = int(os.environ["RANK"])
-    room = scenarios if hasattr(scenarios, scenario) else sharded
+    room = next(room for room in (scenarios, sharded, zero) if hasattr(room, scenario))
     found = getattr(room, scenario)(Path(out), *arguments)
     torch.save(found, Path(out) / f"rank{rank}.pt")
     if distributed.is_initialized():

@@ -103,10 +103,14 @@ def _caps_logits(transformer: PreTrainedModel) -> bool:
 
 
 def _is_plain(head: Any) -> bool:
-    """Whether its weight is numbers in the usual layout, here or in parts on several processes; not quantised."""
+    """Whether its weight is numbers in the usual layout, here or in parts on several processes; not quantised.
+
+    DeepSpeed's ZeRO-3 has a weight here only while its module is called.
+    """
     plain = type(head.weight) in (nn.Parameter, Tensor) or hasattr(head.weight, "full_tensor")
     layout = head.weight.shape == (head.out_features, head.in_features)
-    return plain and layout and not head.weight.is_meta and head.weight.is_floating_point()
+    come_and_go = hasattr(head.weight, "ds_id")
+    return plain and layout and not come_and_go and not head.weight.is_meta and head.weight.is_floating_point()
 
 
 def whole(parameter: Any) -> Any:

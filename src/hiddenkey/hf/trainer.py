@@ -173,14 +173,19 @@ class ConsistencyMixin:
         if self.args.should_save and folder.is_dir():
             save_recipe(folder, self.attachment.recipe)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        saved, ours = load_recipe(resume_from_checkpoint), self.attachment.recipe
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Compare recipes too: of all that resuming loads, this alone is asked for under every engine."""
+        if checkpoint is not None:
+            self._compare_recipes(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+
+    def _compare_recipes(self, checkpoint: str) -> None:
+        saved, ours = load_recipe(checkpoint), self.attachment.recipe
         if saved != ours:
             raise SavedRecipeError(
-                f"the checkpoint {resume_from_checkpoint} was trained with the recipe '{saved}', this run uses "
-                f"'{ours}': resume with the former, or start a new run in another output folder"
+                f"the checkpoint {checkpoint} was trained with the recipe '{saved}', this run uses '{ours}': resume "
+                "with the former, or start a new run in another output folder"
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
 
 class DropTrainer(ConsistencyMixin, Trainer):
