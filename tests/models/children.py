@@ -16,8 +16,8 @@ from .examine import examine
 from .kinds import class_name
 from .record import Record
 
-# Of the processor's time; of the clock's ten times as much, since others may be at work.
-SECONDS, BYTES = 20, 12 * 2**30
+# Of a slow processor's time; of the clock's ten times as much, since others may be at work.
+SECONDS, BYTES = 60, 12 * 2**30
 
 
 def examine_apart(kind: str) -> Record:

@@ -19,6 +19,7 @@ from .. import tiny
 
 ROOT = Path(__file__).parents[3]
 PAPER = sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
+SMALL = [path for name in ("minilm", "stories15m") for path in sorted((ROOT / "experiments" / name).glob("*.yaml"))]
 MODELS = {"roberta": "roberta-large", "gpt2": "gpt2-medium", "llama2": "meta-llama/Llama-2-7b-hf"}
 FIRST = ("roberta-rte", "roberta-stsb", "gpt2-e2e", "gpt2-webnlg", "llama2-mrpc")
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.WORDS)
@@ -53,23 +54,30 @@ def save_model(kind: str, folder: Path) -> Path:
     return folder
 
 
-def save_data(kind: str, folder: Path) -> Path:
-    """Parts with the names that the hub or the original files have."""
+def save_data(kind: str, folder: Path, rows: int = 12) -> Path:
+    """Parts with the names that the hub or the original files have, of at least so many rows."""
     folder.mkdir()
     if kind == "e2e":
         for name in ("trainset", "devset", "testset_w_refs"):
-            rows = tiny.paired_rows(12)
-            tiny.write_csv(folder / f"{name}.csv", [{"mr": r["prompt"], "ref": r["completion"]} for r in rows])
+            parts = [
+                {"mr": f"{r['prompt']} {i}", "ref": r["completion"]} for i, r in enumerate(tiny.paired_rows(rows))
+            ]
+            tiny.write_csv(folder / f"{name}.csv", parts)
     elif kind == "webnlg":
         for name in ("train", "dev", "test"):
-            rows = [{"triples": ["a | b | c"], "texts": ["the film was fine"], "seen": True}] * 12
-            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            entries = [
+                {"triples": [f"a | b | {i}"], "texts": ["the film was fine"], "seen": True} for i in range(rows)
+            ]
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, entries)))
     else:
-        for name in ("train", "validation"):
+        for name in ("train", "validation" if rows == 12 else "dev"):
             with (folder / f"{name}.csv").open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(["sentence1", "sentence2", "label"])
-                writer.writerows(["the film", f"was {tiny.WORDS[i % 12]}", i % 2] for i in range(30))
+                scores = (0.5, 2.0) if kind == "stsb" and rows > 12 else (0, 1)
+                writer.writerows(
+                    ["the film", f"was {tiny.WORDS[i % 12]}", scores[i % 2]] for i in range(max(30, rows))
+                )
     return folder
 
 
@@ -92,6 +100,21 @@ def test_an_experiment_can_be_run(path: Path, tmp_path: Path):
     runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
     assert {run.config.test for run in runs if run} == {"test" if task in ("e2e", "webnlg") else "validation"}
     sets = (f"model={save_model(kind, tmp_path / 'model')}", f"data={save_data(task, tmp_path / 'data')}")
+    config = SweepConfig(str(path), dry_run=True, set=sets, out=str(tmp_path / "out"))
+    assert sweep(config, Console(quiet=True)).total == len(runs)
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_a_small_experiment_can_be_run(path: Path, tmp_path: Path):
+    given = read_sweep(path)
+    assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)} --workers 2\n")
+    assert path.stem.startswith(given.name)
+    assert given.out == f"results/study/{path.stem}"
+    runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
+    trials = {len(group.slots) for group in make_plan(given).groups}
+    assert len(trials) == 1, "methods have not the same number of trials"
+    model = save_model("llama2" if path.parent.name == "stories15m" else "roberta", tmp_path / "model")
+    sets = (f"model={model}", f"data={save_data(path.stem, tmp_path / 'data', rows=3000)}")
     config = SweepConfig(str(path), dry_run=True, set=sets, out=str(tmp_path / "out"))
     assert sweep(config, Console(quiet=True)).total == len(runs)
 
