@@ -17,7 +17,9 @@ from torch import distributed, nn
 import hiddenkey
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.draws import random_keep
-from hiddenkey.hf.doctor import surroundings
+from hiddenkey.hf import step
+from hiddenkey.hf.doctor import examine, surroundings
+from hiddenkey.hf.doctor.patient import Patient
 from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
 from hiddenkey.hf.step import consistency_step
 
@@ -145,6 +147,32 @@ def test_the_model_is_left_as_it_was(family, before, adapter):
     if before:
         assert attachment.rates() == rates
         assert not attachment.dense
+        assert not any("draw" in vars(site) for _, site in attachment.sites)
+        assert all(switch in attachment.switches for _, site in attachment.sites for switch in site.switches)
+
+
+def test_what_a_step_would_write_down_is_forgotten(monkeypatch):
+    """Of the kind of labels, of a head that does not give the logits, and of the first training forward."""
+    model = make("bert", depth=2)
+    examined(model, "hiddenkey@0.3")
+    assert model.config.problem_type is None
+    monkeypatch.setattr(step, "agrees", lambda *_: False)
+    model = lora(make("llama", depth=2))
+    attachment = hiddenkey.attach(model, "hiddenkey@0.3")
+    examined(model)
+    assert not attachment.dense
+    assert not attachment.seen
+
+
+def test_activations_are_kept_or_recomputed_as_before():
+    model = attached("llama", "hidden[:]:element@0.3", depth=2)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    shot = snapshot(model)
+    assert any(
+        module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")
+    )
+    examined(model)
+    assert snapshot(model) == shot
 
 
 def test_the_model_is_left_as_it_was_after_an_error():
@@ -182,6 +210,15 @@ def test_what_is_counted(pattern):
         assert finding.values["low"] < 0.3 < finding.values["high"]
 
 
+def test_every_forward_draws_anew():
+    """Masks that came twice would count as twice as many draws, at the very same rate."""
+    model, one, rates = make("llama", depth=1), batch("llama"), []
+    for batches, rounds in (([one], 1), ([one], 2), ([one, one], 1)):
+        findings = hiddenkey.doctor(model, "hidden[:]:element@0.3", batches, rounds=rounds).findings
+        rates += [finding.values["rate"] for finding in findings if finding.check == "rate"]
+    assert rates[0] != rates[1] == rates[2]
+
+
 def test_a_pattern_of_somebody_else_counts_rows():
     @register_pattern("all-or-nothing")
     def all_or_nothing(grid, p):
@@ -212,6 +249,18 @@ def test_the_cost_is_that_of_the_step_that_training_takes(monkeypatch):
     assert tied.values["parameters"] > 0
 
 
+def test_the_cost_is_told_against_the_plain_model(monkeypatch):
+    model = attached("llama", "hidden[:]:element@0.3", depth=1)
+    patient = Patient(model, hiddenkey.find_attachment(model), [batch("llama")])
+    plain = make("llama", depth=1)(**batch("llama")).loss
+    assert torch.equal(surroundings._plain_loss(patient), plain)
+    assert not torch.equal(surroundings._our_loss(patient), plain)
+    times = {surroundings._plain_loss: iter([9, *[2] * 5]), surroundings._our_loss: iter([1, *[3] * 5])}
+    monkeypatch.setattr(surroundings, "_time", lambda patient, step: next(times[step]))
+    (finding,) = surroundings.check_cost(patient)
+    assert finding.values == {"ratio": 1.5, "seconds": 3}
+
+
 def test_adapter_dropouts_are_named():
     diagnosis = examined(lora(make("llama"), ["q_proj"], lora_dropout=0.05), "hiddenkey@0.3")
     assert diagnosis.ok, str(diagnosis)
@@ -239,6 +288,8 @@ def test_the_report():
     diagnosis = examined(make("bert"), "hiddenkey@0.3")
     plain = json.loads(json.dumps(diagnosis.to_dict()))
     assert plain["ok"] is True
+    assert plain["model"] == "BertForSequenceClassification"
+    assert [finding["values"] for finding in plain["findings"]] == [dict(f.values) for f in diagnosis.findings]
     assert plain["recipe"] == "logits:column@0.3 + hidden:element@0.3 ~ kl*1.0"
     assert len(plain["findings"]) == len(diagnosis.findings)
     text = str(diagnosis)
@@ -259,6 +310,17 @@ def test_what_is_refused():
         hiddenkey.doctor(empty, "hiddenkey@0.3")
 
 
+def test_a_sharded_model_is_refused(monkeypatch):
+    model = attached("bert", "hiddenkey@0.3", depth=1)
+    model.classifier.bias.ds_id = 7  # as DeepSpeed marks the parameters that it cuts up
+    with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
+        hiddenkey.doctor(model)
+    del model.classifier.bias.ds_id
+    monkeypatch.setattr(examine, "DTensor", nn.Parameter)
+    with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
+        hiddenkey.doctor(model)
+
+
 def test_a_model_whose_inputs_are_unknown():
     model = make("bert")
     type(model).main_input_name, kept = "smells", type(model).main_input_name
@@ -269,20 +331,44 @@ def test_a_model_whose_inputs_are_unknown():
         type(model).main_input_name = kept
 
 
-@pytest.mark.parametrize(("others", "verdict"), (([], "wrong"), ([0.25], "ok")))
+def drawn_from(seed, model):
+    """A number, and the square of what the model puts out."""
+    torch.manual_seed(seed)
+    number = float(torch.rand((), dtype=torch.float64))
+    torch.manual_seed(seed)
+    return number, float(model(**batch("bert")).logits.detach().double().square().sum())
+
+
+ALIKE, APART = (None, None), (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    (
+        ([APART], "ok"),
+        ([ALIKE], "wrong"),
+        ([APART, ALIKE], "wrong"),
+        ([(None, 0.25)], "wrong"),  # the same draws of other data
+        ([(0.25, None)], "wrong"),  # other random states, from which the drops are not drawn
+    ),
+)
 def test_ranks(others, verdict, monkeypatch):
-    """One process plays two: its peer's output is the same, or another one."""
+    """One process plays several; None where another's number or output is the same as this one's."""
     model = attached("bert", "hiddenkey@0.3")
-    patient = types.SimpleNamespace(model=model, batch=batch("bert"))
+    torch.manual_seed(3)
+    states, mine = random_states(model), drawn_from(3, model)
 
     def gather(into, value):
-        into[:] = [value, *(others or [value])]
+        assert value == mine  # from the random states that the doctor found, not from those of its other checks
+        into[:] = [value, *(tuple(v if w is None else w for v, w in zip(value, o, strict=True)) for o in others)]
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: len(others) + 1)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
-    (finding,) = check_ranks(patient, random_states(model))
+    torch.manual_seed(4)
+    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert")), states)
     assert finding.verdict == verdict
+    assert ("torch.manual_seed(seed + rank)" in finding.reason) == (verdict == "wrong")
 
 
 @pytest.mark.full

@@ -1,13 +1,20 @@
 """Red lines that a check could miss by looking at something else: found by breaking the checks themselves."""
 
 import types
+from dataclasses import replace
+from functools import partial
 
+import peft
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hiddenkey
-from hiddenkey.drop import is_recomputing
-from hiddenkey.hf import sites, step
+from hiddenkey import dropout
+from hiddenkey.drop import draw, is_recomputing
+from hiddenkey.hf import backend, sites, skip, step
 from hiddenkey.hf.doctor.rates import FALSE_ALARM
 from hiddenkey.hf.interval import interval
 from hiddenkey.hf.structure import find_transformer
@@ -16,9 +23,16 @@ from .tiny import batch, make
 from .tools import attached, lora
 
 
+def examined(model, *arguments):
+    return hiddenkey.doctor(model, *arguments, rounds=1, size=3, length=12)
+
+
 def red(model, *arguments):
-    diagnosis = hiddenkey.doctor(model, *arguments, rounds=1, size=3, length=12)
-    return {finding.check: finding.reason for finding in diagnosis.wrong}
+    return {finding.check: finding.reason for finding in examined(model, *arguments).wrong}
+
+
+def reasons(diagnosis, check):
+    return [finding.reason for finding in diagnosis.findings if finding.check == check]
 
 
 @pytest.mark.parametrize("tie", ("held constant", "without effect"))
@@ -47,7 +61,7 @@ def test_the_adapters_dropout_is_no_effect_of_ours():
     transformer.forward = types.MethodType(forward, transformer)
     transformer.generate = lambda **_: torch.zeros(1)
     found = hiddenkey.doctor(model, None, [batch("llama")], rounds=1).wrong
-    assert "effect" in {finding.check for finding in found}
+    assert [finding.check for finding in found].count("effect") == 2
 
 
 def test_a_recomputation_that_fails_with_the_recipe_alone(monkeypatch):
@@ -64,6 +78,35 @@ def test_a_recomputation_that_fails_with_the_recipe_alone(monkeypatch):
     assert "as they can without: no draw is left" in found["recompute"]
 
 
+def test_one_layer_that_is_recomputed_with_other_masks():
+    """Little differs, all of it below that layer, and not in the parameter that comes first."""
+    model = make("bert")
+    model.first = nn.Parameter(torch.ones(3))
+    model.classifier.register_forward_hook(lambda module, args, output: output * model.first)
+    hiddenkey.attach(model, "hidden[3:]:element@0.05")
+    layer = model.bert.encoder.layer[3]
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    (finding,) = (finding for finding in examined(model).findings if finding.check == "recompute")
+    assert finding.verdict == "wrong"
+    assert "recomputed as the model is set to" in finding.reason
+    assert 0.01 < finding.values["gradients"] < 0.8
+
+
+def test_nothing_to_train():
+    model = attached("bert", "hidden[:]:element@0.3", depth=2).requires_grad_(False)
+    diagnosis = examined(model)
+    assert {finding.check for finding in diagnosis.wrong} == {"gradients"}
+    for check in ("gradients", "recompute", "cost"):
+        assert "no parameter is trainable" in reasons(diagnosis, check)[0]
+
+
+def test_one_entry_that_is_not_finite():
+    model = attached("bert", "hidden[:]:element@0.3")
+    model.classifier.bias.register_hook(lambda gradient: gradient / torch.tensor([1.0, 0.0, 1.0]))
+    assert red(model)["gradients"] == "not finite in classifier.bias"
+
+
 def test_false_alarms_are_shared_by_all_sites():
     """Of four sites each may be red by chance a quarter as often."""
     findings = hiddenkey.doctor(make("llama"), "logits[:]:element@0.3", rounds=1, size=3, length=12).findings
@@ -71,3 +114,157 @@ def test_false_alarms_are_shared_by_all_sites():
     assert len(rates) == 4
     for values in rates:
         assert (values["low"], values["high"]) == interval(values["rate"], values["draws"], FALSE_ALARM / 4)
+
+
+def test_a_model_in_evaluation_mode_whose_sites_are_not():
+    model = attached("llama", "hidden[:]:element@0.3", depth=2)
+    model.training = False
+    assert red(model) == {
+        "training mode": "the model is in evaluation mode, in which nothing is dropped: call model.train()"
+    }
+
+
+def test_a_key_that_would_be_saved_with_the_adapter(monkeypatch):
+    model = lora(make("llama", depth=2), ["q_proj"])
+    hiddenkey.attach(model, "hidden[:]:element@0.3")
+    real = peft.get_peft_model_state_dict
+    ours = {"hiddenkey_drops.count": torch.zeros(1)}
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda m: real(m) | (ours if m is model else {}))
+    assert red(model) == {"adapter keys": "keys that plain PEFT does not write"}
+
+
+@pytest.mark.parametrize("rate", (0.05, 0.75))
+def test_spans_that_are_too_short_or_too_long(rate, monkeypatch):
+    model = attached("bert", "hidden[:]:span@0.3", depth=2)
+    monkeypatch.setattr(dropout, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
+    assert "round(p x length) is" in red(model)["rate"]
+
+
+# Drops that do harm, little of it or at few places.
+
+
+def drop_as(monkeypatch, function, always=False):
+    """Another way to apply a mask in every stream, in evaluation too where always."""
+    for module in (sites, skip):
+        monkeypatch.setattr(module, "drop_stream", lambda x, drop, keep: function(x, keep))
+    if always:
+        monkeypatch.setattr(sites.StreamSite, "is_active", lambda self, module: True)
+
+
+def test_a_look_at_the_next_token_alone_and_only_a_little(monkeypatch):
+    drop_as(monkeypatch, lambda x, keep: x * keep + 0.02 * x.roll(-1, 1))
+    (finding,) = examined(attached("llama", "hidden[3:]:element@0.3")).wrong
+    assert finding.check == "causality"
+    assert finding.values["before"] < 0.1
+
+
+def test_evaluation_that_is_only_nearly_the_same(monkeypatch):
+    drop_as(monkeypatch, lambda x, keep: x * (1 + 1e-6), always=True)
+    assert "outputs differ from the plain model's by" in red(attached("bert", "hidden[:]:element@0.3"))["evaluation"]
+
+
+def test_drops_in_the_tokens_that_follow_a_first_which_ends_the_text(monkeypatch):
+    plain = make("llama").eval()
+    prompt = {name: value[:1] for name, value in batch("llama", labels=False).items()}
+    first = plain.generate(**prompt, max_new_tokens=1, do_sample=False)[0, -1]
+    model = attached("llama", "hidden[:]:element@0.3")
+    model.generation_config.eos_token_id = int(first)
+    drop_as(monkeypatch, lambda x, keep: x if x.shape[1] > 1 else -x, always=True)
+    found = {f.check for f in hiddenkey.doctor(model, batches=[batch("llama")], rounds=1).wrong}
+    assert "generate" in found
+    assert "evaluation" not in found
+
+
+# The effect of every site, of which one may be lost while others show.
+
+
+def ignore_the_mask(query, key, value, drops, keeps, *, mask, bias=None, scale=None, softcap=None):
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def test_a_kernel_that_ignores_its_mask_is_not_hidden_by_other_drops(monkeypatch):
+    model = attached("gemma3", "hiddenkey-[:]@0.3", depth=2)
+    monkeypatch.setattr(backend, "attend", ignore_the_mask)
+    found = red(model)["effect"]
+    assert found.startswith("another draw at logits model.layers.0.self_attn, logits model.layers.1.self_attn alone")
+
+
+def test_a_kernel_that_ignores_one_of_two_masks(monkeypatch):
+    def without_weights(query, key, value, drops, keeps, **options):
+        keeps = [keep | (drop.position == "weights") for drop, keep in zip(drops, keeps, strict=True)]
+        return attend(query, key, value, drops, keeps, **options)
+
+    attend = backend.attend
+    monkeypatch.setattr(backend, "attend", without_weights)
+    found = red(attached("llama", "logits[:]:column@0.3 + weights[:]:element@0.3", depth=1))
+    assert found["effect"].startswith("another draw at weights model.layers.0.self_attn alone changes nothing")
+
+
+def drop_nothing(site, monkeypatch):
+    """It draws, and gives on what came."""
+    monkeypatch.setattr(site, "_drop", lambda x: (site.draw(x), x)[1], raising=False)
+
+
+def draw_always_the_same(site, monkeypatch):
+    real = sites.StreamSite.draw
+
+    def draw(self, x):
+        with torch.random.fork_rng(devices=[], enabled=self is site):
+            if self is site:
+                torch.manual_seed(0)
+            return real(self, x)
+
+    monkeypatch.setattr(sites.StreamSite, "draw", draw)
+
+
+@pytest.mark.parametrize("lose", (drop_nothing, draw_always_the_same))
+def test_one_site_of_many_that_is_lost(lose, monkeypatch):
+    model = attached("llama", "hiddenkey-[:]@0.3", depth=3)
+    lose(dict(hiddenkey.find_attachment(model).sites)["model.layers.1.mlp"], monkeypatch)
+    found = red(model)
+    assert set(found) == {"effect"}
+    assert found["effect"].startswith("another draw at hidden model.layers.1.mlp alone changes nothing")
+
+
+def test_masks_that_are_always_the_same_differ_from_none_alone(monkeypatch):
+    model = attached("llama", "hidden[1:2]:element@0.3", depth=2)
+    draw_always_the_same(hiddenkey.find_attachment(model).sites[0][1], monkeypatch)
+    effects = [finding.verdict for finding in examined(model).findings if finding.check == "effect"]
+    assert effects == ["ok", "wrong", "wrong"]
+
+
+def test_drops_that_miss_the_token_a_classifier_reads():
+    """Spans of 3 of 32 places in the last layer, of which the head sees the first token alone."""
+    diagnosis = hiddenkey.doctor(make("bert"), "hidden[3:]:span@0.1", rounds=1)
+    assert diagnosis.ok, str(diagnosis)
+    assert "1 of 1 sites change it by themselves" in reasons(diagnosis, "effect")
+
+
+def test_spans_that_leave_nothing_have_no_other_draw():
+    diagnosis = examined(make("llama", depth=2), "hidden[:]:span@0.97 + logits[:]:column@0.3")
+    assert diagnosis.ok, str(diagnosis)
+    assert reasons(diagnosis, "effect")[-1] == "2 of 4 sites change it by themselves"
+
+
+def test_a_model_that_draws_by_itself_hides_what_a_site_does():
+    model = attached("llama", "hiddenkey-[:]@0.3", depth=2)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.randn(output.shape))
+    assert "the model draws by itself, which hides what one site does" in reasons(examined(model), "effect")
+
+
+@pytest.mark.parametrize("whose", ("the model's own", "the adapter's"))
+def test_other_dropouts_hide_nothing_of_what_a_site_does(whose):
+    model = lora(make("bert", depth=2), ["query"], lora_dropout=0.5 if whose == "the adapter's" else 0.0)
+    hiddenkey.attach(model, "hidden[:]:element@0.3")
+    if whose == "the model's own":
+        find_transformer(model)[1].bert.embeddings.dropout.p = 0.5
+    assert reasons(examined(model), "effect")[-1] == "2 of 2 sites change it by themselves"
+
+
+def test_what_falls_where_nobody_can_see_it():
+    """Of a single token the only key is never dropped; of a rate of one in a million nothing falls."""
+    one = {"input_ids": torch.full((3, 1), 5), "labels": torch.tensor([0, 2, 1])}
+    recipe = "logits[:]:column@0.3 + hidden[:]:element@0.3 + input:element@0.000001"
+    diagnosis = hiddenkey.doctor(make("bert", depth=2), recipe, [one], rounds=1)
+    assert diagnosis.ok, str(diagnosis)
+    assert reasons(diagnosis, "effect")[-1] == "2 of 5 sites change it by themselves"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import types
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,10 @@ from transformers import TrainerCallback
 
 import hiddenkey
 from hiddenkey import attend, dropout
+from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey.draws import random_keep
 from hiddenkey.drop import Tally, draw
+from hiddenkey.hf import rate_log
 from hiddenkey.hf.interval import interval, surprise
 from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
 
@@ -124,6 +128,57 @@ def test_few_draws_prove_little(monkeypatch):
     other_rate(monkeypatch, 0.6)
     model(**{name: value[:, :3] for name, value in batch("llama").items()})
     assert watch.look() == []
+
+
+@pytest.fixture
+def all_or_nothing():
+    """Whole rows fall together."""
+
+    @register_pattern("all-or-nothing")
+    def pattern(grid, p):
+        return grid.lay(random_keep((*grid.lead, 1), p, grid.device).expand(*grid.lead, grid.places))
+
+    yield
+    PATTERNS.remove("all-or-nothing")
+
+
+def test_what_falls_together_is_one_draw(all_or_nothing):
+    """Three rows of twelve tokens: all or none of them fall in a quarter of all passes."""
+    model, watch = watched("hidden[3:]:all-or-nothing@0.5")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model(**batch("llama"))
+        assert watch.look() == []
+
+
+def test_spans_are_rounded_and_prove_nothing():
+    """round(0.04 x 12) is none, in as many rows as it takes to be no chance at a rate of 0.04."""
+    model, watch = watched("hidden[:]:span@0.04")
+    model(**{name: value.repeat(40, 1) for name, value in batch("llama").items()})
+    assert surprise(0.0, 0.04, 4 * 120) < FALSE_ALARM / 2
+    assert watch.look() == []
+
+
+@pytest.mark.parametrize("look", (1, 2, 5))
+@pytest.mark.parametrize("times", (0.99, 1.01))
+def test_what_a_look_may_spend(look, times, monkeypatch):
+    """One k(k + 1)-th of the false alarms, shared by two drops."""
+    model, watch = watched("logits[:]:column@0.3 + hidden[:]:element@0.3")
+    model(**batch("llama"))
+    watch.looks = look - 1
+    monkeypatch.setattr(rate_log, "surprise", lambda *_: times * FALSE_ALARM / (look * (look + 1) * 2))
+    assert len(watch.look()) == (2 if times < 1 else 0)
+
+
+def test_another_recipe_is_watched_anew():
+    model, trainer = attached("llama", RECIPE, depth=1), types.SimpleNamespace()
+    for recipe in (None, "hidden[:]:element@0.2"):
+        if recipe is not None:
+            hiddenkey.find_attachment(model).detach()
+            hiddenkey.attach(model, recipe)
+        model(**batch("llama"))
+        rate_log.log_what_is_wrong(trainer, hiddenkey.find_attachment(model))
+        assert trainer._rate_watch.attachment is hiddenkey.find_attachment(model)
 
 
 def test_silence_is_told_once_and_only_since_the_last_look():

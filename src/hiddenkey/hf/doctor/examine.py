@@ -15,7 +15,8 @@ from ..structure import find_transformer
 from .backward import check_consistency, check_reach, check_recompute
 from .batches import make_batches
 from .diagnosis import Diagnosis, Finding
-from .forward import check_causality, check_effect, check_evaluation
+from .effect import check_effect
+from .forward import check_causality, check_evaluation
 from .patient import Patient, warnings_hidden
 from .preserve import fresh_counts, preserved
 from .rates import check_rates

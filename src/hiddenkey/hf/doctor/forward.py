@@ -1,4 +1,4 @@
-"""What can be seen in outputs: drops have an effect, evaluation has none of it, and no output looks ahead."""
+"""What can be seen in outputs: evaluation has nothing of drops, and no output looks ahead."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..views import LastLayer
 from .diagnosis import Finding
-from .patient import REFUSALS, SEED, Patient, main_output
-from .preserve import only_our_drops, without_our_drops
-from .rates import recorded
+from .patient import REFUSALS, Patient
+from .preserve import only_our_drops
 
 TOKENS = 6
 # Kernels may add up in another order when a later token differs, so equal means equal to so many digits.
@@ -29,29 +28,6 @@ def difference(first: Tensor, second: Tensor) -> float:
     """|a - b| / |b| in the Euclidean norm."""
     first, second = first.float(), second.float()
     return float((first - second).norm() / second.norm().clamp(min=1e-30))
-
-
-def check_effect(patient: Patient) -> Iterator[Finding]:
-    """Outputs in training differ from those without our drops, and from draw to draw."""
-    if not patient.rates:
-        yield Finding("effect", "skipped", "no drop of the recipe is on, so there is nothing to see")
-        return
-    with only_our_drops(patient.attachment.model), torch.no_grad():
-        with recorded(patient) as records:
-            first, second = (_states(patient, SEED + turn) for turn in (1, 2))
-        with without_our_drops(patient.attachment):
-            plain = _states(patient, SEED + 1)
-    drawn = [record for record in records.values() if record.drawn]
-    if drawn and not any(record.dropped for record in drawn):
-        yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
-        return
-    apart = {"without drops": difference(first, plain), "with another draw": difference(first, second)}
-    for name, value in apart.items():
-        same = value == 0
-        reason = f"the output in training differs from that {name} by {value:.3g} of its norm"
-        if same:
-            reason = f"the output in training is the same as {name}: no drop reaches it"
-        yield Finding("effect", "wrong" if same else "ok", reason, values={"difference": value})
 
 
 def check_evaluation(patient: Patient) -> Iterator[Finding]:
@@ -128,8 +104,3 @@ def _last_layer(patient: Patient, batch: Any) -> Tensor:
         patient.train(patient.model, batch)
     assert last.output is not None
     return last.output
-
-
-def _states(patient: Patient, seed: int) -> Tensor:
-    """What the model puts out for the first batch, in the mode it is in."""
-    return main_output(patient.train(patient.model, patient.batch, seed))

@@ -26,17 +26,21 @@ UNITS = {"entry": "draws", "row": "rows", "fixed": "places"}
 
 
 class Record:
-    """What one drop did at one site: entries drawn, dropped, draws of their own, and how many a span must drop."""
+    """What one drop did at one site: entries drawn, dropped, draws of their own, and how many a span must drop.
+
+    places: the largest number of keys or tokens.
+    """
 
     def __init__(self, drop: Drop) -> None:
         self.drop = drop
-        self.dropped = self.drawn = self.must = self.squares = 0
+        self.dropped = self.drawn = self.must = self.squares = self.places = 0
 
     def add(self, keep: Tensor, grid: Grid, lead: int) -> None:
         """Count a draw over the whole mask."""
         together = drawn_together(self.drop, keep, lead)
         self.dropped += keep.numel() - int(torch.count_nonzero(keep))
         self.squares += keep.numel() * together
+        self.places = max(self.places, grid.places)
         if PATTERNS[self.drop.pattern].unit == "fixed":
             must, places = fixed_count(grid, self.drop.p)
             self.must += must

@@ -1,0 +1,128 @@
+"""Drops have an effect: training differs from what it is without them, from draw to draw, and by each site alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...recipe import Drop
+from ..attach import Attachment
+from ..intact import some
+from ..sites import AttentionSite, StreamSite
+from ..switch import DropSwitch
+from .diagnosis import Finding
+from .forward import difference
+from .patient import SEED, Patient, main_output
+from .preserve import only_our_drops, without_our_drops
+from .rates import recorded
+
+DRAWS = 8
+# What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
+ENOUGH = 20
+
+# What every layer puts out, and last the model: a head may look at one token, on which nothing need fall.
+States = list[Tensor]
+
+
+def check_effect(patient: Patient) -> Iterator[Finding]:
+    """What is computed in training differs from that without our drops, from draw to draw, and by each site alone."""
+    if not patient.rates:
+        yield Finding("effect", "skipped", "no drop of the recipe is on, so there is nothing to see")
+        return
+    with only_our_drops(patient.attachment.model), torch.no_grad():
+        with recorded(patient) as records:
+            first, second = (_states(patient, patient.model, SEED + turn) for turn in (1, 2))
+        with without_our_drops(patient.attachment):
+            plain = _states(patient, patient.model, SEED + 1)
+    drawn = [record for record in records.values() if record.drawn]
+    if drawn and not any(record.dropped for record in drawn):
+        yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
+        return
+    for name, other in {"without drops": plain, "with another draw": second}.items():
+        apart = [difference(*pair) for pair in zip(first, other, strict=True)]
+        value, what = (apart[-1], "output") if apart[-1] else (max(apart), "layers' output")
+        reason = f"the {what} in training differs from that {name} by {value:.3g} of its norm"
+        if value == 0:
+            reason = f"the output in training is the same as {name}: no drop reaches it"
+        yield Finding("effect", "ok" if value else "wrong", reason, values={"difference": value})
+    yield _check_each_site(patient)
+
+
+def _check_each_site(patient: Patient) -> Finding:
+    """A kernel may be given a mask and ignore it, at one position or in one kind of layer, while other drops show."""
+    attachment = patient.attachment
+    model = attachment.model  # not what was compiled around it, which every switch would compile again
+    on = [
+        (f"{drop.position} {path}", site, drop)
+        for path, site in attachment.sites
+        for drop, switch in zip(site.drops, site.switches, strict=True)
+        if switch.is_on
+    ]
+    with only_our_drops(model), torch.no_grad(), without_our_drops(attachment):
+        if not _same(_states(patient, model, SEED), _states(patient, model, SEED + 1)):
+            return Finding("effect", "skipped", "the model draws by itself, which hides what one site does")
+        shows = {name: _shows(patient, name, site, drop) for name, site, drop in on}
+    ignored = [name for name, shown in shows.items() if shown is False]
+    if ignored:
+        reason = f"another draw at {some(ignored)} alone changes nothing: the mask is ignored there, or never another"
+        return Finding("effect", "wrong", reason)
+    if not any(shows.values()):
+        return Finding("effect", "skipped", "too little falls at one site to see it there")
+    return Finding("effect", "ok", f"{sum(map(bool, shows.values()))} of {len(on)} sites change it by themselves")
+
+
+def _shows(patient: Patient, name: str, site: AttentionSite | StreamSite, drop: Drop) -> bool | None:
+    """Whether another draw of this site alone, through the same kernels, shows; None where too little fell to say."""
+    model = patient.attachment.model
+    with recorded(patient) as records, _on(site, drop):
+        first = _states(patient, model, SEED)
+        for turn in range(1, DRAWS):
+            if not _same(_states(patient, model, SEED + turn), first):
+                return True
+    record = records[name]
+    only_key = isinstance(site, AttentionSite) and record.places == 1  # which is seen whatever is drawn
+    return False if ENOUGH <= record.dropped < record.drawn and not only_key else None
+
+
+@contextmanager
+def _on(site: AttentionSite | StreamSite, drop: Drop) -> Iterator[None]:
+    """One drop of one site switched on, while all are off."""
+    switches = site.switches
+    vars(site)["switches"] = tuple(DropSwitch(drop) if switch.drop == drop else switch for switch in switches)
+    try:
+        yield
+    finally:
+        vars(site)["switches"] = switches
+
+
+def _states(patient: Patient, model: nn.Module, seed: int) -> States:
+    with _layers_kept(patient.attachment) as states:
+        output = main_output(patient.train(model, patient.batch, seed))
+    return [*states, output]
+
+
+@contextmanager
+def _layers_kept(attachment: Attachment) -> Iterator[States]:
+    """What the layers put out meanwhile, one after the other."""
+    states: States = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        if isinstance(state, Tensor):  # ShadowPEFT passes an object of its own
+            states.append(state)
+
+    paths = [layer.path for stack in attachment.plan.structure.stacks for layer in stack.layers]
+    handles = [attachment.model.get_submodule(path).register_forward_hook(keep) for path in paths]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(first: States, second: States) -> bool:
+    return all(map(torch.equal, first, second))
