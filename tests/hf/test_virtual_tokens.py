@@ -8,6 +8,7 @@ import hiddenkey
 from hiddenkey import attend
 from hiddenkey.consistency import consistency_loss
 from hiddenkey.hf import step as step_module
+from hiddenkey.hf.pooling import pooled
 from hiddenkey.hf.views import labels_of
 
 from .adapters import adapt, batch_for, build, moved
@@ -92,7 +93,7 @@ def test_a_regression_compares_the_last_real_token_behind_virtual_ones(monkeypat
     inputs = {**batch("llama"), "labels": torch.tensor([0.5, -1.0, 2.0])}
     attachment = hiddenkey.attach(model, STEP)
     last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
-    found = hiddenkey.hf.views._pooled(last, inputs, attachment)
+    found = pooled(last, inputs, attachment)
     assert found.flatten().tolist() == [
         row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate((12, 9, 5))
     ]
