@@ -85,19 +85,29 @@ def test_a_disabled_prompt_adds_no_token():
     assert step.total.isfinite()
 
 
-def test_a_regression_compares_the_last_real_token_behind_virtual_ones(monkeypatch):
+def prompted_regression(padding):
     torch.manual_seed(0)
     model = decoder("Llama")(head="ForSequenceClassification", num_labels=1)
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL)
     model = moved(peft.get_peft_model(model, config))
-    inputs = {**batch("llama"), "labels": torch.tensor([0.5, -1.0, 2.0])}
-    attachment = hiddenkey.attach(model, STEP)
+    hiddenkey.attach(model, STEP)
+    return model, {**batch("llama", padding=padding), "labels": torch.tensor([0.5, -1.0, 2.0])}
+
+
+@pytest.mark.parametrize("padding", ("left", "none"))
+def test_a_regression_compares_the_last_real_token_behind_virtual_ones(padding):
+    model, inputs = prompted_regression(padding)
     last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
-    found = pooled(last, inputs, attachment)
-    assert found.flatten().tolist() == [
-        row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate((12, 9, 5))
-    ]
+    found = pooled(last, inputs, hiddenkey.find_attachment(model))
+    assert found.flatten().tolist() == [(row + 1) * (VIRTUAL + LENGTH) - 1 for row in range(BATCH)]
     assert hiddenkey.consistency_step(model, inputs).total.isfinite()
+
+
+def test_a_regression_behind_virtual_tokens_with_padding_on_the_right():
+    """transformers takes the last place, padding or not, where it is given embeddings, as PEFT does with a prompt."""
+    model, inputs = prompted_regression("right")
+    with pytest.raises(hiddenkey.UserError, match="padding on the left"):
+        hiddenkey.consistency_step(model, inputs)
 
 
 POINTS = ("logits[:]:column@0.4", "logits[:]:element@0.4", "logits[:]:span@0.4", "weights[:]:column@0.4")

@@ -47,7 +47,8 @@ def _refuse_other_pooling(batch: Mapping[str, Any], attachment: Attachment) -> N
     raise UserError(
         f"the consistency {attachment.recipe.consistency!r} of a regression compares the last layer's vector of the "
         f"{token}, but {name} does not predict from that alone (rather from a mean over tokens, from <eos>, from "
-        "several layers); use 'mse', which compares the predictions"
+        "several layers, or behind a prompt from the last place, which needs padding on the left); use 'mse', which "
+        "compares the predictions"
     )
 
 
