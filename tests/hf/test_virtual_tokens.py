@@ -94,12 +94,23 @@ def prompted_regression(padding):
     return model, {**batch("llama", padding=padding), "labels": torch.tensor([0.5, -1.0, 2.0])}
 
 
-@pytest.mark.parametrize("padding", ("left", "none"))
-def test_a_regression_compares_the_last_real_token_behind_virtual_ones(padding):
+LAST = {"left": (12, 12, 12), "none": (12, 12, 12), "right": (12, 9, 5)}
+
+
+@pytest.mark.parametrize("padding", LAST)
+def test_the_last_real_token_behind_virtual_ones(padding):
     model, inputs = prompted_regression(padding)
+    attachment = hiddenkey.find_attachment(model)
+    attachment.pooling_seen = True  # where it is, not whether the model predicts from it
     last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
-    found = pooled(last, inputs, hiddenkey.find_attachment(model))
-    assert found.flatten().tolist() == [(row + 1) * (VIRTUAL + LENGTH) - 1 for row in range(BATCH)]
+    assert pooled(last, inputs, attachment).flatten().tolist() == [
+        row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate(LAST[padding])
+    ]
+
+
+@pytest.mark.parametrize("padding", ("left", "none"))
+def test_a_regression_from_the_last_real_token_behind_virtual_ones(padding):
+    model, inputs = prompted_regression(padding)
     assert hiddenkey.consistency_step(model, inputs).total.isfinite()
 
 
