@@ -122,3 +122,21 @@ def test_merging_is_that_of_peft_alone(tuner, family):
     merged, wanted = model.merge_and_unload(), plain.merge_and_unload()
     assert same_state(merged, wanted.state_dict())
     assert torch.equal(logits_of(merged.eval(), inputs), logits_of(wanted.eval(), inputs))
+
+
+@pytest.mark.parametrize(("tuner", "family"), pairs(ALL, ("ShadowPEFT",)))
+def test_the_doctor_finds_nothing_wrong(tuner, family):
+    examine(tuner, family)
+
+
+def examine(tuner: str, family: str) -> str:
+    """The doctor's line about causality, once all is green."""
+    diagnosis = hiddenkey.doctor(build(tuner, family), "hiddenkey-[:]@0.3", [batch_for(tuner, family)], rounds=1)
+    assert diagnosis.ok, str(diagnosis)
+    (causality,) = (finding for finding in diagnosis.findings if finding.check == "causality")
+    return str(causality)
+
+
+def test_a_tuner_that_looks_ahead_by_itself_is_no_fault_of_the_drops():
+    """Lily weighs its experts by the mean over all tokens."""
+    assert "looks ahead by itself" in examine("Lily", "llama")

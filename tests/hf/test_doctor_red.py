@@ -246,6 +246,12 @@ def test_spans_that_leave_nothing_have_no_other_draw():
     assert reasons(diagnosis, "effect")[-1] == "2 of 4 sites change it by themselves"
 
 
+def test_where_every_draw_drops_everything_there_is_no_other():
+    diagnosis = examined(make("bert", depth=2), "hidden[:]:span@0.99")
+    assert diagnosis.ok, str(diagnosis)
+    assert "everything falls at every draw, so there is no other" in reasons(diagnosis, "effect")
+
+
 def test_a_model_that_draws_by_itself_hides_what_a_site_does():
     model = attached("llama", "hiddenkey-[:]@0.3", depth=2)
     model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.randn(output.shape))

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...recipe import Drop
-from ..attach import Attachment
 from ..intact import some
 from ..sites import AttentionSite, StreamSite
 from ..switch import DropSwitch
 from .diagnosis import Finding
 from .forward import difference
-from .patient import SEED, Patient, main_output
+from .patient import SEED, Patient, States, layers_kept, main_output
 from .preserve import only_our_drops, without_our_drops
 from .rates import recorded
 
 DRAWS = 8
 # What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
 ENOUGH = 20
-
-# What every layer puts out, and last the model: a head may look at one token, on which nothing need fall.
-States = list[Tensor]
 
 
 def check_effect(patient: Patient) -> Iterator[Finding]:
@@ -42,7 +37,12 @@ def check_effect(patient: Patient) -> Iterator[Finding]:
     if drawn and not any(record.dropped for record in drawn):
         yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
         return
-    for name, other in {"without drops": plain, "with another draw": second}.items():
+    others = {"without drops": plain}
+    if any(record.dropped < record.drawn for record in drawn):
+        others["with another draw"] = second
+    else:
+        yield Finding("effect", "skipped", "everything falls at every draw, so there is no other")
+    for name, other in others.items():
         apart = [difference(*pair) for pair in zip(first, other, strict=True)]
         value, what = (apart[-1], "output") if apart[-1] else (max(apart), "layers' output")
         reason = f"the {what} in training differs from that {name} by {value:.3g} of its norm"
@@ -99,29 +99,11 @@ def _on(site: AttentionSite | StreamSite, drop: Drop) -> Iterator[None]:
         vars(site)["switches"] = switches
 
 
+# The layers' outputs, and last the model's: a head may look at one token, on which nothing need fall.
 def _states(patient: Patient, model: nn.Module, seed: int) -> States:
-    with _layers_kept(patient.attachment) as states:
+    with layers_kept(patient.attachment.model, patient.layers) as states:
         output = main_output(patient.train(model, patient.batch, seed))
     return [*states, output]
-
-
-@contextmanager
-def _layers_kept(attachment: Attachment) -> Iterator[States]:
-    """What the layers put out meanwhile, one after the other."""
-    states: States = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
-        if isinstance(state, Tensor):  # ShadowPEFT passes an object of its own
-            states.append(state)
-
-    paths = [layer.path for stack in attachment.plan.structure.stacks for layer in stack.layers]
-    handles = [attachment.model.get_submodule(path).register_forward_hook(keep) for path in paths]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _same(first: States, second: States) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from ..views import copied, inference
 from .preserve import plain_twin, seed_all
 
 Batch = Mapping[str, Any]
+States = list[Tensor]
 SEED = 20240301
 # What a model raises that can't do what it is asked; whose fault it is, the plain twin tells.
 REFUSALS = (RuntimeError, TypeError, ValueError)
@@ -44,6 +45,11 @@ class Patient:
     def twin(self) -> nn.Module:
         """The same model without the recipe, on the same weights."""
         return plain_twin(self.attachment.model)
+
+    @property
+    def layers(self) -> list[str]:
+        """The paths of all layers, the decoder's last."""
+        return [layer.path for stack in self.attachment.plan.structure.stacks for layer in stack.layers]
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -76,6 +82,24 @@ class Patient:
             for parameter in model.parameters():
                 parameter.grad = None
         return loss.detach(), found
+
+
+@contextmanager
+def layers_kept(model: nn.Module, paths: Iterable[str]) -> Iterator[States]:
+    """What the layers put out meanwhile, one after the other: (B, T, D) each."""
+    states: States = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        if isinstance(state, Tensor):  # ShadowPEFT passes an object of its own
+            states.append(state)
+
+    handles = [model.get_submodule(path).register_forward_hook(keep) for path in paths]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def loss_of(outputs: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attach import Attachment, find_attachment
 from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
@@ -127,6 +127,9 @@ def without_our_drops(attachment: Attachment) -> Iterator[None]:
 def plain_twin(model: nn.Module) -> nn.Module:
     """A copy of an attached model with the same tensors, without the recipe."""
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    # What a pass left behind with its graph, as ShadowPEFT's does, cannot be copied.
+    left = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    tensors |= {id(tensor): tensor.detach() for tensor in left if not tensor.is_leaf}
     twin = copy.deepcopy(model, tensors)
     attachment = find_attachment(twin)
     if attachment is not None:
