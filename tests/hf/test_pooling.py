@@ -80,7 +80,7 @@ def test_looking_at_it_changes_nothing():
     for run in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
         found = []
         for seen in (False, True):
-            model = make("bert", depth=2, num_labels=1)
+            model = make("bert", depth=1, num_labels=1)
             attachment = hiddenkey.attach(model, f"{DROPS} ~ kl")
             attachment.pooling_seen = seen
             found.append((one_step(model, run, 5), str(attachment.rates())))
