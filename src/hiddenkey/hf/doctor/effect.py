@@ -37,10 +37,9 @@ def check_effect(patient: Patient) -> Iterator[Finding]:
     if drawn and not any(record.dropped for record in drawn):
         yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
         return
-    others = {"without drops": plain}
-    if any(record.dropped < record.drawn for record in drawn):
-        others["with another draw"] = second
-    else:
+    others = {"without drops": plain, "with another draw": second}
+    if drawn and all(record.dropped == record.drawn for record in drawn):
+        del others["with another draw"]
         yield Finding("effect", "skipped", "everything falls at every draw, so there is no other")
     for name, other in others.items():
         apart = [difference(*pair) for pair in zip(first, other, strict=True)]
