@@ -278,3 +278,28 @@ def test_a_mixer_with_maps_up_and_down_is_no_feed_forward_block():
     module = block(mixer=Plain(), mlp=Plain())
     modules = {f"layer.{path}" if path else "layer": part for path, part in module.named_modules()}
     assert list(feed_forwards("layer", ["layer.mixer"], modules)) == ["layer.mlp"]
+
+
+def elsewhere(forward, module):
+    """The same code as written in another module, as Axolotl puts it into a model's class."""
+    names = {**forward.__globals__, "__name__": module}
+    return type(forward)(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+
+
+def test_a_forward_that_another_package_put_into_the_class(monkeypatch):
+    model = build("llama")
+    sites = str(hiddenkey.plan(model, "hiddenkey[:]@0.3"))
+    kind = type(model.model.layers[0].self_attn)
+    monkeypatch.setattr(kind, "forward", elsewhere(kind.forward, "some.kernels"))
+    assert kind.forward.__module__ == "some.kernels"
+    assert str(hiddenkey.plan(model, "hiddenkey[:]@0.3")) == sites
+
+
+def test_a_forward_that_is_put_in_later_is_read_anew(monkeypatch):
+    model = build("llama")
+    hiddenkey.plan(model, "hiddenkey[:]@0.3")
+    monkeypatch.setattr(
+        type(model.model.layers[0].self_attn), "forward", lambda self, hidden_states, **_: hidden_states
+    )
+    with pytest.raises(hiddenkey.PlanError, match="its 'logits' was not found"):
+        hiddenkey.plan(model, "hiddenkey[:]@0.3")

@@ -53,9 +53,8 @@ def uses_interface(module: nn.Module) -> bool:
 
 def asks_for_sdpa(module: nn.Module) -> bool:
     """Whether its forward compares the attention implementation with "sdpa" by itself."""
-    kind: Any = type(module)
     return any(
-        "_attn_implementation" in code.co_names and "sdpa" in _texts(code.co_consts) for code in _code_of(kind)
+        "_attn_implementation" in code.co_names and "sdpa" in _texts(code.co_consts) for code in _code_of(module)
     )
 
 
@@ -78,14 +77,12 @@ def closed_because(module: nn.Module) -> str | None:
 
 def names_in(module: nn.Module) -> frozenset[str]:
     """The names that the module's forward uses, and those of the functions beside it that it calls."""
-    kind: Any = type(module)
-    return _names_of(kind)
+    return _names_of(_code_of(module))
 
 
 def config_names_in(module: nn.Module) -> frozenset[str]:
     """The names that the same functions read from `self.config`."""
-    kind: Any = type(module)
-    return _config_names_of(kind)
+    return _config_names_of(_code_of(module))
 
 
 def written_in(module: nn.Module) -> set[str]:
@@ -102,14 +99,14 @@ def written_in(module: nn.Module) -> set[str]:
 
 
 @cache
-def _names_of(kind: Any) -> frozenset[str]:
-    return frozenset(name for code in _code_of(kind) for name in code.co_names)
+def _names_of(codes: tuple[CodeType, ...]) -> frozenset[str]:
+    return frozenset(name for code in codes for name in code.co_names)
 
 
 @cache
-def _config_names_of(kind: Any) -> frozenset[str]:
+def _config_names_of(codes: tuple[CodeType, ...]) -> frozenset[str]:
     found: set[str] = set()
-    for code in _code_of(kind):
+    for code in codes:
         steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
         for owner, read in pairwise(steps):
             if owner.opname == read.opname == "LOAD_ATTR" and owner.argval == "config":
@@ -117,12 +114,20 @@ def _config_names_of(kind: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def _code_of(module: nn.Module) -> tuple[CodeType, ...]:
+    kind: Any = type(module)
+    return _code_from(kind, inspect.unwrap(kind.forward))
+
+
 @cache
-def _code_of(kind: Any) -> tuple[CodeType, ...]:
-    """The code of a module's forward, of the functions beside it that it calls, and of those inside them."""
-    files = {parent.__module__ for parent in kind.__mro__}
+def _code_from(kind: Any, forward: Any) -> tuple[CodeType, ...]:
+    """The code of a class's forward, of the functions beside it that it calls, and of those inside them.
+
+    forward: what it is now; Axolotl puts one of its own into the class.
+    """
+    files = {forward.__module__, *(parent.__module__ for parent in kind.__mro__)}
     found: dict[CodeType, None] = {}
-    waiting: list[object] = [kind.forward]
+    waiting: list[object] = [forward]
     while waiting:
         function = waiting.pop()
         function = inspect.unwrap(function) if callable(function) else function
