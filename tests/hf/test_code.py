@@ -1,5 +1,7 @@
 """Attention code that is not ours: which of it takes drops, which is refused, and that none is silently ignored."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -290,7 +292,7 @@ def test_a_forward_that_another_package_put_into_the_class(monkeypatch):
     model = build("llama")
     sites = str(hiddenkey.plan(model, "hiddenkey[:]@0.3"))
     kind = type(model.model.layers[0].self_attn)
-    monkeypatch.setattr(kind, "forward", elsewhere(kind.forward, "some.kernels"))
+    monkeypatch.setattr(kind, "forward", elsewhere(inspect.unwrap(kind.forward), "some.kernels"))
     assert kind.forward.__module__ == "some.kernels"
     assert str(hiddenkey.plan(model, "hiddenkey[:]@0.3")) == sites
 

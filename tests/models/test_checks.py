@@ -41,7 +41,7 @@ def test_a_look_into_the_future(monkeypatch):
 
 def test_hidden_keys_that_come_back(monkeypatch):
     monkeypatch.setattr(softmax, "drop_weights", lambda logits, visible, drops, keeps: torch.ones_like(logits) / 9)
-    assert "masks_that_keep_everything" in problems("gptj")
+    assert "masks_that_keep_everything" in problems("bloom")
 
 
 def test_something_left_behind(monkeypatch):
