@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 
 import hiddenkey
 from hiddenkey.hf.backend import SITE
@@ -82,15 +83,29 @@ def test_a_copy_with_rates_in_its_configuration():
         assert type(attention.config) is hf.FalconConfig
 
 
-def test_a_copy_of_an_attention_has_the_backend_of_before():
+def with_copied_attentions():
+    """PEFT has copied the attentions with our backend's name in their configuration; detached since."""
     model = make("llama")
     attachment = hiddenkey.attach(model, "logits[:]:column@0.5")
     config = peft.LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["self_attn"])
     adapted = peft.get_peft_model(model, config).train()
     attachment.detach()
+    return adapted
+
+
+def test_a_copy_of_an_attention_has_the_backend_of_before():
+    adapted = with_copied_attentions()
+    model = adapted.get_base_model()
     copies = [layer.self_attn.modules_to_save["default"] for layer in model.model.layers]
     assert {copy.config._attn_implementation for copy in copies} == {"sdpa"}
     assert hooks(adapted) == 0
+
+
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.20"), reason="its wrapper takes no keyword arguments alone"
+)
+def test_a_copy_of_an_attention_drops_when_it_is_attached_again():
+    adapted = with_copied_attentions()
     with hiddenkey.attach(adapted, "logits[:]:column@0.5") as again:
         logits_of(adapted, inputs_for("llama", "none"))
         assert any("modules_to_save" in site and rate > 0 for site, rate in again.rates().items())
