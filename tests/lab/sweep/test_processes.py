@@ -60,7 +60,7 @@ def kill_at_random(plan: Plan, url: str, folder: Path, kills: int) -> tuple[Boar
             board.bury(str(processes[place].pid))
         processes[place] = start()
     for process in processes:
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     return board, Counter(log.read_text().split())
 
