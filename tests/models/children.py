@@ -16,8 +16,8 @@ from .examine import examine
 from .kinds import class_name
 from .record import Record
 
-# Of a slow processor's time; of the clock's ten times as much, since others may be at work.
-SECONDS, BYTES = 60, 12 * 2**30
+# Of a slow processor's time; of the clock's five times as much, since others may be at work.
+SECONDS, BYTES = 120, 12 * 2**30
 
 
 def examine_apart(kind: str) -> Record:
@@ -40,7 +40,7 @@ def examine_apart(kind: str) -> Record:
 def _work(kind: str, writer: int) -> None:
     torch.set_num_threads(1)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    signal.alarm(10 * SECONDS)
+    signal.alarm(5 * SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
