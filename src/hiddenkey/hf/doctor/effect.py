@@ -98,8 +98,8 @@ def _on(site: AttentionSite | StreamSite, drop: Drop) -> Iterator[None]:
         vars(site)["switches"] = switches
 
 
-# The layers' outputs, and last the model's: a head may look at one token, on which nothing need fall.
 def _states(patient: Patient, model: nn.Module, seed: int) -> States:
+    """The layers' outputs, and last the model's: a head may look at one token, on which nothing need fall."""
     with layers_kept(patient.attachment.model, patient.layers) as states:
         output = main_output(patient.train(model, patient.batch, seed))
     return [*states, output]
