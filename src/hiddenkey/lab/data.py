@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from .columns import Columns, TaskName, find_columns, require_columns
+from .columns import Columns, TaskName, find_columns, require_columns, values
 from .config import TrainConfig
 from .errors import DataError
 from .sources import read_source
@@ -64,10 +64,10 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     if len(rows) == 0:
         raise DataError(f"The {part} has no rows.")
     for name in columns.texts:
-        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(rows[name]) if v is None])
+        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if v is None])
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
     what = "completion" if columns.task == "causal-lm" else "label"
-    unlabelled = [i for i, value in enumerate(rows[columns.label]) if _is_missing(value, hidden)]
+    unlabelled = [i for i, value in enumerate(values(rows, columns.label)) if _is_missing(value, hidden)]
     _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
 
 
@@ -97,7 +97,7 @@ def _split(rows: Dataset, columns: Columns, config: TrainConfig) -> tuple[Datase
             "more rows."
         )
     parts = Dataset.from_dict({"rows": groups}).train_test_split(test_size=held_out, seed=config.data_seed)
-    train, validation = ([i for group in parts[name]["rows"] for i in group] for name in ("train", "test"))
+    train, validation = ([i for group in values(parts[name], "rows") for i in group] for name in ("train", "test"))
     return rows.select(train), rows.select(validation)
 
 
@@ -106,7 +106,7 @@ def _groups(rows: Dataset, columns: Columns) -> list[list[int]]:
     if columns.task != "causal-lm":
         return [[i] for i in range(len(rows))]
     groups: dict[str, list[int]] = {}
-    for i, prompt in enumerate(rows[columns.texts[0]]):
+    for i, prompt in enumerate(values(rows, columns.texts[0])):
         groups.setdefault(_prompt(prompt), []).append(i)
     return list(groups.values())
 
@@ -114,7 +114,7 @@ def _groups(rows: Dataset, columns: Columns) -> list[list[int]]:
 def _test_part(rows: Dataset, columns: Columns, names: tuple[str, ...], size: int) -> Dataset:
     # Chosen without a seed of the run: all runs are compared on the same rows.
     groups = _groups(rows, columns)
-    chosen = _subset(Dataset.from_dict({"rows": groups}), size, 0, "test_size")["rows"]
+    chosen = values(_subset(Dataset.from_dict({"rows": groups}), size, 0, "test_size"), "rows")
     return _normalise(rows.select([i for group in chosen for i in group]), columns, names, "test data")
 
 
@@ -128,7 +128,7 @@ def _label_names(rows: Dataset, column: str) -> tuple[str, ...]:
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return tuple(feature.names)
-    names = {_canonical(value) for value in rows[column]}
+    names = {_canonical(value) for value in values(rows, column)}
     if len(names) < 2:
         raise DataError(f"Column {column!r} holds one label only, {names.pop()!r}; classification needs two or more.")
     if len(names) > 20 and len(names) > len(rows) / 2:
@@ -156,20 +156,20 @@ def _numbers_first(name: str) -> tuple[int, float, str]:
 def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: str) -> Dataset:
     if columns.task == "causal-lm":
         return _pairs(rows, columns)
-    values: dict[str, list[Any]] = {"first": [str(text) for text in rows[columns.texts[0]]]}
+    fields: dict[str, list[Any]] = {"first": [str(text) for text in values(rows, columns.texts[0])]}
     if len(columns.texts) == 2:
-        values["second"] = [str(text) for text in rows[columns.texts[1]]]
-    labels = list(rows[columns.label])
-    values["label"] = (
+        fields["second"] = [str(text) for text in values(rows, columns.texts[1])]
+    labels = values(rows, columns.label)
+    fields["label"] = (
         _scores(labels, columns) if columns.task == "regression" else _classes(labels, rows, columns, names, part)
     )
-    return Dataset.from_dict(values)
+    return Dataset.from_dict(fields)
 
 
 def _pairs(rows: Dataset, columns: Columns) -> Dataset:
     named = {"prompt": columns.texts[0], "completion": columns.label, **_marks(rows)}
     pairs: dict[str, list[Any]] = {name: [] for name in named}
-    for prompt, completion, *marks in zip(*(rows[column] for column in named.values()), strict=True):
+    for prompt, completion, *marks in zip(*(values(rows, column) for column in named.values()), strict=True):
         for target in completion if isinstance(completion, list) else [completion]:
             for name, value in zip(pairs, (_prompt(prompt), str(target), *marks), strict=True):
                 pairs[name].append(value)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from .artifacts import GENERATIONS, write_text
+from .columns import values
 from .config import TrainConfig
 from .errors import ConfigError
 from .metrics.measure import measure, require_tools
@@ -43,9 +44,9 @@ def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, m
         raise ConfigError("generation_metrics are for causal-lm data; leave them out.")
     require_tools(config.generation_metrics)
     references: dict[str, list[str]] = {}
-    for prompt, completion in zip(rows["prompt"], rows["completion"], strict=True):
+    for prompt, completion in zip(values(rows, "prompt"), values(rows, "completion"), strict=True):
         references.setdefault(prompt, []).append(completion)
-    seen = dict(zip(rows["prompt"], rows["seen"], strict=True)) if "seen" in rows.column_names else {}
+    seen = dict(zip(values(rows, "prompt"), values(rows, "seen"), strict=True)) if "seen" in rows.column_names else {}
     ids = prompt_ids(list(references), config.separator, tokenizer)
     room = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, ids)) + config.max_new_tokens

@@ -23,6 +23,7 @@ from .adapter import save_adapter
 from .artifacts import CHECKPOINTS, RunResult, make_folder, open_folder, require_space, write_result
 from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
 from .checkpoints import is_last, last_checkpoint, unmark
+from .columns import values
 from .config import Keep, TrainConfig
 from .data import Examples, load_examples
 from .errors import LabError, RunError
@@ -149,7 +150,7 @@ def _check(config: TrainConfig, recipe: Any) -> _Checked:
 
 
 def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
-    full = sum(len(ids) == max_length for ids in checked.train["input_ids"])
+    full = sum(len(ids) == max_length for ids in values(checked.train, "input_ids"))
     if full:
         total = len(checked.train)
         console.print(
@@ -159,7 +160,7 @@ def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
 
 def _by_length(rows: Dataset) -> Dataset:
     # Evaluation does not mind the order, and rows of like length need little padding.
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = [len(ids) for ids in values(rows, "input_ids")]
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 

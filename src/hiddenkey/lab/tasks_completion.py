@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
+from .columns import values
 from .errors import DataError
 
 IGNORED = -100
@@ -51,7 +52,9 @@ class Completion:
         if not tokenizer.is_fast:
             raise DataError("The tokenizer tells no offsets; causal-lm needs a fast one (a tokenizer.json).")
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
-        empty = [i + 1 for i, labels in enumerate(encoded["labels"]) if all(label == IGNORED for label in labels)]
+        empty = [
+            i + 1 for i, labels in enumerate(values(encoded, "labels")) if all(label == IGNORED for label in labels)
+        ]
         if empty:
             raise DataError(
                 f"In {len(empty)} rows (the first is {empty[0]}) the prompt alone fills max_length = {max_length} "

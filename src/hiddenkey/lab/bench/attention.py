@@ -119,7 +119,8 @@ def attention_case(shape: tuple[int, int, int, int], causal: bool, config: Bench
     rivals = {name: rival for name, rival in RIVALS.items() if shape[2] <= rival.longest}
     works = {name: backward_of(rival.attend, x) for name, rival in rivals.items()}
     times = interleave(works, config.rounds_of(_rounds(shape[2])), config.seconds)
-    rows = [Row(name, rivals[name].what, times[name], peak_memory(work, device)) for name, work in works.items()]
+    peaks = peak_memory(works, device)
+    rows = [Row(name, rivals[name].what, times[name], peaks[name]) for name in works]
     name = f"{'causal' if causal else 'full'} {' x '.join(map(str, shape))}"
     return Case(name, {"shape": list(shape), "causal": causal, "dtype": config.dtype}, PLAIN, rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -33,10 +33,19 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         # type() and not isinstance(), which would wake what only stands in for a module.
-        for tensor in [found for found in gc.get_objects() if issubclass(type(found), Tensor)]:
+        objects = gc.get_objects()
+        kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
+        for tensor in [found for found in objects if type(found) in kinds]:
             if tensor.layout == torch.strided:
                 self._follow(tensor, 0)
         return super().__enter__()
+
+    def peak_of(self, work: Callable[[], Any]) -> int:
+        """Bytes held at the worst moment of the work, above what was held before it."""
+        gc.collect()
+        before = self.peak = self.held
+        work()
+        return self.peak - before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,14 +75,22 @@ class LiveBytes(TorchDispatchMode):
         self.held -= size
 
 
-def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that the work held at its worst, above what was there before."""
-    gc.collect()
+def peak_memory(works: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, int]:
+    """Bytes that each of the works held at its worst, above what was held before it; one after the other."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return int(torch.cuda.max_memory_allocated() - before)
+        return {name: _allocated(work) for name, work in works.items()}
+    gc.collect()
     with LiveBytes() as live:
-        work()
-    return live.peak
+        gc.freeze()  # what lives on is not looked through again for every work
+        try:
+            return {name: live.peak_of(work) for name, work in works.items()}
+        finally:
+            gc.unfreeze()
+
+
+def _allocated(work: Callable[[], Any]) -> int:
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return int(torch.cuda.max_memory_allocated() - before)

@@ -38,9 +38,9 @@ def mode_cases(model: str, config: BenchConfig, device: torch.device) -> Iterabl
         times = interleave(works, config.rounds_of(ROUNDS), config.seconds)
         # What a compiled model allocates is not seen operation by operation.
         counted = device.type == "cuda" or not compiled
-        peaks = {recipe: peak_memory(work, device) if counted else None for recipe, work in works.items()}
+        peaks = peak_memory(works, device) if counted else {}
         whats = {PLAIN: f"LoRA with every dropout off, {name}", RECIPE: f"ours: {RECIPE}, {name}"}
-        rows = [Row(recipe, whats[recipe], times[recipe], peaks[recipe]) for recipe in works]
+        rows = [Row(recipe, whats[recipe], times[recipe], peaks.get(recipe)) for recipe in works]
         yield Case(name, about(case, config), PLAIN, rows)
         torch.compiler.reset()
 

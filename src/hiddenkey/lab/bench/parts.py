@@ -105,8 +105,10 @@ def _case(
     device: torch.device,
     usual: int = ROUNDS,
 ) -> Case:
-    times = interleave({key: work for key, (_, work) in works.items()}, config.rounds_of(usual), config.seconds)
-    rows = [Row(key, what, times[key], peak_memory(work, device)) for key, (what, work) in works.items()]
+    calls = {key: work for key, (_, work) in works.items()}
+    times = interleave(calls, config.rounds_of(usual), config.seconds)
+    peaks = peak_memory(calls, device)
+    rows = [Row(key, what, times[key], peaks[key]) for key, (what, _) in works.items()]
     return Case(name, about, reference, rows)
 
 

@@ -28,7 +28,7 @@ def step_cases(model: str, config: BenchConfig, device: torch.device) -> Iterabl
     providers = choose(config.providers, case.task)
     works = build_works(case, providers)
     times = interleave(works, config.rounds_of(ROUNDS), config.seconds)
-    peaks = {name: peak_memory(work, device) for name, work in works.items()}
+    peaks = peak_memory(works, device)
     rows = [Row(entry.name, entry.what, times[entry.name], peaks[entry.name]) for entry in providers]
     yield Case(case.name, about(case, config), PLAIN, rows)
 
