@@ -69,13 +69,15 @@ class Completion:
     def reduce_logits(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """Per place (B, T, 2): negative log-likelihood in nats of the token, and whether it was the likeliest.
 
-        Place t holds the prediction of token t; place 0 has none and stays 0. The vocabulary is not kept.
+        Place t holds the prediction of token t; place 0 and those without a label stay 0. The vocabulary goes.
         """
-        scores = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
-        target = labels[:, 1:]
-        nll = F.cross_entropy(scores.transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
-        right = (scores.argmax(-1) == target).float()
-        return F.pad(torch.stack([nll, right], dim=-1), (0, 0, 1, 0))
+        scores, target = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1], labels[:, 1:]
+        valid = target != IGNORED
+        kept, truth = scores[valid].float(), target[valid]
+        nll = F.cross_entropy(kept, truth, reduction="none")
+        found = kept.new_zeros(*target.shape, 2)
+        found[valid] = torch.stack([nll, (kept.argmax(-1) == truth).float()], dim=-1)
+        return F.pad(found, (0, 0, 1, 0))
 
     def measure(self, prediction: EvalPrediction) -> dict[str, float]:
         """Mean nll in nats, perplexity and accuracy, over all completion tokens alike."""
