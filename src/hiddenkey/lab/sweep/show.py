@@ -82,7 +82,7 @@ def _told(record: RunRecord) -> str:
     if record.status == "failed":
         return f"{record.id}: failed: {record.failure}"
     name = f"validation_{record.metric}"
-    return f"{record.id}: {name} {record.best[name]} in {record.seconds:.1f} s"
+    return f"{record.id}: {name} {record.best[name]:.4g} in {record.seconds:.1f} s"
 
 
 def _clock(seconds: float) -> str:
