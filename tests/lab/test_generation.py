@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from hiddenkey.lab import run
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.generation import Prompt, collect_prompts, generate
+from hiddenkey.lab.generation import Prompt, Written, collect_prompts, generate
 from hiddenkey.lab.generation import _NoRepeat as NoRepeat
 from hiddenkey.lab.metrics import measure as metrics
 from hiddenkey.lab.metrics.ngrams import ter
@@ -98,16 +98,21 @@ def log_probabilities(model: Any, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
-def test_greedy_takes_the_likeliest_token_up_to_the_end_mark(writer: Any, config: TrainConfig):
+@pytest.mark.parametrize("ends", [False, True])
+def test_greedy_takes_the_likeliest_token_up_to_the_end_mark(writer: Any, config: TrainConfig, ends: bool):
     tokenizer = writer.processing_class
     config = replace(config, num_beams=1, no_repeat_ngram=0)
+    if ends:
+        tokenizer.eos_token = generate(writer, as_prompts(tokenizer)[:1], config)[0].text.split()[2]
     written = generate(writer, as_prompts(tokenizer), config)
-    for prompt, text in zip(as_prompts(tokenizer), written, strict=True):
+    for prompt, found in zip(as_prompts(tokenizer), written, strict=True):
         ids = list(prompt.ids)
         while len(ids) < len(prompt.ids) + config.max_new_tokens and ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(int(log_probabilities(writer.model, ids)[-1].argmax()))
-        assert text == tokenizer.decode(ids[len(prompt.ids) :], skip_special_tokens=True)
+        assert found.text == tokenizer.decode(ids[len(prompt.ids) :], skip_special_tokens=True)
+        assert found.ended == (ids[-1] == tokenizer.eos_token_id)
     assert len(set(written)) > 1
+    assert written[0].ended == ends
     assert writer.model.get_base_model().generation_config.repetition_penalty == 5.0
 
 
@@ -117,14 +122,15 @@ def test_beam_search_finds_the_best_of_all_texts(writer: Any, config: TrainConfi
     tokenizer, count = writer.processing_class, len(tiny.SPECIAL) + len(tiny.WORDS)
     config = replace(config, num_beams=count, max_new_tokens=2, length_penalty=length_penalty)
     written = generate(writer, as_prompts(tokenizer), config)
-    for prompt, text in zip(as_prompts(tokenizer), written, strict=True):
+    for prompt, found in zip(as_prompts(tokenizer), written, strict=True):
         first = log_probabilities(writer.model, prompt.ids)[-1]
         scores: dict[tuple[int, ...], float] = {(tokenizer.eos_token_id,): float(first[tokenizer.eos_token_id])}
         for one in set(range(count)) - {tokenizer.eos_token_id}:
             second = log_probabilities(writer.model, [*prompt.ids, one])[-1]
             scores |= {(one, two): float(first[one] + second[two]) / 2**length_penalty for two in range(count)}
         best = max(scores, key=scores.__getitem__)
-        assert text == tokenizer.decode(best, skip_special_tokens=True)
+        assert found.text == tokenizer.decode(best, skip_special_tokens=True)
+        assert found.ended == (tokenizer.eos_token_id in best)
 
 
 def test_no_run_of_tokens_is_written_twice_but_those_of_the_prompt_may_be():
@@ -143,8 +149,8 @@ def test_the_limit_on_repetition_reaches_the_search(writer: Any, config: TrainCo
         generate(writer, as_prompts(writer.processing_class), replace(config, no_repeat_ngram=size))
         for size in (0, 2)
     )
-    assert free == [" ".join(["[PAD]"] * config.max_new_tokens)] * len(PROMPTS)
-    assert all(1 < text.count("[PAD]") < config.max_new_tokens for text in limited)
+    assert free == [Written(" ".join(["[PAD]"] * config.max_new_tokens), ended=False)] * len(PROMPTS)
+    assert all(1 < found.text.count("[PAD]") < config.max_new_tokens for found in limited)
 
 
 @pytest.mark.parametrize("separator", [" ", "\n", " = "])
@@ -184,10 +190,12 @@ def test_the_kept_adapter_writes_a_text_for_every_different_prompt(config: Train
         accelerator=Accelerator(cpu=True),
     )
     prompts = collect_prompts(config, test, writer.processing_class, writer.model)
-    assert [row["generated"] for row in rows] == generate(writer, prompts, config)
+    assert [Written(row["generated"], row["ended"]) for row in rows] == generate(writer, prompts, config)
+    assert result.test[keep]["unended"] == sum(not row["ended"] for row in rows) / len(rows)
     other = "best" if keep == "last" else "last"
     assert set(result.test[keep]) - set(result.test[other]) == {
-        name + ending for name in ("bleu", "nist", "ter") for ending in ("", "_seen", "_unseen")
+        "unended",
+        *(name + ending for name in ("bleu", "nist", "ter") for ending in ("", "_seen", "_unseen")),
     }
     for ending, wanted in (("", {True, False}), ("_seen", {True}), ("_unseen", {False})):
         chosen = [row for row in rows if row["seen"] in wanted]

@@ -31,6 +31,14 @@ class Prompt:
     """Whether training had prompts of its kind, where the data says so (WebNLG)."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote for a prompt, in one line, and whether it set the end mark or was cut at max_new_tokens."""
+
+    text: str
+    ended: bool
+
+
 def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, model: Any) -> list[Prompt]:
     """What is to be generated for; empty where no metric of generated texts is asked for.
 
@@ -63,19 +71,23 @@ def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig) 
     """Metrics of what the trainer's model generates; the texts go to `generations.jsonl`.
 
     Where the prompts are marked as seen or unseen, every metric comes also as `bleu_seen`, `bleu_unseen`, ….
+    `unended` is the share of texts that were cut at max_new_tokens.
     """
-    texts = generate(trainer, prompts, config)
-    lines = [_line(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    written = generate(trainer, prompts, config)
+    lines = [_line(prompt, found) for prompt, found in zip(prompts, written, strict=True)]
     write_text(Path(config.out) / GENERATIONS, "".join(lines))
-    return measure(config.generation_metrics, texts, [prompt.references for prompt in prompts], _groups(prompts))
+    texts, references = [found.text for found in written], [prompt.references for prompt in prompts]
+    scores = measure(config.generation_metrics, texts, references, _groups(prompts))
+    return {**scores, "unended": sum(not found.ended for found in written) / len(written)}
 
 
-def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[str]:
+def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[Written]:
     """One text per prompt, in their order: without drops, in one line, special tokens left out."""
     tokenizer, model = trainer.processing_class, trainer.model.get_base_model()
     trainer.model.eval()
     theirs, model.generation_config = model.generation_config, _settings(config, tokenizer)
-    texts: dict[int, str] = {}
+    found: dict[int, Written] = {}
+    end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     try:
         for numbers in _batches(prompts, max(1, config.eval_batch_size // config.num_beams)):
             rows = [{"input_ids": prompts[i].ids} for i in numbers]
@@ -83,11 +95,13 @@ def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[s
             start = batch["input_ids"].shape[1]
             with torch.no_grad(), trainer.accelerator.autocast():
                 ids = model.generate(**batch, logits_processor=_processors(config.no_repeat_ngram, start))
-            written = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-            texts |= {i: " ".join(text.split()) for i, text in zip(numbers, written, strict=True)}
+            texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+            ended = (ids[:, start:] == end).any(dim=1).tolist()
+            for i, text, whole in zip(numbers, texts, ended, strict=True):
+                found[i] = Written(" ".join(text.split()), whole)
     finally:
         model.generation_config = theirs
-    return [texts[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(prompts))]
 
 
 class _NoRepeat(NoRepeatNGramLogitsProcessor):
@@ -130,8 +144,9 @@ def _groups(prompts: list[Prompt]) -> dict[str, list[int]]:
     return {"": everything} | ({"_seen": seen} if seen else {}) | ({"_unseen": unseen} if unseen else {})
 
 
-def _line(prompt: Prompt, text: str) -> str:
-    row: dict[str, Any] = {"prompt": prompt.text, "generated": text, "references": prompt.references}
+def _line(prompt: Prompt, found: Written) -> str:
+    row: dict[str, Any] = {"prompt": prompt.text, "generated": found.text, "ended": found.ended}
+    row["references"] = prompt.references
     if prompt.seen is not None:
         row["seen"] = prompt.seen
     return json.dumps(row, ensure_ascii=False) + "\n"
