@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from rich.console import Console
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from .artifacts import GENERATIONS, write_text
@@ -67,7 +68,7 @@ def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, m
     return [Prompt(text, tokens, several, seen.get(text)) for (text, several), tokens in texts]
 
 
-def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> dict[str, float]:
+def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig, console: Console) -> dict[str, float]:
     """Metrics of what the trainer's model generates; the texts go to `generations.jsonl`.
 
     Where the prompts are marked as seen or unseen, every metric comes also as `bleu_seen`, `bleu_unseen`, ….
@@ -78,7 +79,11 @@ def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig) 
     write_text(Path(config.out) / GENERATIONS, "".join(lines))
     texts, references = [found.text for found in written], [prompt.references for prompt in prompts]
     scores = measure(config.generation_metrics, texts, references, _groups(prompts))
-    return {**scores, "unended": sum(not found.ended for found in written) / len(written)}
+    cut = sum(not found.ended for found in written)
+    if cut:
+        limit = config.max_new_tokens
+        console.print(f"{cut} of {len(written)} texts were cut at max_new_tokens = {limit}.", highlight=False)
+    return {**scores, "unended": cut / len(written)}
 
 
 def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[Written]:

@@ -294,9 +294,5 @@ def _test(
     found = final_scores(trainer, checked.test, steps, config.keep)
     if checked.prompts:
         console.print(f"Generating for {len(checked.prompts)} prompts.", highlight=False)
-        scores = generation_scores(trainer, checked.prompts, config)
-        if scores["unended"]:
-            share, limit = scores["unended"], config.max_new_tokens
-            console.print(f"{share:.0%} of the texts were cut at max_new_tokens = {limit}.", highlight=False)
-        found[config.keep] |= scores
+        found[config.keep] |= generation_scores(trainer, checked.prompts, config, console)
     return found
