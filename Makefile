@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 OLDEST := .venv-oldest
 
@@ -16,14 +17,14 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not full' --durations 20
+	$(BIN)/$(PYTEST) -m 'not full' --durations 20
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m full
+	$(BIN)/$(PYTEST) -m full
 
 # Apart from `make test`, because it makes the tests slower.
 cover: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not full' --cov --cov-report term:skip-covered
+	$(BIN)/$(PYTEST) -m 'not full' --cov --cov-report term:skip-covered
 
 # The same tests on the oldest versions. The index's torch of that age brings CUDA along, about 3 GB; where that is too
 # much, name an index of CPU builds in PIP_EXTRA_INDEX_URL and write torch==2.11.0+cpu in constraints-oldest.txt.
@@ -33,7 +34,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m 'not full'
+	$(OLDEST)/bin/$(PYTEST) -m 'not full'
 
 models: $(VENV)/.installed
 	$(BIN)/python -m tests.models

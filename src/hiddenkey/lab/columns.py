@@ -43,7 +43,8 @@ class Columns:
 
 def values(rows: Dataset, column: str) -> list[Any]:
     """A whole column, read at once: to iterate over `rows[column]` reads it row by row, 14 times slower."""
-    return list(rows[column][:])
+    found: list[Any] = rows[column][:]
+    return found
 
 
 def find_columns(config: TrainConfig, rows: Dataset) -> Columns:

@@ -150,8 +150,12 @@ def _groups(prompts: list[Prompt]) -> dict[str, list[int]]:
 
 
 def _line(prompt: Prompt, found: Written) -> str:
-    row: dict[str, Any] = {"prompt": prompt.text, "generated": found.text, "ended": found.ended}
-    row["references"] = prompt.references
+    row: dict[str, Any] = {
+        "prompt": prompt.text,
+        "generated": found.text,
+        "ended": found.ended,
+        "references": prompt.references,
+    }
     if prompt.seen is not None:
         row["seen"] = prompt.seen
     return json.dumps(row, ensure_ascii=False) + "\n"
