@@ -55,8 +55,9 @@ RULES: tuple[Rule, ...] = (
         at_most(2),
     ),
     (r"(n_group|topk_group|num_expert_group)", at_most(1)),
+    (r".*max_source_positions", at_most(32)),  # of sound, of which the inputs take all
     (
-        r".*(max_position_embeddings|n_positions|n_ctx|max_(source|target)_positions|max_seq_len|model_max_length"
+        r".*(max_position_embeddings|n_positions|n_ctx|max_target_positions|max_seq_len|model_max_length"
         r"|max_sequence_length|max_length)",
         at_most(512),
     ),
