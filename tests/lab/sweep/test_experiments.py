@@ -19,7 +19,11 @@ from .. import tiny
 
 ROOT = Path(__file__).parents[3]
 PAPER = sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
-SMALL = [path for name in ("minilm", "stories15m") for path in sorted((ROOT / "experiments" / name).glob("*.yaml"))]
+SMALL = [
+    path
+    for name in ("minilm", "pilot", "stories15m")
+    for path in sorted((ROOT / f"experiments/{name}").glob("*.yaml"))
+]
 MODELS = {"roberta": "roberta-large", "gpt2": "gpt2-medium", "llama2": "meta-llama/Llama-2-7b-hf"}
 FIRST = ("roberta-rte", "roberta-stsb", "gpt2-e2e", "gpt2-webnlg", "llama2-mrpc")
 VOCABULARY = len(tiny.SPECIAL) + len(tiny.WORDS)
@@ -104,12 +108,12 @@ def test_an_experiment_can_be_run(path: Path, tmp_path: Path):
     assert sweep(config, Console(quiet=True)).total == len(runs)
 
 
-@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_small_experiment_can_be_run(path: Path, tmp_path: Path):
     given = read_sweep(path)
     assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)} --workers 2\n")
     assert path.stem.startswith(given.name)
-    assert given.out == f"results/study/{path.stem}"
+    assert given.out == f"results/{'pilot' if path.parent.name == 'pilot' else 'study'}/{path.stem}"
     runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
     trials = {len(group.slots) for group in make_plan(given).groups}
     assert len(trials) == 1, "methods have not the same number of trials"
