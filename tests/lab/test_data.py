@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ def load(data: Path | str, **fields: Any) -> Examples:
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def copy_of(path: Path) -> Path:
+    return Path(shutil.copy(path, path.with_stem(f"{path.stem} again")))
 
 
 def test_csv_is_classification_with_classes_in_order(sentences: Path):
@@ -52,7 +57,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str, sentences: 
 def test_tsv_takes_quotes_as_they_are_and_words_such_as_null_as_texts(tmp_path: Path):
     path = tmp_path / "rows.tsv"
     path.write_text('sentence\tlabel\n"it is fine\t1\nnull\t0\nNA\t0\nso "so"\t1\n')
-    examples = load(path, validation=str(path))
+    examples = load(path, validation=str(copy_of(path)))
     assert examples.train["first"][:] == ['"it is fine', "null", "NA", 'so "so"']
 
 
@@ -91,7 +96,7 @@ def test_lists_of_texts_become_examples_and_their_entry_stays_in_one_part(tmp_pa
 def test_empty_list_of_texts_makes_no_example_but_all_of_them_are_an_error(tmp_path: Path):
     rows = [{"triples": ["a"], "texts": ["b"] if i else []} for i in range(4)]
     path = write_jsonl(tmp_path / "some.jsonl", rows)
-    assert len(load(path, validation=str(path)).train) == 3
+    assert len(load(path, validation=str(copy_of(path))).train) == 3
     empty = write_jsonl(tmp_path / "none.jsonl", [{"triples": ["a"], "texts": []}, *rows[:1]])
     with pytest.raises(DataError, match="'texts' is empty"):
         load(path, validation=str(empty))

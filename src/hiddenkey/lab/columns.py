@@ -30,6 +30,8 @@ TEXTS = (
     ("text",),
 )
 LABELS = ("label", "labels", "score", "target", "Quality")
+# Says of a row of WebNLG's test part whether training had its category.
+SEEN = "seen"
 
 
 @dataclass(frozen=True)

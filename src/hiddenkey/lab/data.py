@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from .columns import Columns, TaskName, find_columns, require_columns, values
+from .columns import SEEN, Columns, TaskName, find_columns, require_columns, values
 from .config import TrainConfig
 from .errors import DataError
 from .sources import read_source
@@ -63,6 +64,8 @@ def load_examples(config: TrainConfig) -> Examples:
 def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     if len(rows) == 0:
         raise DataError(f"The {part} has no rows.")
+    for name in (*columns.texts, *([columns.label] if columns.task == "causal-lm" else [])):
+        _require_texts(rows.features[name], name, part)
     for name in columns.texts:
         _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if v is None])
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
@@ -71,10 +74,23 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
 
 
+def _require_texts(feature: Any, name: str, part: str) -> None:
+    """Texts, or lists of them; a number is one too, but a date is no longer what stood in the file."""
+    inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+    dtype = getattr(inner, "dtype", None)
+    if not isinstance(inner, (Value, ClassLabel)) or re.match("timestamp|date|time|duration", str(dtype)):
+        raise DataError(
+            f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts. Where it "
+            "holds dates, save the file as .csv, whose texts stay as they are."
+        )
+
+
 def _is_missing(value: Any, hidden: int | None) -> bool:
-    if value is None or value == "" or (hidden is not None and value == hidden):
+    if isinstance(value, list):
+        return any(item is None for item in value)
+    if value is None or (hidden is not None and value == hidden):
         return True
-    return isinstance(value, float) and math.isnan(value)
+    return (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
 
 
 def _refuse(part: str, fault: str, rows: list[int]) -> None:
@@ -127,7 +143,7 @@ def _subset(rows: Dataset, size: int, seed: int, field: str) -> Dataset:
 def _label_names(rows: Dataset, column: str) -> tuple[str, ...]:
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
-        return tuple(feature.names)
+        return tuple(map(_canonical, feature.names))
     names = {_canonical(value) for value in values(rows, column)}
     if len(names) < 2:
         raise DataError(f"Column {column!r} holds one label only, {names.pop()!r}; classification needs two or more.")
@@ -179,9 +195,7 @@ def _pairs(rows: Dataset, columns: Columns) -> Dataset:
 
 
 def _marks(rows: Dataset) -> dict[str, str]:
-    # WebNLG's test part says of each entry whether training had its category.
-    feature = rows.features.get("seen")
-    return {"seen": "seen"} if getattr(feature, "dtype", "") == "bool" else {}
+    return {SEEN: SEEN} if getattr(rows.features.get(SEEN), "dtype", "") == "bool" else {}
 
 
 def _prompt(value: Any) -> str:
@@ -199,8 +213,9 @@ def _scores(labels: list[Any], columns: Columns) -> list[float]:
 
 
 def _classes(labels: list[Any], rows: Dataset, columns: Columns, names: tuple[str, ...], part: str) -> list[int]:
-    if isinstance(rows.features[columns.label], ClassLabel):
-        return labels
+    feature = rows.features[columns.label]
+    if isinstance(feature, ClassLabel):  # its numbers are those of this part's own list of names
+        labels = feature.int2str(labels)
     number = {name: index for index, name in enumerate(names)}
     found = [_canonical(label) for label in labels]
     unknown = sorted(set(found) - set(names))

@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from .artifacts import GENERATIONS, write_text
-from .columns import values
+from .columns import SEEN, values
 from .config import TrainConfig
 from .errors import ConfigError
 from .metrics.measure import measure, require_tools
@@ -55,7 +55,7 @@ def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, m
     references: dict[str, list[str]] = {}
     for prompt, completion in zip(values(rows, "prompt"), values(rows, "completion"), strict=True):
         references.setdefault(prompt, []).append(completion)
-    seen = dict(zip(values(rows, "prompt"), values(rows, "seen"), strict=True)) if "seen" in rows.column_names else {}
+    seen = dict(zip(values(rows, "prompt"), values(rows, SEEN), strict=True)) if SEEN in rows.column_names else {}
     ids = prompt_ids(list(references), config.separator, tokenizer)
     room = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, ids)) + config.max_new_tokens
@@ -157,5 +157,5 @@ def _line(prompt: Prompt, found: Written) -> str:
         "references": prompt.references,
     }
     if prompt.seen is not None:
-        row["seen"] = prompt.seen
+        row[SEEN] = prompt.seen
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .columns import LABELS, SEEN
 from .config import TrainConfig
 from .errors import DataError
 from .parts import FORMATS, Places, choose_parts, parts_of_folder
@@ -72,7 +74,9 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; training needs rows.")
     suffix = suffixes.pop()
-    options = _csv_options(files[0], config) if FORMATS[suffix] == "csv" else {}
+    options: dict[str, Any] = {}
+    for file in files if FORMATS[suffix] == "csv" else ():
+        options = _csv_options(file, config)
     names = [str(file.resolve()) for file in files]
     try:
         return load_dataset(FORMATS[suffix], data_files={"train": names}, split="train", **options)
@@ -84,14 +88,39 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
 def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
     # Words such as "null" and "NA" are texts; an empty field stays an empty text.
     options: dict[str, Any] = {"keep_default_na": False}
-    names = config.column_names
     if file.suffix.lower() == ".tsv":
         options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            names = names or (_COLA_COLUMNS if _COLA.fullmatch(lines.readline().rstrip("\n")) else ())
+    first = _row(file, 0, options)
+    names = config.column_names
+    if file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(first)):
+        names = names or _COLA_COLUMNS
     if names:
         options["names"] = list(names)
-    return options
+    _require_names(file, names or tuple(first), first if names else _row(file, 1, options))
+    # Texts stay as they are: 007 and 7.50 are no numbers.
+    typed = {config.label_column} if config.label_column else {*LABELS}
+    typed = (typed | {SEEN}) - {config.prompt_column, config.completion_column, *config.text_columns}
+    return options | {"converters": {name: str for name in names or first if name not in typed}}
+
+
+def _row(file: Path, number: int, options: dict[str, Any]) -> list[str]:
+    """One row of a file, blank lines not counted; empty where there is none."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+            theirs = {name: options[name] for name in ("delimiter", "quoting") if name in options}
+            return next(islice(filter(None, csv.reader(lines, **theirs)), number, None), [])
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
+    # pandas would take the first column for numbers of rows, and shift all others.
+    if len(row) > len(names):
+        raise DataError(
+            f"{file} has {len(names)} column names ({', '.join(names)}), but {len(row)} fields in its first row: "
+            f"{', '.join(map(repr, row))}. Name every column, with --column-names where there is no header line."
+        )
 
 
 def _load_hub(config: TrainConfig) -> DatasetDict:

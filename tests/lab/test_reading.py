@@ -1,0 +1,113 @@
+"""What stands in a file is what is trained on, and no row of training chooses or tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hiddenkey.lab.errors import DataError
+
+from .test_data import load, write_jsonl
+
+TEXTS = ["7.50", "007", "true", "1e2", "100000000000000000001", "2020-01-03", "NA", "", "3"]
+
+
+def write_classes(path: Path, labels: list[str], names: list[str]) -> Path:
+    """A Parquet file whose labels are numbers in its own list of names."""
+    rows = {"text": [f"is {label}" for label in labels], "label": [names.index(label) for label in labels]}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
+
+
+def classes(rows: Any) -> dict[str, int]:
+    return dict(zip(rows["first"], rows["label"], strict=True))
+
+
+def test_numbered_classes_are_matched_by_name(tmp_path: Path):
+    train = write_classes(tmp_path / "train.parquet", ["neg", "pos"] * 4, ["neg", "pos"])
+    write_classes(tmp_path / "dev.parquet", ["neg", "pos"], ["pos", "neg"])
+    examples = load(tmp_path)
+    assert examples.label_names == ("neg", "pos")
+    assert classes(examples.train) == classes(examples.validation) == {"is neg": 0, "is pos": 1}
+    third = write_classes(tmp_path / "third.parquet", ["odd"], ["neg", "odd", "pos"])
+    with pytest.raises(DataError, match="labels that training has not: odd; training has neg, pos"):
+        load(train, validation=str(third))
+    words = tmp_path / "words.csv"
+    words.write_text("text,label\nis pos,pos\nis neg,neg\n")
+    mixed = load(words, validation=str(tmp_path / "dev.parquet"))
+    assert classes(mixed.train) == classes(mixed.validation) == {"is neg": 0, "is pos": 1}
+
+
+@pytest.mark.parametrize("names", ((), ("text", "label")))
+def test_more_fields_than_names(tmp_path: Path, names: tuple[str, ...]):
+    path = tmp_path / "rows.csv"
+    path.write_text(("" if names else "text,label\n") + "a,0,x\nb,1,y\n")
+    with pytest.raises(DataError, match=r"2 column names \(text, label\), but 3 fields .*: 'a', '0', 'x'"):
+        load(path, column_names=names)
+    path.write_text("text,label\na,0\nb,1,y\n")
+    with pytest.raises(DataError, match="Expected 2 fields in line 3, saw 3"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ("csv", "quoted.csv", "tsv"))
+def test_texts_that_look_like_numbers_stay_texts(tmp_path: Path, kind: str):
+    separator = "\t" if kind == "tsv" else ","
+    quoted = [f'"{text}"' if "quoted" in kind else text for text in TEXTS]
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(f"prompt{separator}completion\n" + "".join(f"{text}{separator}{text}x\n" for text in quoted))
+    if "quoted" in kind:
+        path.write_text(path.read_text().replace('"x', 'x"'))
+    examples = load(path)
+    found = {(row["prompt"], row["completion"]) for row in (*examples.train, *examples.validation)}
+    assert found == {(text, f"{text}x") for text in TEXTS}
+    path.write_text(f"sentence{separator}label\n" + "".join(f"{t}{separator}{i % 2}\n" for i, t in enumerate(quoted)))
+    examples = load(path)
+    assert {row["first"] for row in (*examples.train, *examples.validation)} == set(TEXTS)
+    assert examples.label_names == ("0", "1")
+
+
+def test_a_column_of_numbers_as_completion(tmp_path: Path):
+    path = tmp_path / "sums.csv"
+    path.write_text("question,label\n" + "".join(f"{i} + 1,0{i + 1}\n" for i in range(20)))
+    examples = load(path, prompt_column="question", completion_column="label")
+    assert {row["completion"] for row in examples.train} <= {f"0{i + 1}" for i in range(20)}
+
+
+@pytest.mark.parametrize(
+    ("completion", "said"),
+    (("2020-01-03", "was read as timestamp"), ({"a": 1}, "not as texts"), ([[0]], "not as texts")),
+)
+def test_what_is_no_text_is_told(tmp_path: Path, completion: Any, said: str):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"p{i}", "completion": completion} for i in range(4)])
+    with pytest.raises(DataError, match=said):
+        load(path)
+
+
+@pytest.mark.parametrize("completion", ("", "  ", ["a", None]))
+def test_a_completion_that_is_missing_or_blank(tmp_path: Path, completion: Any):
+    whole = ["a", "b"] if isinstance(completion, list) else "a"
+    rows = [{"prompt": f"p{i}", "completion": completion if i == 1 else whole} for i in range(4)]
+    with pytest.raises(DataError, match="no completion in column 'completion' in 1 rows: 2 "):
+        load(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_blank_label(tmp_path: Path):
+    rows = [{"text": f"t{i}", "label": " " if i == 2 else "ab"[i % 2]} for i in range(6)]
+    with pytest.raises(DataError, match="no label in column 'label' in 1 rows: 3 "):
+        load(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_the_training_part_cannot_choose_the_epoch(tmp_path: Path):
+    for name in ("train", "train_2"):
+        (tmp_path / f"{name}.csv").write_text("text,label\na,0\nb,1\n")
+    for data, validation in (
+        (tmp_path / "train.csv", str(tmp_path / "train.csv")),
+        (tmp_path, "train"),
+        (tmp_path, "train_2"),
+    ):
+        with pytest.raises(DataError, match="is the training part of"):
+            load(data, validation=validation)
