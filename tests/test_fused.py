@@ -131,9 +131,26 @@ def errors(found, exact):
 
 @pytest.mark.parametrize("mask", ("window", "packed"))
 def test_a_folded_feature_in_float32(mask, monkeypatch):
-    """A shifted row loses the digits of the shift: 120 has an ulp of 8e-6 in float32."""
+    """A shifted row loses the digits of the shift: one of 120 to 240 has an ulp of 8e-6 to 1.5e-5 in float32."""
     monkeypatch.setattr(fused, "SMALL", 0)
     assert_equal_paths(inputs(torch.float32, 2), some_keep("key", 2), MASKS[mask](), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("far", (118.0, 130.0, 1500.0))
+@pytest.mark.parametrize("by", ("logit", "bias"))
+def test_a_dropped_key_far_above_the_kept_ones(by, far, dtype):
+    query = torch.zeros(1, 1, 4, 8, dtype=dtype)
+    key, value = torch.zeros_like(query), torch.zeros(1, 1, 4, 6, dtype=dtype)
+    value[..., 0, 0], query[..., 0], bias = 1, 1, None
+    if by == "logit":
+        key[..., 0, 0] = far * 8**0.5
+    else:
+        bias = torch.zeros(1, 1, 4, 4, dtype=dtype)
+        bias[..., 0] = far
+    keep = torch.tensor([False, True, True, True]).view(1, 1, 1, 4)
+    found = fused.folded(query, key, value, keep, Mask(causal=True), bias, None)[0, 0, :, 0]
+    assert found.tolist() == [1, 0, 0, 0], "the first query sees no other key, the others must not see this one"
 
 
 @settings(max_examples=60)

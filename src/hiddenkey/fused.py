@@ -86,7 +86,7 @@ def folded(
     scale = size**-0.5 if scale is None else scale
     if mask.keys is not None or (mask.causal and bias is not None):
         mask = Mask(full=mask.dense((*query.shape[:3], key.shape[2]), query.device))
-    shift = torch.where(keep, 0.0, -shift_of(query.dtype))
+    shift = torch.where(keep, 0.0, -_shift(query, key, bias, scale))
     if shift.shape[1] not in (1, key.shape[1]):
         key, value = (x.repeat_interleave(shift.shape[1] // x.shape[1], dim=1) for x in (key, value))
     extra = F.pad(shift.transpose(-1, -2).expand(*key.shape[:-1], 1), (0, FEATURES - 1)).to(key.dtype)
@@ -103,13 +103,20 @@ def folded(
     return output[..., : value.shape[-1]]
 
 
-def shift_of(dtype: torch.dtype) -> float:
-    """What is taken off the keys of a row that the draw would empty; a shift of the whole row cancels.
+def _shift(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """What is taken off dropped keys, (); of a row that the draw would empty it is taken off the whole, and cancels.
 
-    Large enough that the weight of a dropped key beside an equal one underflows to zero, and no larger, because it
-    costs digits in such rows (float32 at 1e4: four of them).
+    Large enough that the weight of a dropped key underflows to zero beside any kept one, whose logit lies at most
+    twice the longest query times the longest key below, and hardly larger, because it costs digits in emptied rows
+    (float32 at 1e4: four of them).
     """
-    return 1000.0 if dtype == torch.float64 else 120.0
+    wide = torch.promote_types(query.dtype, torch.float32)
+    lengths = (torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).amax() for x in (query, key))
+    furthest = scale * next(lengths) * next(lengths)
+    if bias is not None:
+        furthest = furthest + bias.detach().abs().amax()
+    underflow = 1000.0 if query.dtype == torch.float64 else 120.0
+    return (underflow + 2 * furthest).clamp(max=torch.finfo(query.dtype).max / 4 * min(scale, 1.0))
 
 
 def _dense(mask: Mask, bias: Tensor | None, query: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers as hf
 
 import hiddenkey
+from hiddenkey.hf import pooling
 
 from ..models.shrink import shrink
 from .test_pairs import BART, T5, build, texts
@@ -87,3 +88,26 @@ def test_looking_at_it_changes_nothing():
             assert attachment.pooling_seen
             assert all(module.training for module in model.modules())
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("masked", (True, False))
+@pytest.mark.parametrize("ends", ("padded", "unpadded", "in the padding token"))
+def test_every_batch_is_compared_where_the_model_predicts_from(ends, masked):
+    """transformers' decoders look for the last token that is no padding by its id, in every batch anew."""
+    model = make("llama", head="ForSequenceClassification", num_labels=1).train()
+    attachment = hiddenkey.attach(model, f"{DROPS} ~ kl")
+    inputs = {**texts(torch.tensor(VALUES)), "labels": torch.tensor(VALUES)}
+    inputs["input_ids"] = torch.randint(3, 60, (BATCH, 12))
+    hiddenkey.consistency_step(model, {**inputs, "attention_mask": torch.ones(BATCH, 12)})
+    assert attachment.pooling_seen
+    if ends == "padded":
+        inputs["input_ids"][0, 7:] = 0
+    if ends == "in the padding token":
+        inputs["input_ids"][:, -1] = 0
+    inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
+    if ends == "in the padding token":
+        inputs["attention_mask"][:] = 1
+    if not masked:
+        del inputs["attention_mask"]
+    last, read = pooling._tokens_read(inputs, attachment)
+    assert torch.equal(read.nonzero()[:, 1], pooling._places(last, inputs, attachment))

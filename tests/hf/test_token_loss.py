@@ -183,10 +183,13 @@ def autocast(model):
     return model
 
 
+@pytest.mark.parametrize("size", (1, 5))
 @pytest.mark.parametrize("prepare", (autocast, lambda model: add_hook_to_module(model, ModelHook())))
-def test_a_model_that_accelerate_prepared_stays_in_chunks(prepare):
-    """Only the last token's logits are computed by the model itself."""
+def test_a_model_that_accelerate_prepared_stays_in_chunks(prepare, size):
+    """Only the last token's logits are computed by the model itself; autocast rounds them by their size."""
     model = lora(make("llama"))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(size)
     hiddenkey.attach(model, "hiddenkey@0.2")
     found = hiddenkey.consistency_step(prepare(model), batch("llama"))
     assert found.outputs["logits"].shape[1] == 1

@@ -26,6 +26,9 @@ def test_defaults_are_allowed():
         ("learning_rate", 0.0, "more than 0"),
         ("learning_rate", float("nan"), "more than 0"),
         ("learning_rate", "fast", "a number"),
+        ("learning_rate", "1e-4", "a number, here a text"),
+        ("seed", 2**32, "from 0 to 2**32 - 1"),
+        ("data_seed", -1, "from 0 to 2**32 - 1"),
         ("weight_decay", -0.1, "0 or more"),
         ("weight_decay", float("inf"), "0 or more"),
         ("lora_dropout", 1.0, "below 1"),
@@ -55,6 +58,13 @@ def test_bad_value_names_itself_and_what_is_allowed(name, value, said):
         dataclasses.replace(GOOD, **{name: value}).check()
     assert name in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_a_home_folder_is_written_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    given = TrainConfig(model="~/m", data="~/d.csv", out="~/run", test="~/t.csv", validation="dev", recipe="~/r")
+    found = (given.model, given.data, given.out, given.test, given.validation, given.recipe)
+    assert found == (*(f"/home/of/mine/{name}" for name in ("m", "d.csv", "run", "t.csv")), "dev", "~/r")
 
 
 def test_prompt_column_and_classification_exclude_each_other():

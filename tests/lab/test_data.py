@@ -183,7 +183,13 @@ def test_glue_name_reaches_its_hub_set_and_keeps_class_names(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "empty"), ("text,label\n", "no rows"), ("text,label\na,1\n", "split")]
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("text,label\n", "no rows"),
+        ("text,label\na,1\n", "one label only"),
+        ("prompt,completion\na,1\na,2\n", "split"),
+    ],
 )
 def test_too_few_rows(tmp_path: Path, text: str, said: str):
     path = tmp_path / "rows.csv"
@@ -199,6 +205,14 @@ def test_one_class_or_a_class_per_row_is_an_error(tmp_path: Path):
         load(one)
     with pytest.raises(DataError, match="--task regression"):
         load(many)
+
+
+def test_a_rare_label_is_a_class_whichever_part_it_falls_into(tmp_path: Path):
+    rows = [{"text": str(i), "label": "rare" if i == 7 else "often"} for i in range(20)]
+    path = tiny.write_csv(tmp_path / "rows.csv", rows)
+    found = [load(path, data_seed=seed, validation_fraction=0.5) for seed in range(8)]
+    assert {examples.label_names for examples in found} == {("often", "rare")}
+    assert {1 in examples.validation["label"] for examples in found} == {True, False}
 
 
 def test_label_unknown_to_training(tmp_path: Path, sentences: Path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +197,34 @@ def test_an_adapter_that_cannot_be_written_is_told(config: TrainConfig, monkeypa
             run.train(config)
     assert not (Path(config.out) / "adapter").exists()
     assert run.train(config).adapter.exists()
+
+
+def test_a_run_goes_on_with_the_same_rows_only(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    data = tmp_path / "rows.csv"
+    shutil.copy(config.data, data)
+    config = replace(config, data=str(data))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, "_test", stop)
+        run.train(config)
+    whole = data.read_text()
+    data.write_text(whole.replace("good", "GOOD").replace("bad", "good").replace("GOOD", "bad"))
+    with pytest.raises(RunError, match=r"data of .* have changed since that run began(?s:.*)--overwrite"):
+        run.train(config)
+    data.write_text(whole)
+    assert run.train(config).status == "finished"
+
+
+def test_a_run_of_a_version_with_fewer_fields_goes_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run, "_test", stop)
+        run.train(config)
+    path = Path(config.out) / "result.json"
+    record = json.loads(path.read_text())
+    del record["config"]["neftune_alpha"], record["data_digest"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"neftune_alpha: 0\.0 there, 1\.0 now"):
+        run.train(replace(config, neftune_alpha=1.0))
+    assert run.train(config).status == "finished"
 
 
 def test_two_processes_in_one_folder(config: TrainConfig):  # noqa: F811

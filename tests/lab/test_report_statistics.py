@@ -43,6 +43,10 @@ def test_one_pair_has_no_interval_and_equal_pairs_have_no_spread():
     one = describe([0.5])
     assert one is not None
     assert (one.n, one.mean, one.low, one.p, one.hedges) == (1, 0.5, None, None, None)
+    for value in (0.1, 0.8, 100 / 250):  # whose mean and sd in binary numbers miss by a bit
+        equal = describe([value] * 3)
+        assert equal is not None
+        assert (equal.sd, equal.p, equal.hedges, equal.low) == (0.0, 0.0, None, pytest.approx(value))
     same, none = describe([0.5] * 4), describe([0.0] * 4)
     assert same is not None and none is not None
     assert (same.low, same.high, same.bootstrap_low, same.p) == (0.5, 0.5, 0.5, 0.0)

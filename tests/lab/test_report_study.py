@@ -17,16 +17,16 @@ from hiddenkey.lab.report.paper import (
     TABLE1,
     family,
     gap,
-    method_key,
     misprinted,
     rank_of,
     task_key,
     true_average,
 )
-from hiddenkey.lab.report.pool import pools
+from hiddenkey.lab.report.pool import findings, pools
 from hiddenkey.lab.report.study import make_task, read_study
 from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
 from hiddenkey.lab.sweep.file import read_sweep
+from hiddenkey.lab.sweep.record import method_key
 
 from .made_up import World, make_records, write_records
 
@@ -175,6 +175,29 @@ def test_folders_are_read_whole_and_double_records_once(tmp_path: Path):
     assert [len(task.records) for task in tasks] == [18, 18]
 
 
+def test_a_folder_without_runs_beside_one_with_is_told(tmp_path: Path):
+    write_records(make_records(SMALL), tmp_path / "sst2")
+    with pytest.raises(RunError, match=r"no runs below .*typo: looked"):
+        read_study([tmp_path / "sst2", tmp_path / "typo"])
+
+
+def of_ranks(pool):
+    return next(finding for finding in findings(pool) if finding.claim.source == "rank")
+
+
+def test_the_largest_rank_is_not_judged_while_runs_of_it_are_missing():
+    records = make_records(replace(SMALL, rank_effects={64: -0.05, 128: -0.1}))
+    whole = pools([make_task("sst2", records)])[0]
+    assert of_ranks(whole).verdict != "not run"
+    fewer = [run for run in records if not (run.axes.get("lora_r") == 128 and run.trial == 2)]
+    assert of_ranks(pools([make_task("sst2", fewer)])[0]).verdict == "not run"
+
+
+def test_words_under_the_name_of_a_rate_are_no_rates():
+    named = [replace(run, params={"p": "column"}) for run in make_records(SMALL)]
+    assert [curve for curve in rate_curves([make_task("sst2", named)], "test") if curve.method != "baseline"] == []
+
+
 def test_no_runs_and_broken_runs_are_told(tmp_path: Path):
     with pytest.raises(RunError, match="hiddenkey sweep"):
         read_study([tmp_path])
@@ -209,6 +232,20 @@ def test_in_the_baselines_time_a_slow_method_gets_fewer_epochs():
         )
         assert budgeted.values[seed] == pytest.approx(100 * (reached - other))
         assert whole.values[seed] == pytest.approx(100 * (last - other))
+
+
+def test_the_baselines_time_is_that_of_the_run_that_is_compared():
+    records = make_records(replace(SMALL, noise=0.0))
+    short = [
+        replace(run, epochs=[{**row, "validation_accuracy": 0.1} for row in run.epochs[:2]])
+        if (run.method, run.trial) == ("baseline", 0)
+        else run
+        for run in records
+    ]
+    assert next(run for run in short if run.method == "baseline").epochs != records[0].epochs
+    found, wanted = (within_budget(pools([make_task("sst2", runs)])[0], "hiddenkey")[2] for runs in (short, records))
+    for seed, value in wanted.values.items():
+        assert found.values[seed] == pytest.approx(value)
 
 
 def test_more_epochs_to_choose_from_are_no_gain():

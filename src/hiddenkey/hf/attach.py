@@ -42,8 +42,7 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
     model = uncompiled(model)
-    modules = set(model.modules())
-    earlier = next((other for other in ATTACHED if not modules.isdisjoint(other.model.modules())), None)
+    earlier = _attached_to(model)
     if earlier is not None:
         raise AttachError(
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
@@ -60,8 +59,17 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def find_attachment(model: nn.Module) -> Attachment | None:
-    """The handle of the recipe attached to the model or to a model inside it, or None."""
-    return next((vars(module)[MARK] for module in model.modules() if MARK in vars(module)), None)
+    """The handle of the recipe attached to the model, to a model inside it or around it, or None.
+
+    Around it, because PEFT's `merge_and_unload` and `get_base_model` give out what is inside.
+    """
+    marked = (vars(module)[MARK] for module in model.modules() if MARK in vars(module))
+    return next(marked, None) or _attached_to(model)
+
+
+def _attached_to(model: nn.Module) -> Attachment | None:
+    modules = set(model.modules())
+    return next((other for other in ATTACHED if not modules.isdisjoint(other.model.modules())), None)
 
 
 class Attachment:
@@ -72,10 +80,10 @@ class Attachment:
     switches: one module per drop, found in the model as `hiddenkey_drops`; its `p` set to 0 switches the drop off.
     watch: sees that what is trained is what the recipe says.
     pooling_seen: set once a regression was seen to predict from the token that its consistency compares.
-    dense: set by the first step of a language model whose loss can't be computed from its last hidden states.
+    dense: set by the first step of a language model: whether its loss can't be computed from its last hidden states.
     """
 
-    dense = False
+    dense: bool | None = None
     pooling_seen = False
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:

@@ -132,7 +132,7 @@ def step_beside(
             "model; use 'kl'"
         )
     inputs = {name: value for name, value in uncached(model, batch).items() if name not in NO_INPUTS}
-    transformer, lower = find_transformer(model)[1], LowerLayers(attachment, constant=True)
+    transformer, lower = find_transformer(model)[1], LowerLayers(attachment, constant=True, batch=inputs)
     first, second = Pass(transformer), Pass(transformer)
     with attachment.watch.step():
         with first.record(lower):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +11,24 @@ from torch import Tensor, nn
 from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
-from .structure import reads_lower_keys
+from .structure import find_transformer, reads_lower_keys
+
+Batch = Mapping[str, Any]
+COLLECTED = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 
 class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
     `layers` is empty where nothing can be shared: several stacks, drops from the start, noise on the embedded tokens
-    (NEFTune), layers above that read keys of those below, or an adapter that draws in every layer, or came after the
-    plan. constant: the second view gets no gradient; otherwise both views' meets in them.
+    (NEFTune), layers above that read keys of those below, what every layer puts out is asked for, or an adapter that
+    draws in every layer, or came after the plan. constant: the second view gets no gradient; otherwise both views'
+    meets in them. batch: the model's arguments. looked_into: the second view's layers are asked for.
     """
 
-    def __init__(self, attachment: Attachment, *, constant: bool) -> None:
+    def __init__(
+        self, attachment: Attachment, *, constant: bool, batch: Batch | None = None, looked_into: bool = False
+    ) -> None:
         self.constant = constant
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
@@ -33,7 +39,8 @@ class LowerLayers:
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
         layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers]
-        self.layers = [] if noise or any(map(reads_lower_keys, layers)) else layers[:shared]
+        looked_into = looked_into or any(map(reads_lower_keys, layers)) or _collects(attachment, batch or {})
+        self.layers = [] if noise or looked_into else layers[:shared]
         self.output: Any = None
 
     @contextmanager
@@ -62,6 +69,16 @@ class LowerLayers:
 
     def _return(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
+
+
+def _collects(attachment: Attachment, batch: Batch) -> bool:
+    """Whether outputs of all layers are asked for: a mixture of experts balances its routers by them."""
+    config = find_transformer(attachment.model)[1].config
+    asked = {name: batch.get(name) for name in COLLECTED}
+    return any(
+        value if value is not None else any(getattr(part, name, False) for part in (config, config.get_text_config()))
+        for name, value in asked.items()
+    )
 
 
 def detached(output: Any) -> Any:

@@ -29,10 +29,18 @@ def _places(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> T
     """(B): where the token is, virtual tokens before it or not."""
     if not attachment.plan.structure.stacks[-1].latter_half:
         return torch.zeros(len(last), dtype=torch.long, device=last.device)
-    mask = batch.get("attention_mask")
-    if mask is None:
+    real = _real(batch, find_transformer(attachment.model)[1])
+    if real is None:
         return torch.full((len(last),), last.shape[1] - 1, device=last.device)
-    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1) + last.shape[1] - mask.shape[1]
+    return (torch.arange(real.shape[1], device=real.device) * real).argmax(-1) + last.shape[1] - real.shape[1]
+
+
+def _real(batch: Mapping[str, Any], transformer: Any) -> Tensor | None:
+    """(B, T): which tokens are no padding, as transformers' classifiers see it: by their ids, whatever the mask; None
+    where they take the last place.
+    """
+    pad, ids = transformer.config.get_text_config().pad_token_id, batch.get("input_ids")
+    return None if pad is None or ids is None else ids != pad
 
 
 def _refuse_other_pooling(batch: Mapping[str, Any], attachment: Attachment) -> None:

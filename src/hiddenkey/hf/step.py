@@ -13,6 +13,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, is_next_token_loss, token_losses
 from .lower import LowerLayers
+from .random_state import RandomState
 from .ranks import check_wrapper, everywhere
 from .structure import counts_items, find_transformer
 from .token_loss import Head
@@ -58,13 +59,14 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
     num_items is, so theirs is multiplied by this batch's share of the labels.
     """
     transformer = find_transformer(model)[1]
-    if num_items is None:
-        outputs = model(**batch)
+    counted = {} if num_items is None or not counts_items(transformer) else {"num_items_in_batch": num_items}
+    outputs = model(**batch, **counted)
+    if outputs.get("loss") is None:
+        raise UserError(
+            f"the model computes no loss from {', '.join(batch)}; a training step needs 'labels' in the batch"
+        )
+    if num_items is None or counted:
         return outputs["loss"], outputs
-    if counts_items(transformer):
-        outputs = model(**batch, num_items_in_batch=num_items)
-        return outputs["loss"], outputs
-    outputs = model(**batch)
     return outputs["loss"] * (count_labels(transformer, batch["labels"]) / num_items), outputs
 
 
@@ -94,7 +96,13 @@ def consistency_step(
     if attachment is None:
         raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     with attachment.watch.step():
-        return _losses(attachment, model, batch, num_items, task_loss, scale)
+        return _losses(attachment, model, _named(model, batch), num_items, task_loss, scale)
+
+
+def _named(model: nn.Module, batch: Batch) -> Batch:
+    """The batch, so that the model's outputs have names, where it is set to give a tuple."""
+    by_default = getattr(find_transformer(model)[1].config, "return_dict", True)
+    return batch if batch.get("return_dict", by_default) else {**batch, "return_dict": True}
 
 
 def _losses(
@@ -111,7 +119,7 @@ def _losses(
     consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)
-    chunks = task_loss is None and not step.consistency.scalar and not attachment.dense
+    chunks = task_loss is None and not consistency.scalar and not attachment.dense and "logits_to_keep" not in batch
     head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
         chunked = _chunked(step, head)
@@ -127,13 +135,17 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
     """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
     hidden = HiddenStates(find_transformer(step.model)[1])
     inputs = {name: value for name, value in step.batch.items() if name != "labels"}
-    lower = LowerLayers(step.attachment, constant=not step.consistency.both)
+    lower = LowerLayers(step.attachment, constant=not step.consistency.both, batch=inputs)
+    draws = RandomState(step.model) if step.attachment.dense is None else None
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
     fits = first is not None and _is_whole(first, step) and agrees(head, first, outputs["logits"])
-    if first is None or not everywhere(step.model, fits):
-        step.attachment.dense = True
+    step.attachment.dense = first is None or not everywhere(step.model, fits)
+    if step.attachment.dense or first is None:
+        # As if it had not been tried: a run that goes on in another process tries again.
+        if draws is not None:
+            draws.restore()
         return None
     with hidden.record(), lower.replay():
         second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
@@ -152,7 +164,13 @@ def _is_whole(states: Tensor, step: Step) -> bool:
 
 def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
     """(task, consistency, outputs) from the model's own loss and logits."""
-    lower = LowerLayers(step.attachment, constant=not step.consistency.both)
+    lower = LowerLayers(
+        step.attachment,
+        constant=not step.consistency.both,
+        batch=step.batch,
+        # The caller's task loss, which the second view computes too, may look into any layer.
+        looked_into=step.consistency.both and step.task_loss is not None,
+    )
     with LastLayer(step.attachment) as last:
         with lower.record():
             task, outputs = step.task(step.batch, step.num_items)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -156,22 +155,24 @@ class ConsistencyMixin:
         window = vars(self).setdefault("_window", {})
         for name, value in notes.items():
             if value is not None:
-                window.setdefault(name, []).append(value.detach())
+                total, count = window.get(name, (0, 0))
+                window[name] = total + value.detach(), count + 1
 
     def _parts(self, loss: float) -> dict[str, float]:
         """The parts of the logged loss since the last log, over all processes, in its scale: transformers sums some
         losses over the forward passes of a step and averages others.
         """
-        window: dict[str, list[Tensor]] = vars(self).pop("_window", {})
-        means = {name: float(self.accelerator.gather(torch.stack(v).mean()).mean()) for name, v in window.items()}
+        window: dict[str, tuple[Tensor, int]] = vars(self).pop("_window", {})
+        means = {name: float(self.accelerator.gather(v / count).mean()) for name, (v, count) in window.items()}
         total = means.pop("total", 0.0)
         return {name: value * loss / total if total else value for name, value in means.items()}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save and folder.is_dir():
-            save_recipe(folder, self.attachment.recipe)
+        folder, attachment = Path(output_dir or self.args.output_dir), find_attachment(self.model)
+        recipe = self._recipe if attachment is None else attachment.recipe  # it may be detached by now
+        if recipe is not None and self.args.should_save and folder.is_dir():
+            save_recipe(folder, recipe)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Compare recipes too: of all that resuming loads, this alone is asked for under every engine."""

@@ -100,26 +100,48 @@ def compared(
     Classification: the classifier's logits. Regression: the pooled token's last-layer vector, or the prediction
     itself for a scalar consistency. Generation: the logits at label positions.
     """
-    logits = outputs["logits"]
+    logits = outputs.get("logits")
+    if logits is None or not isinstance(batch["labels"], Tensor):
+        raise UserError(
+            f"the consistency {consistency.name!r} compares logits at labels, but this model's outputs are "
+            f"{', '.join(outputs)} and its labels a {type(batch['labels']).__name__}; leave the consistency out"
+        )
     labels = labels_of(batch, logits.shape[1], attachment.model) if logits.dim() == 3 else batch["labels"]
     if logits.dim() == 3 and labels.dim() == 2 and logits.shape[:2] == labels.shape:
         return _tokens(logits, labels, attachment)
-    if logits.shape[-1] == 1 or consistency.scalar:
-        if not (logits.shape[-1] == 1 and labels.is_floating_point()):
+    problem = getattr(find_transformer(attachment.model)[1].config, "problem_type", None)
+    regression = labels.is_floating_point() and problem != "multi_label_classification"
+    if consistency.scalar:
+        if not regression:
             raise UserError(
                 f"the consistency {consistency.name!r} compares predictions of a regression, but this model has "
                 f"{logits.shape[-1]} outputs for labels of {labels.dtype}; use 'kl'"
             )
-        if consistency.scalar:
-            return Compared(logits, None)
+        return Compared(logits, None)
+    if regression and logits.shape[-1] == 1:
         assert last is not None
         return Compared(pooled(last, batch, attachment), None)
+    if regression:
+        raise UserError(
+            f"{logits.shape[-1]} outputs for labels of {labels.dtype} are several predictions, not one distribution, "
+            f"so {consistency.name!r} is not defined for them; use 'mse'"
+        )
     if labels.is_floating_point():
         raise UserError(
-            f"labels of {labels.dtype} for {logits.shape[-1]} outputs are several yes/no answers, not one "
-            f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
+            f"labels of {labels.dtype} for {logits.shape[-1]} outputs are yes/no answers, not one distribution, so "
+            f"{consistency.name!r} is not defined for them; leave the consistency out"
         )
-    return Compared(logits, labels != IGNORED if labels.shape == logits.shape[:-1] else None)
+    if logits.shape[-1] == 1:
+        raise UserError(
+            f"one output for labels of {labels.dtype} is no distribution; a regression has labels of float32"
+        )
+    if logits.shape[:-1].numel() != labels.numel():
+        raise UserError(
+            f"the consistency {consistency.name!r} compares one distribution, the logits' last axis, per label, but "
+            f"here are logits of shape {tuple(logits.shape)} and labels of {tuple(labels.shape)}; leave the "
+            "consistency out, or compute it in a loop of your own with hiddenkey.consistency_loss"
+        )
+    return Compared(logits, labels.view(logits.shape[:-1]) != IGNORED)
 
 
 def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:

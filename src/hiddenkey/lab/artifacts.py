@@ -70,6 +70,8 @@ class RunResult:
     that is kept; empty where there is no such part."""
     failure: str = ""
     """Why the run failed."""
+    data_digest: str = ""
+    """Of all rows; a run goes on with the same ones only."""
 
     @property
     def adapter(self) -> Path:
@@ -177,6 +179,7 @@ def _clear(folder: Path) -> None:
 
 def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
     now = config.to_dict()
+    earlier = TrainConfig(model="", data="", out="").to_dict() | earlier  # a version before a field had its default
     names = [name for name in {**now, **earlier} if name not in NOT_OF_THE_RUN]
     differing = [name for name in names if now.get(name) != earlier.get(name)]
     if differing:
@@ -184,6 +187,15 @@ def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
         raise RunError(
             f"{config.out} holds a run with another configuration:\n{lines}\n"
             "Give another folder with --out, or --overwrite to delete that run."
+        )
+
+
+def require_same_data(earlier: RunResult, digest: str) -> None:
+    """Raises RunError where an unfinished run was begun with other rows."""
+    if earlier.data_digest not in ("", digest):
+        raise RunError(
+            f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. Give "
+            "another folder with --out, or --overwrite to delete that run."
         )
 
 

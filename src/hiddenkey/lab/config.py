@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
@@ -136,6 +137,11 @@ class TrainConfig:
     overwrite: bool = False
     """Delete an earlier run in the folder and start anew."""
 
+    def __post_init__(self) -> None:
+        # A shell expands `--out ~/run`, but neither `--out=~/run` nor YAML does.
+        for name in _PATHS:
+            object.__setattr__(self, name, expanded(getattr(self, name)))
+
     def check(self) -> None:
         """Check every value on its own.
 
@@ -143,7 +149,10 @@ class TrainConfig:
             ConfigError: a value of the wrong type or out of its range.
         """
         for name, hint in FIELD_TYPES.items():
-            convert(name, hint, getattr(self, name))
+            value = getattr(self, name)
+            if hint is float and isinstance(value, str):
+                raise ConfigError(f"{name} = {value!r} is not allowed: it is a number, here a text.")
+            convert(name, hint, value)
         for name, (holds, allowed) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -160,6 +169,14 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or YAML."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+_PATHS = ("model", "data", "out", "validation", "test")
+
+
+def expanded(path: Any) -> Any:
+    """A path with the home folder in the place of a leading ~."""
+    return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~/") else path
 
 
 FIELD_TYPES: dict[str, Any] = {field.name: get_type_hints(TrainConfig)[field.name] for field in fields(TrainConfig)}
@@ -230,12 +247,14 @@ _RULES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(
         (
             *("train_size", "eval_size", "test_size", "train_eval_size"),
-            *("max_steps", "patience", "save_steps", "seed", "data_seed", "no_repeat_ngram"),
+            *("max_steps", "patience", "save_steps", "no_repeat_ngram"),
         ),
         (_not_negative, "it is a whole number of 0 or more"),
     ),
     **dict.fromkeys(("weight_decay", "warmup", "neftune_alpha"), (_not_negative, "it is 0 or more")),
     **dict.fromkeys(("learning_rate", "max_grad_norm"), (_positive, "it is more than 0")),
+    # numpy's generator, which the Trainer seeds too, takes 32 bits
+    **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "it is from 0 to 2**32 - 1")),
     "length_penalty": (lambda value: -float("inf") < value < float("inf"), "it is a finite number"),
     "generation_metrics": (lambda value: set(value) <= set(GENERATION_METRICS), _METRICS_ALLOWED),
     **dict.fromkeys(("lora_dropout", "label_smoothing"), (_share, "it is from 0 to below 1")),

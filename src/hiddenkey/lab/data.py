@@ -47,9 +47,9 @@ def load_examples(config: TrainConfig) -> Examples:
         if rows is not None:
             require_columns(rows, [*columns.texts, columns.label], f"{part} data")
             _check_rows(rows, columns, f"{part} data")
+    names = _label_names(train, columns.label) if columns.task == "classification" else ()
     if validation is None:
         train, validation = _split(train, columns, config)
-    names = _label_names(train, columns.label) if columns.task == "classification" else ()
     train = _subset(train, config.train_size, config.data_seed, "train_size")
     validation = _subset(validation, config.eval_size, config.data_seed, "eval_size")
     return Examples(

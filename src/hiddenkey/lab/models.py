@@ -54,6 +54,12 @@ def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
     return tokenizer
 
 
+def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What the model's configuration is given."""
+    backend = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    return task.model_options() | backend
+
+
 def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
     """The pretrained model with LoRA on its query and value, and whatever is new in it trained whole.
 
@@ -61,15 +67,12 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
         OSError: no such model.
         ConfigError: no module to put LoRA on.
     """
-    options = task.model_options() | (
-        {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    )
     model, loading = getattr(transformers, task.model_class).from_pretrained(
         config.model,
         dtype=getattr(torch, config.dtype),
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
-        **options,
+        **model_options(config, task),
     )
     if model.config.pad_token_id is None:  # a classifier on a decoder finds the last token by it
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -7,11 +7,10 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState, set_seed
@@ -20,34 +19,25 @@ import hiddenkey
 
 from . import provenance, summary
 from .adapter import save_adapter
-from .artifacts import CHECKPOINTS, RunResult, make_folder, open_folder, require_space, write_result
+from .artifacts import (
+    CHECKPOINTS,
+    RunResult,
+    make_folder,
+    open_folder,
+    require_same_data,
+    require_space,
+    write_result,
+)
 from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
+from .checked import Checked, check_run, tell_of_cuts
 from .checkpoints import is_last, last_checkpoint, unmark
-from .columns import values
 from .config import Keep, TrainConfig
-from .data import Examples, load_examples
 from .errors import LabError, RunError
-from .generation import Prompt, collect_prompts, generation_scores
+from .generation import generation_scores
 from .lock import hold
-from .models import load_model, load_tokenizer
+from .models import load_model
 from .settings import require_one_device, training_arguments
-from .skeleton import build_skeleton
-from .tasks import Task, choose_metric, make_task, refuse_smoothing
 from .testing import final_scores, load_weights
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """What the checks before a run have found."""
-
-    examples: Examples
-    task: Task
-    metric: str
-    tokenizer: Any
-    train: Dataset
-    validation: Dataset
-    test: Dataset | None
-    prompts: list[Prompt]
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
@@ -79,8 +69,10 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     if earlier is not None and earlier.status == "finished":
         console.print(f"{config.out} holds this run, finished: nothing to do.", highlight=False)
         return earlier
-    checked = _check(config, recipe)
-    _tell_of_cuts(checked, config.max_length, console)
+    checked = check_run(config, recipe)
+    if earlier is not None:
+        require_same_data(earlier, checked.digest)
+    tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
     result = _first_record(config, recipe, checked, trainer)
     write_result(result)
@@ -132,39 +124,7 @@ class _Trainer(hiddenkey.DropTrainer):
             self.label_smoother = smoother
 
 
-def _check(config: TrainConfig, recipe: Any) -> _Checked:
-    examples = load_examples(config)
-    task = make_task(examples, config.separator)
-    metric = choose_metric(task, config.metric)
-    refuse_smoothing(examples.task, config.label_smoothing)
-    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
-    hiddenkey.plan(skeleton, recipe)
-    tokenizer = load_tokenizer(config, skeleton)
-    train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
-    validation = task.tokenise(examples.validation, tokenizer, config.max_length)
-    test = None
-    if examples.test is not None:
-        test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
-    prompts = collect_prompts(config, examples.test, tokenizer, skeleton)
-    return _Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test, prompts)
-
-
-def _tell_of_cuts(checked: _Checked, max_length: int, console: Console) -> None:
-    full = sum(len(ids) == max_length for ids in values(checked.train, "input_ids"))
-    if full:
-        total = len(checked.train)
-        console.print(
-            f"{full} of {total} training rows fill max_length = {max_length} and may be cut.", highlight=False
-        )
-
-
-def _by_length(rows: Dataset) -> Dataset:
-    # Evaluation does not mind the order, and rows of like length need little padding.
-    lengths = [len(ids) for ids in values(rows, "input_ids")]
-    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
-
-
-def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: Console) -> Any:
+def _make_trainer(config: TrainConfig, recipe: Any, checked: Checked, console: Console) -> Any:
     task, tokenizer = checked.task, checked.tokenizer
     arguments = training_arguments(config, task, checked.metric)
     set_seed(config.seed)
@@ -173,7 +133,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: 
         model=load_model(config, task, tokenizer),
         args=arguments,
         train_dataset=checked.train,
-        eval_dataset=_evaluated(config, checked),
+        eval_dataset=checked.evaluated(config),
         data_collator=task.collator(tokenizer),
         processing_class=tokenizer,
         compute_metrics=task.measure,
@@ -186,14 +146,6 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: _Checked, console: 
         trainer.add_callback(EarlyStopping(config.patience))
     require_space(Path(config.out), _bytes_of_run(trainer))
     return trainer
-
-
-def _evaluated(config: TrainConfig, checked: _Checked) -> dict[str, Dataset]:
-    parts = {"validation": checked.validation}
-    size = min(config.train_eval_size, len(checked.train))
-    if size:
-        parts["train"] = _by_length(checked.train.shuffle(seed=config.data_seed).select(range(size)))
-    return parts
 
 
 def _bytes_of_run(trainer: Any) -> int:
@@ -232,7 +184,7 @@ def _callback(trainer: Any, kind: type[Any]) -> Any:
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
-def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: Any) -> RunResult:
+def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: Any) -> RunResult:
     return RunResult(
         folder=config.out,
         status="running",
@@ -242,7 +194,8 @@ def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: 
         task=checked.examples.task,
         versions=provenance.versions(),
         commit=provenance.commit(),
-        data_rows=_row_counts(checked),
+        data_rows=checked.row_counts,
+        data_digest=checked.digest,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         load_options=_load_options(checked, trainer.model),
         metric=checked.metric,
@@ -257,18 +210,13 @@ def _first_record(config: TrainConfig, recipe: Any, checked: _Checked, trainer: 
     )
 
 
-def _row_counts(checked: _Checked) -> dict[str, int]:
-    parts = {"train": checked.train, "validation": checked.validation, "test": checked.test}
-    return {name: len(rows) for name, rows in parts.items() if rows is not None}
-
-
-def _load_options(checked: _Checked, model: Any) -> dict[str, Any]:
+def _load_options(checked: Checked, model: Any) -> dict[str, Any]:
     if checked.examples.task == "causal-lm":
         return {}
     return {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
 
 
-def _last_record(running: RunResult, checked: _Checked, trainer: Any) -> RunResult:
+def _last_record(running: RunResult, checked: Checked, trainer: Any) -> RunResult:
     history = trainer.state.log_history
     epochs = summary.epochs_of(history)
     rates = trainer.attachment.rates()
@@ -285,7 +233,7 @@ def _last_record(running: RunResult, checked: _Checked, trainer: Any) -> RunResu
 
 
 def _test(
-    config: TrainConfig, result: RunResult, checked: _Checked, trainer: Any, console: Console
+    config: TrainConfig, result: RunResult, checked: Checked, trainer: Any, console: Console
 ) -> dict[str, dict[str, float]]:
     if checked.test is None:
         return {}

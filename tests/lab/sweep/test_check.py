@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.metrics import measure as metrics
+from hiddenkey.lab.sweep import run as running
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
 from hiddenkey.lab.sweep.file import read_sweep
@@ -103,6 +104,22 @@ def test_a_worker_that_sees_several_gpus_takes_no_run(
     with pytest.raises(RunError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
     assert board.take() is not None
+
+
+def test_a_sweep_that_cannot_train_in_the_type_is_told_before_any_run(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_sweep(tmp_path, base=base | {"dtype": "float16"}, axes=None, methods=METHODS)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(running, "Crew", None)
+    with pytest.raises(ConfigError, match="float16 needs a CUDA device"):
+        sweep(SweepConfig(str(path)), Console(quiet=True))
+
+
+def test_an_unknown_attention_backend_is_told_before_any_run(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base | {"attn_implementation": "foo"}, axes=None, methods=METHODS)
+    with pytest.raises(ConfigError, match="foo"):
+        sweep(SweepConfig(str(path), dry_run=True), Console(quiet=True))
 
 
 def test_a_worker_that_cannot_train_in_the_type_takes_no_run(

@@ -154,7 +154,12 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
             "set and in grid",
         ),
         ({"methods": {"a": {"recipe": "baseline", "grid": {"recipe": ["a"]}}}}, "recipe cannot be varied"),
-        ({"methods": {"a": {"recipe": "baseline"}, "A": {"recipe": "baseline"}}}, "two runs that are equal"),
+        ({"methods": {"a": {"recipe": "baseline"}, "A": {"recipe": "baseline"}}}, "one name to the report"),
+        (
+            {"methods": {"a": {"recipe": "{r}", "grid": {"r": ["hiddenkey@0.1", "hiddenkey@0.1 ~ kl*1.0"]}}}},
+            "are equal",
+        ),
+        ({"methods": {"Lora Dropout": METHOD, "lora_dropout": METHOD}}, "one name to the report"),
         ({"axes": {"sed": [1]}}, "did you mean 'seed'"),
         ({"axes": {"seed": 1}}, "a list of one or more values"),
         ({"axes": {"seed": [1, 1]}}, "stands in it twice"),
@@ -171,6 +176,7 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ),
         ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.1}}}}}, "missing: high"),
         ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"high": 1.0}}}}}, "p = 1.0"),
+        ({"search": "random", "trials": 1, "methods": {"a": METHOD | {"grid": {"p": P | {"high": 1.5}}}}}, "p = 1.5"),
         (
             {"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"step": 1}}}}},
             "unknown: step",

@@ -67,6 +67,11 @@ def check_recompute(patient: Patient) -> Iterator[Finding]:
             yield _not_recomputed(patient, error)
             return
     loss, wanted = patient.gradients(model, patient.batch)
+    if not loss.isfinite():
+        yield Finding(
+            "recompute", "skipped", f"the loss of the first batch is {float(loss)}, which compares with nothing"
+        )
+        return
     apart = _apart(again, wanted)
     values = {"loss": difference(again_loss, loss), "gradients": apart}
     same = values["loss"] <= close(loss.dtype) and apart <= 10 * close(loss.dtype)

@@ -12,6 +12,7 @@ from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
 from ..attach import Attachment, attach, find_attachment
 from ..structure import find_transformer
+from ..views import uncached
 from .backward import check_consistency, check_reach, check_recompute
 from .batches import make_batches
 from .diagnosis import Diagnosis, Finding
@@ -94,7 +95,8 @@ def _examine(
             batches = make_batches(find_transformer(model)[1], 2, size, length)
         if not batches:
             raise UserError("batches is empty; give at least one batch, or None to have some made")
-        patient = Patient(model, attachment, batches)
+        # As training runs it: with a cache, transformers does not look for packed documents in the positions.
+        patient = Patient(model, attachment, [uncached(model, batch) for batch in batches])
         findings = tuple(_findings(patient, states, rounds))
     return Diagnosis(str(attachment.recipe), attachment.plan.model, findings)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from operator import itemgetter
 
 from ..sweep.record import RunRecord
 from .paper import BASELINE
 from .pool import Pool, Pooled
 from .statistics import Seed
-from .study import Groups, Task
+from .study import Group, Groups, Task
 
 
 def step_seconds(groups: Groups) -> float | None:
@@ -33,38 +34,40 @@ def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled
     First at the method's own last epoch, then at the one (to the nearest) that it reaches in the baseline's time.
     """
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, method)) is not None]
-    whole = pool.over(lambda task: _gains(task, method, math.inf))
-    budgeted = pool.over(lambda task: _gains(task, method, _steps(task, method)))
+    whole = pool.over(lambda task: _gains(task, method, 0.0))
+    budgeted = pool.over(lambda task: _gains(task, method, step_ratio(task, method)))
     return (statistics.fmean(ratios) if ratios else None), whole, budgeted
 
 
-def _steps(task: Task, method: str) -> float | None:
-    # As many as fit into the baseline's time, and half an epoch, so that the nearest epoch counts.
-    ratio = step_ratio(task, method)
-    runs = [run for group in task.methods.get(BASELINE, {}).values() for run in group.runs if run.epochs]
-    if ratio is None or not runs:
-        return None
-    total, per_epoch = runs[0].epochs[-1]["step"], runs[0].epochs[0]["step"]
-    return float(total) / ratio + per_epoch / 2
-
-
-def _gains(task: Task, method: str, steps: float | None) -> dict[Seed, float] | None:
-    if steps is None or method not in task.methods or BASELINE not in task.methods:
+def _gains(task: Task, method: str, ratio: float | None) -> dict[Seed, float] | None:
+    """ratio: a step's time over the baseline's; 0: without a limit."""
+    if ratio is None or method not in task.methods or BASELINE not in task.methods:
         return None
     shown = task.validation_metric
     sign = -shown.scale if shown.lower_is_better else shown.scale
-    one, other = _at(task, method, steps), _at(task, BASELINE, math.inf)
-    return {seed: sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())}
-
-
-def _at(task: Task, method: str, steps: float) -> dict[Seed, float]:
-    choose = min if task.validation_metric.lower_is_better else max
     found = {}
-    for seed, group in task.methods[method].items():
-        values = [value for run in group.runs if (value := _value(run, steps)) is not None]
-        if values:
-            found[seed] = choose(values)
-    return found
+    for seed, group in task.methods[BASELINE].items():
+        base = _best(task, group, math.inf)
+        if base is None or seed not in task.methods[method]:
+            continue
+        value, run = base
+        other = _best(task, task.methods[method][seed], _steps(run, ratio))
+        if other is not None:
+            found[seed] = sign * (other[0] - value)
+    return dict(sorted(found.items()))
+
+
+def _steps(base: RunRecord, ratio: float) -> float:
+    # As many as fit into the baseline's time, and half an epoch, so that the nearest epoch counts.
+    total, per_epoch = base.epochs[-1]["step"], base.epochs[0]["step"]
+    return float(total) / ratio + per_epoch / 2 if ratio else math.inf
+
+
+def _best(task: Task, group: Group, steps: float) -> tuple[float, RunRecord] | None:
+    """The best of a group's runs by what they had reached after so many steps."""
+    values = [(value, run) for run in group.runs if (value := _value(run, steps)) is not None]
+    choose = min if task.validation_metric.lower_is_better else max
+    return choose(values, key=itemgetter(0)) if values else None
 
 
 def _value(run: RunRecord, steps: float) -> float | None:

@@ -88,7 +88,7 @@ def _seeds(task: Task, method: str, conditions: Iterable[Condition]) -> set[Seed
 
 def _rates(tasks: Sequence[Task], method: str) -> list[float]:
     runs = [run for task in tasks for group in task.methods[method].values() for run in group.runs]
-    return sorted({float(run.params[RATE]) for run in runs if RATE in run.params})
+    return sorted({float(rate) for run in runs if isinstance(rate := run.params.get(RATE), (int, float))})
 
 
 def _at_rate(task: Task, method: str, rate: float, part: Part) -> dict[Seed, float]:

@@ -115,12 +115,6 @@ RIVAL_NOTES = {
 DECODERS = re.compile(r"llama|gpt|smollm|stories|qwen|opt-|mistral|gemma|pythia|phi", re.IGNORECASE)
 
 
-def method_key(name: str) -> str:
-    """The name under which a method of a sweep is known here: `DropKey:column` is `dropkey column`."""
-    plain = " ".join(name.lower().replace(":", " ").split())
-    return "lora_dropout" if plain == "lora dropout" else plain
-
-
 def family(method: str) -> str:
     """The first word of a method with patterns, such as dropkey; others are a family by themselves."""
     first, _, pattern = method.partition(" ")

@@ -162,7 +162,7 @@ def _pair_differences(task: Task, claim: Claim) -> dict[Seed, float] | None:
 
 
 def _rank_differences(task: Task) -> dict[Seed, float] | None:
-    ranks = task.ranks(BASELINE)
+    ranks = {} if BASELINE in task.incomplete else task.ranks(BASELINE)  # the largest may be what is missing
     if 8 not in ranks or max(ranks) == 8:
         return None
     one, other = (task.values(BASELINE, condition=ranks[rank]) for rank in (8, max(ranks)))

@@ -76,7 +76,8 @@ def describe(differences: Sequence[float]) -> Difference | None:
     n = len(found)
     if n < 2:
         return Difference(n, float(found[0])) if n else None
-    mean, sd = float(found.mean()), float(found.std(ddof=1))
+    equal = np.ptp(found) == 0  # of which a mean and an sd in binary numbers miss by a bit
+    mean, sd = (float(found[0]), 0.0) if equal else (float(found.mean()), float(found.std(ddof=1)))
     half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
     low, high = bootstrap(found)
     return Difference(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RunError
-from ..sweep.record import RunRecord, read_record
+from ..sweep.record import RunRecord, method_key, read_record
 from .metrics import Metric, metric
-from .paper import DECODERS, GENERATION_METRICS, PRINTED_METRICS, TASK_LABELS, method_key, rank_of, task_key
+from .paper import DECODERS, GENERATION_METRICS, PRINTED_METRICS, TASK_LABELS, rank_of, task_key
 from .statistics import Seed
 
 When = Literal["best", "last"]
@@ -172,11 +172,11 @@ def read_study(folders: Iterable[Path]) -> list[Task]:
         RunError: there is no record, one cannot be read, or records of one name are not of one task.
     """
     folders = list(folders)
-    paths = sorted({path for folder in folders for path in folder.rglob("runs/*.json")})
-    if not paths:
-        raise RunError(
-            f"no runs below {', '.join(map(str, folders))}: looked for runs/*.json. Run `hiddenkey sweep` first."
-        )
+    found_in = {folder: list(folder.rglob("runs/*.json")) for folder in folders}
+    empty = [str(folder) for folder, records in found_in.items() if not records]
+    if empty or not folders:
+        raise RunError(f"no runs below {', '.join(empty)}: looked for runs/*.json. Run `hiddenkey sweep` first.")
+    paths = sorted({path for records in found_in.values() for path in records})
     by_sweep: dict[str, dict[str, RunRecord]] = defaultdict(dict)
     for path in paths:
         record = read_record(path)

@@ -27,16 +27,17 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     texts = {f"{table.name}.csv": csv_text(table) for table in report.tables}
     texts |= {f"{table.name}.tex": latex_text(table) for table in report.tables}
     texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
-    folder = Path(out) / NAME
+    target = Path(out).expanduser()
+    folder = target / NAME
     folder.mkdir(parents=True, exist_ok=True)
     for name in _written_before(folder) - texts.keys():
         (folder / name).unlink()
     texts[MANIFEST] = "".join(f"{name}\n" for name in sorted(texts))
     for name, text in sorted(texts.items()):
         write_text(folder / name, text)
-    write_text(Path(out) / f"{NAME}.html", page_text(report, NAME))
-    write_text(Path(out) / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
-    return Path(out) / f"{NAME}.md"
+    write_text(target / f"{NAME}.html", page_text(report, NAME))
+    write_text(target / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
+    return target / f"{NAME}.md"
 
 
 def _written_before(folder: Path) -> set[str]:

@@ -10,7 +10,7 @@ import hiddenkey
 from ..config import TrainConfig
 from ..data import Examples, load_examples
 from ..generation import collect_prompts
-from ..models import find_targets, load_tokenizer
+from ..models import find_targets, load_tokenizer, model_options
 from ..settings import require_dtype, require_one_device
 from ..skeleton import build_skeleton
 from ..tasks import choose_metric, make_task, refuse_smoothing
@@ -64,7 +64,7 @@ def _check(configs: list[TrainConfig]) -> None:
     choose_metric(task, config.metric)
     for each in configs:
         refuse_smoothing(examples.task, each.label_smoothing)
-    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **task.model_options())
+    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
     find_targets(skeleton, config.target_modules)
     tokenizer = load_tokenizer(config, skeleton)
     for recipe in {config.recipe for config in configs}:

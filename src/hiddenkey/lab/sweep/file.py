@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from ..config import FIELD_TYPES
+from ..config import FIELD_TYPES, expanded
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
 
@@ -76,7 +76,7 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
             raise ConfigError(f"search = {search!r} is not allowed: it is one of {', '.join(get_args(Search))}.")
         sweep = SweepFile(
             name=_text("name", given["name"]),
-            out=out or _text("out", given["out"]),
+            out=expanded(out or _text("out", given["out"])),
             base=base,
             methods=_methods(given["methods"], search),
             axes=_axes(given.get("axes", {})),

@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from .draw import draw_random
 from .file import Method, SweepFile, Values
-from .record import WORK, run_id
+from .record import WORK, method_key, run_id
 from .space import Choice, Space, plain
 
 
@@ -163,8 +163,9 @@ def make_plan(sweep: SweepFile) -> Plan:
     combinations = [_merged(points) for points in itertools.product(*sweep.axes)]
     groups = tuple(Group(sweep, method, axes) for axes in combinations for method in sweep.methods)
     for group in groups:
-        if group.ordered:
+        if sweep.search != "grid":
             list(group.corners())
+    _check_names(sweep)
     _check_ids(groups)
     return Plan(sweep, groups)
 
@@ -191,13 +192,26 @@ def _check_counts(sweep: SweepFile) -> None:
         )
 
 
+def _check_names(sweep: SweepFile) -> None:
+    seen: dict[str, str] = {}
+    for method in sweep.methods:
+        other = seen.setdefault(method_key(method.name), method.name)
+        if other != method.name:
+            raise ConfigError(f"methods: {other!r} and {method.name!r} are one name to the report; rename one.")
+
+
 def _check_ids(groups: tuple[Group, ...]) -> None:
     seen: set[str] = set()
     for group in groups:
+        settings: set[str] = set()
         for slot in group.slots:
-            if slot.run is not None and slot.run.id in seen:
+            if slot.run is None:
+                continue
+            setting = slot.run.id.rpartition("-")[2]
+            if slot.run.id in seen or setting in settings:
                 raise ConfigError(f"{slot.run.id} stands for two runs that are equal; take one of them out.")
             seen.add(slot.key)
+            settings.add(setting)
 
 
 def _digest(values: Values) -> str:

@@ -84,6 +84,12 @@ class RunRecord:
         return asdict(self)
 
 
+def method_key(name: str) -> str:
+    """The name under which a method of a sweep is known to the report: `DropKey:column` is `dropkey column`."""
+    plain = " ".join(name.lower().replace(":", " ").split())
+    return "lora_dropout" if plain == "lora dropout" else plain
+
+
 def run_id(method: str, values: dict[str, Any], config: TrainConfig) -> str:
     """The name of a run: method and values, and a hash of all fields that differ from their defaults.
 

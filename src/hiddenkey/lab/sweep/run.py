@@ -59,6 +59,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
         _write(plan, board)
         _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
+    _check_machine(plan)
     _check(plan)
     print_plan(plan, console)
     _say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")

@@ -1,0 +1,99 @@
+"""What is read and checked before a run, and before the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+
+import hiddenkey
+
+from .columns import values
+from .config import TrainConfig
+from .data import Examples, load_examples
+from .generation import Prompt, collect_prompts
+from .models import load_tokenizer, model_options
+from .skeleton import build_skeleton
+from .tasks import Task, choose_metric, make_task, refuse_smoothing
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks before a run have found."""
+
+    examples: Examples
+    task: Task
+    metric: str
+    tokenizer: Any
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    prompts: list[Prompt]
+
+    @property
+    def row_counts(self) -> dict[str, int]:
+        """How many rows each part has."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: len(rows) for name, rows in parts.items() if rows is not None}
+
+    @cached_property
+    def digest(self) -> str:
+        """A short hash of all rows, part by part."""
+        found = hashlib.sha256()
+        for rows in (self.examples.train, self.examples.validation, self.examples.test):
+            columns = {} if rows is None else {name: values(rows, name) for name in rows.column_names}
+            found.update(json.dumps(columns).encode())
+        return found.hexdigest()[:16]
+
+    def evaluated(self, config: TrainConfig) -> dict[str, Dataset]:
+        """What the model is evaluated on after every epoch: the validation part, and some of the training rows."""
+        parts = {"validation": self.validation}
+        size = min(config.train_eval_size, len(self.train))
+        if size:
+            parts["train"] = _by_length(self.train.shuffle(seed=config.data_seed).select(range(size)))
+        return parts
+
+
+def check_run(config: TrainConfig, recipe: Any) -> Checked:
+    """Read the data and the model's structure, and check that all of it fits together.
+
+    Raises:
+        ConfigError, DataError: see `hiddenkey.lab.errors`.
+        PlanError: the recipe finds no site in this model.
+        OSError: a model or data that cannot be read.
+    """
+    examples = load_examples(config)
+    task = make_task(examples, config.separator)
+    metric = choose_metric(task, config.metric)
+    refuse_smoothing(examples.task, config.label_smoothing)
+    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
+    hiddenkey.plan(skeleton, recipe)
+    tokenizer = load_tokenizer(config, skeleton)
+    train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
+    validation = task.tokenise(examples.validation, tokenizer, config.max_length)
+    test = None
+    if examples.test is not None:
+        test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
+    prompts = collect_prompts(config, examples.test, tokenizer, skeleton)
+    return Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test, prompts)
+
+
+def tell_of_cuts(checked: Checked, max_length: int, console: Console) -> None:
+    """Say how many training rows may have been cut."""
+    full = sum(len(ids) == max_length for ids in values(checked.train, "input_ids"))
+    if full:
+        total = len(checked.train)
+        console.print(
+            f"{full} of {total} training rows fill max_length = {max_length} and may be cut.", highlight=False
+        )
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    # Evaluation does not mind the order, and rows of like length need little padding.
+    lengths = [len(ids) for ids in values(rows, "input_ids")]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
