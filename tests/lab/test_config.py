@@ -92,7 +92,7 @@ def test_unknown_yaml_name_gets_the_nearest_and_all_names(tmp_path: Path):
     assert all(field.name in message for field in dataclasses.fields(TrainConfig))
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n", "", "epochs: many\n"])
+@pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n", "", "epochs: many\n", "seed: 1\nseed: 2\n"])
 def test_malformed_yaml_is_an_error(tmp_path: Path, text: str):
     path = tmp_path / "run.yaml"
     path.write_text(text)

@@ -12,6 +12,33 @@ from .config import FIELD_TYPES, TrainConfig, convert
 from .errors import ConfigError
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, in which a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises ConstructorError where a key stands twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} stands twice", node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: it is not YAML, or a key stands twice in it.
+        OSError: the file cannot be read.
+    """
+    try:
+        return _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+
+
 def read_fields(path: str | Path) -> dict[str, Any]:
     """The fields a YAML file sets, in the types of `TrainConfig`.
 
@@ -19,10 +46,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         ConfigError: not a mapping of known names to values of their types.
         OSError: the file cannot be read.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    given = read_yaml(path)
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")
     for name in given:

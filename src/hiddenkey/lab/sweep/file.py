@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from ..config import FIELD_TYPES, expanded
+from ..config_file import read_yaml
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
 
@@ -46,20 +47,6 @@ class SweepFile:
     trials: int = 0
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, in which a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises ConstructorError where a key stands twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", node.value[index][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> SweepFile:
     """Read a sweep file; `sets` are texts `field=value` in the place of fields of its base.
 
@@ -90,10 +77,7 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
 
 
 def _load(path: str | Path) -> Mapping[str, Any]:
-    try:
-        given = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+    given = read_yaml(path)
     if not isinstance(given, Mapping):
         raise ConfigError(f"{path} holds {type(given).__name__}, not the lines name, out, base and methods.")
     return given
