@@ -169,11 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(f"hiddenkey {hiddenkey.__version__}")
         return
+    command: Any = None
     try:
         command = _parse(arguments)
         RUNNERS[type(command)](command)
     except KeyboardInterrupt:
-        sys.stderr.write("\nStopped. The same command continues from the last checkpoint.\n")
+        goes_on = isinstance(command, (TrainConfig, SweepConfig))
+        way = " The same command continues from the last checkpoint." if goes_on else ""
+        sys.stderr.write(f"\nStopped.{way}\n")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name not in LAB_EXTRA:

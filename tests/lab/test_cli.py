@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hiddenkey import cli
 from hiddenkey.cli import main
 from tests.test_registry import PLUGIN, install
 
@@ -117,6 +118,18 @@ def test_train_from_yaml_with_flags_on_top(
         main([*command, "--seed", "1"])
     assert stop.value.code == 2
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
+
+
+def test_ctrl_c_promises_nothing_where_nothing_was_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(command: cli.ReportCommand) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.RUNNERS, cli.ReportCommand, stop)
+    with pytest.raises(SystemExit, match="130"):
+        main(["report", "anywhere"])
+    assert capsys.readouterr().err == "\nStopped.\n"
 
 
 def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path):

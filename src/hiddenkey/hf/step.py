@@ -86,7 +86,8 @@ def consistency_step(
     the model's own loss. scale: by which a trainer multiplies its losses; that of `task_loss` is multiplied already.
 
     A causal language model with a frozen head is computed in chunks of tokens, so that no (tokens × vocabulary)
-    tensor is built, and its layers below the first drop once for both views.
+    tensor is built, and its layers below the first drop once for both views. The mean over a batch without any label
+    is NaN, as transformers' own is, but 0 in chunks.
 
     Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing,
     nothing would be dropped because the model is in evaluation mode, and for gradient from both views through
