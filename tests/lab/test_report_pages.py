@@ -217,7 +217,8 @@ def test_unequal_numbers_of_trials_are_not_called_equal(tmp_path: Path):
     [
         ({"test": "dev"}, how.CUT),
         ({"test": "validation"}, how.CUT),
-        ({"test": "data/devset.csv"}, how.CUT),
+        ({"test": "data/devset.csv"}, how.FOUND),
+        ({"test": "validation_mismatched"}, how.FOUND),
         ({"test": "test"}, how.FOUND),
         ({"test": "developers"}, how.FOUND),
         ({}, how.FOUND),
