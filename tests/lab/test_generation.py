@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from hiddenkey.lab import run
 from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.generation import Prompt, Written, collect_prompts, generate
 from hiddenkey.lab.generation import _NoRepeat as NoRepeat
@@ -178,7 +179,7 @@ def test_the_kept_adapter_writes_a_text_for_every_different_prompt(config: Train
     config = replace(config, keep=keep, metric="loss", epochs=3)
     result = run.train(config)
     rows = read_generations(config)
-    test = run.load_examples(config).test
+    test = load_examples(config).test
     assert {row["prompt"]: row["references"] for row in rows} == {
         prompt: [text for other, text in zip(test["prompt"], test["completion"], strict=True) if other == prompt]
         for prompt in test["prompt"]

@@ -21,6 +21,7 @@ from hiddenkey.lab import artifacts, run
 from hiddenkey.lab.artifacts import RunResult, read_result
 from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
 from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, NonFiniteLossError, RunError
 
 from . import tiny
@@ -97,7 +98,7 @@ def test_causal_lm_counts_tokens_of_the_completion_alone(config: TrainConfig, ll
     model = AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
     right, nll = [], []
-    for row in run.load_examples(config).validation:
+    for row in load_examples(config).validation:
         prompt = tokenizer(row["prompt"]).input_ids
         target = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
