@@ -7,8 +7,8 @@ import torch
 import hiddenkey
 from hiddenkey import attend
 from hiddenkey.consistency import consistency_loss
+from hiddenkey.hf import pooling
 from hiddenkey.hf import step as step_module
-from hiddenkey.hf.pooling import pooled
 from hiddenkey.hf.views import labels_of
 
 from .adapters import adapt, batch_for, build, moved
@@ -100,12 +100,9 @@ LAST = {"left": (12, 12, 12), "none": (12, 12, 12), "right": (12, 9, 5)}
 @pytest.mark.parametrize("padding", LAST)
 def test_the_last_real_token_behind_virtual_ones(padding):
     model, inputs = prompted_regression(padding)
-    attachment = hiddenkey.find_attachment(model)
-    attachment.pooling_seen = True  # where it is, not whether the model predicts from it
-    last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
-    assert pooled(last, inputs, attachment).flatten().tolist() == [
-        row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate(LAST[padding])
-    ]
+    last = torch.zeros(BATCH, VIRTUAL + LENGTH, 1)
+    found = pooling._places(last, inputs, hiddenkey.find_attachment(model))
+    assert found.tolist() == [VIRTUAL + n - 1 for n in LAST[padding]]
 
 
 @pytest.mark.parametrize("padding", ("left", "none"))
@@ -114,9 +111,12 @@ def test_a_regression_from_the_last_real_token_behind_virtual_ones(padding):
     assert hiddenkey.consistency_step(model, inputs).total.isfinite()
 
 
-def test_a_regression_behind_virtual_tokens_with_padding_on_the_right():
+@pytest.mark.parametrize("first", (False, True), ids=("at once", "after a batch without padding"))
+def test_a_regression_behind_virtual_tokens_with_padding_on_the_right(first):
     """transformers takes the last place, padding or not, where it is given embeddings, as PEFT does with a prompt."""
     model, inputs = prompted_regression("right")
+    if first:
+        hiddenkey.consistency_step(model, prompted_regression("none")[1])
     with pytest.raises(hiddenkey.UserError, match="padding on the left"):
         hiddenkey.consistency_step(model, inputs)
 

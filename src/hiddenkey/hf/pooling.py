@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import evaluation
 from .structure import find_transformer
@@ -17,12 +18,15 @@ from .structure import find_transformer
 def pooled(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Tensor:
     """(B, D) of the last layer's (B, T, D): the first token of an encoder, the last real token of a decoder.
 
-    Raises UserError for a model that predicts from others, which is looked at once.
+    Raises UserError for a model that predicts from others, which is looked at once, but again for a batch with
+    padding at its end behind a prompt, where transformers takes the last place.
     """
-    if not attachment.pooling_seen:
+    places = _places(last, batch, attachment)
+    prompted = attachment.plan.structure.stacks[-1].latter_half and virtual_tokens(attachment.model) > 0
+    if not attachment.pooling_seen or (prompted and bool((places < last.shape[1] - 1).any())):
         _refuse_other_pooling(batch, attachment)
         attachment.pooling_seen = True
-    return last[torch.arange(len(last), device=last.device), _places(last, batch, attachment)]
+    return last[torch.arange(len(last), device=last.device), places]
 
 
 def _places(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Tensor:
