@@ -111,8 +111,8 @@ def _shift(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Ten
     (float32 at 1e4: four of them).
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    lengths = (torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).amax() for x in (query, key))
-    furthest = scale * next(lengths) * next(lengths)
+    query_length, key_length = (torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).amax() for x in (query, key))
+    furthest = scale * query_length * key_length
     if bias is not None:
         furthest = furthest + bias.detach().abs().amax()
     underflow = 1000.0 if query.dtype == torch.float64 else 120.0

@@ -470,7 +470,7 @@ def test_two_views_that_are_one_are_red(monkeypatch):
 
 def test_a_consistency_that_does_not_fit_is_red():
     model = make("bert", problem_type="multi_label_classification")
-    assert "yes/no answers" in red(model, "hiddenkey@0.3")["consistency"][0]
+    assert "several yes/no answers" in red(model, "hiddenkey@0.3")["consistency"][0]
 
 
 # What looks alike and loses nothing.

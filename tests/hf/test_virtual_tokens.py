@@ -100,9 +100,13 @@ LAST = {"left": (12, 12, 12), "none": (12, 12, 12), "right": (12, 9, 5)}
 @pytest.mark.parametrize("padding", LAST)
 def test_the_last_real_token_behind_virtual_ones(padding):
     model, inputs = prompted_regression(padding)
-    last = torch.zeros(BATCH, VIRTUAL + LENGTH, 1)
-    found = pooling._places(last, inputs, hiddenkey.find_attachment(model))
-    assert found.tolist() == [VIRTUAL + n - 1 for n in LAST[padding]]
+    attachment = hiddenkey.find_attachment(model)
+    last = torch.arange(BATCH * (VIRTUAL + LENGTH)).view(BATCH, -1, 1)
+    assert pooling._places(last, inputs, attachment).tolist() == [VIRTUAL + n - 1 for n in LAST[padding]]
+    if padding != "right":  # which is refused
+        assert pooling.pooled(last, inputs, attachment).flatten().tolist() == [
+            row * (VIRTUAL + LENGTH) + VIRTUAL + n - 1 for row, n in enumerate(LAST[padding])
+        ]
 
 
 @pytest.mark.parametrize("padding", ("left", "none"))

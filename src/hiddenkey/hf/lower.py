@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
 from .structure import find_transformer, reads_lower_keys
+from .views import Batch
 
-Batch = Mapping[str, Any]
 COLLECTED = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 

@@ -127,9 +127,10 @@ def compared(
             f"so {consistency.name!r} is not defined for them; use 'mse'"
         )
     if labels.is_floating_point():
+        several = "several " if logits.shape[-1] > 1 else ""
         raise UserError(
-            f"labels of {labels.dtype} for {logits.shape[-1]} outputs are yes/no answers, not one distribution, so "
-            f"{consistency.name!r} is not defined for them; leave the consistency out"
+            f"labels of {labels.dtype} for {logits.shape[-1]} outputs are {several}yes/no answers, not one "
+            f"distribution, so {consistency.name!r} is not defined for them; leave the consistency out"
         )
     if logits.shape[-1] == 1:
         raise UserError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attach import Attachment, find_attachment
 from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..random_state import RandomState
 from ..structure import find_transformer
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -49,16 +50,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def random_state(model: nn.Module) -> Iterator[None]:
     """Give back the states of Python's, numpy's and torch's generators, on the CPU and on the model's devices."""
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    indices = [device.index or 0 for device in devices]
-    python, numbers = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(indices, device_type=kind):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(numbers)
+    python, numbers, torchs = random.getstate(), numpy.random.get_state(), RandomState(model)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numbers)
+        torchs.restore()
 
 
 def seed_all(seed: int) -> None:
