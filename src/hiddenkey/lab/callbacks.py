@@ -1,4 +1,4 @@
-"""What a run does beside the training loop: watch the loss, keep time, show progress, mark checkpoints."""
+"""What a run does beside the training loop: watch the loss, keep time, show progress, mark checkpoints, stop."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from .checkpoints import mark_complete
 from .errors import NonFiniteLossError
+from .interrupts import heed
 
 _LOSSES = ("loss", "task_loss", "consistency_loss")
 
@@ -98,6 +99,22 @@ class EarlyStopping(EarlyStoppingCallback):
         """Counts an epoch without a better metric."""
         if args.metric_for_best_model in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
+class Interrupts(TrainerCallback):
+    """Heeds Ctrl-C between two batches, when nothing is half done and the last step's checkpoint is written."""
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Before the next step."""
+        heed()
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        """Within an accumulated step."""
+        heed()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Within an evaluation."""
+        heed()
 
 
 class ProgressBar(TrainerCallback):

@@ -17,6 +17,7 @@ from .artifacts import GENERATIONS, write_text
 from .columns import SEEN, values
 from .config import TrainConfig
 from .errors import ConfigError
+from .interrupts import heed
 from .metrics.measure import measure, require_tools
 from .tasks_completion import prompt_ids
 
@@ -95,6 +96,7 @@ def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[W
     end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     try:
         for numbers in _batches(prompts, max(1, config.eval_batch_size // config.num_beams)):
+            heed()
             rows = [{"input_ids": prompts[i].ids} for i in numbers]
             batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
             start = batch["input_ids"].shape[1]

@@ -28,12 +28,13 @@ from .artifacts import (
     require_space,
     write_result,
 )
-from .callbacks import EarlyStopping, LossGuard, ProgressBar, Schedule, StepClock
+from .callbacks import EarlyStopping, Interrupts, LossGuard, ProgressBar, Schedule, StepClock
 from .checked import Checked, check_run, tell_of_cuts
 from .checkpoints import is_last, last_checkpoint, unmark
 from .config import Keep, TrainConfig
 from .errors import LabError, RunError
 from .generation import generation_scores
+from .interrupts import postponed
 from .lock import hold
 from .models import load_model
 from .settings import require_one_device, training_arguments
@@ -74,20 +75,21 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
         require_same_data(earlier, checked.digest)
     tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
-    result = _first_record(config, recipe, checked, trainer)
-    write_result(result)
-    try:
-        _fit(trainer, config, console)
-        result = _last_record(result, checked, trainer)
-        result = replace(result, test=_test(config, result, checked, trainer, console))
-    except LabError as error:
-        with suppress(OSError):  # a full disk takes no note of it either
-            write_result(replace(result, status="failed", failure=str(error)))
-        raise
-    result = replace(result, status="finished", seconds=round(time.perf_counter() - started, 3))
-    with written("The adapter"):
-        save_adapter(trainer.model, checked.tokenizer, result)
+    with postponed():
+        result = _first_record(config, recipe, checked, trainer)
         write_result(result)
+        try:
+            _fit(trainer, config, console)
+            result = _last_record(result, checked, trainer)
+            result = replace(result, test=_test(config, result, checked, trainer, console))
+        except LabError as error:
+            with suppress(OSError):  # a full disk takes no note of it either
+                write_result(replace(result, status="failed", failure=str(error)))
+            raise
+        result = replace(result, status="finished", seconds=round(time.perf_counter() - started, 3))
+        with written("The adapter"):
+            save_adapter(trainer.model, checked.tokenizer, result)
+            write_result(result)
     return result
 
 
@@ -138,7 +140,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: Checked, console: C
         processing_class=tokenizer,
         compute_metrics=task.measure,
         preprocess_logits_for_metrics=task.reduce_logits,
-        callbacks=[LossGuard(), StepClock(), Schedule(config.save_steps)],
+        callbacks=[Interrupts(), LossGuard(), StepClock(), Schedule(config.save_steps)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console, config.recipe))

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import RunError
+from ..interrupts import heed
 from .board import Board
 from .plan import Plan
 
@@ -73,6 +74,7 @@ class Crew:
             if not alive:
                 return
             time.sleep(_POLL)
+            heed()
 
     def stop(self) -> None:
         """Have every worker give its run back and end; those that do not are killed."""

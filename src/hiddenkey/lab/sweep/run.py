@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..artifacts import make_folder
 from ..errors import RunError
+from ..interrupts import postponed
 from ..lock import hold
 from .board import Board
 from .config import SweepConfig
@@ -65,7 +66,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     _say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
     crew = Crew(job, workers, board)
     try:
-        with terminated(), Display(plan, board, console) as display:
+        with terminated(), Display(plan, board, console) as display, postponed():
             crew.watch(display.tick)
     finally:
         crew.stop()
