@@ -101,6 +101,7 @@ def _record(
             "seed": seed,
             "data_seed": 0,
             "lora_r": rank or 8,
+            "lora_alpha": 16,
             "train_size": 250,
         },
         recipe=f"{method}@{rate}",

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hiddenkey.lab.report.claims import CLAIMS, MARGIN, refuting, verdict
+from hiddenkey.lab.report.claims_table import table
 from hiddenkey.lab.report.paper import METHODS
 from hiddenkey.lab.report.pool import Pool, against, differences, findings, pools
 from hiddenkey.lab.report.statistics import Difference
@@ -99,6 +100,25 @@ def test_patterns_count_as_far_as_both_were_run():
     assert not found(pool, "`column` beats `element`").partly
     assert found(pool, "DropKey beats DropAttention").difference.mean == pytest.approx(2.0, abs=0.3)
     assert found(pool, "`hiddenkey` beats LoRA").verdict == "not run"
+
+
+def test_the_papers_own_numbers_of_the_same_tasks_stand_beside_its_mean():
+    methods = ("baseline", "hiddenkey", "hiddenkey-")
+    one = pool_of(task="sst2", methods=methods)
+    assert found(one, "`hiddenkey` beats LoRA").claim.paper_gap == pytest.approx(1.415)
+    assert found(one, "`hiddenkey` beats LoRA").paper_here == pytest.approx(0.45)
+    worlds = [World(task="sst2", methods=methods), World(task="cola", methods=methods[:2], metric="matthews")]
+    both = pools([make_task(world.task, make_records(world)) for world in worlds])[0]
+    assert found(both, "`hiddenkey` beats LoRA").paper_here == pytest.approx((0.45 + 1.95) / 2)
+    assert found(both, "the KL loss helps").paper_here == pytest.approx(96.44 - 96.22)
+
+
+def test_seeds_that_a_claim_leaves_out_are_named():
+    methods = ("baseline", "hiddenkey")
+    worlds = [World(task="sst2", methods=methods), World(task="rte", methods=methods, seeds=(1, 2, 3))]
+    pool = pools([make_task(world.task, make_records(world)) for world in worlds])[0]
+    assert found(pool, "`hiddenkey` beats LoRA").lost == ((4, 0), (5, 0))
+    assert "4, 5 (`hiddenkey beats LoRA alone`)" in table(findings(pool), pool).note
 
 
 def test_tasks_weigh_the_same_and_seeds_are_the_unit():

@@ -11,18 +11,21 @@ import pytest
 from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report.budget import within_budget
 from hiddenkey.lab.report.conditions import blocks
+from hiddenkey.lab.report.costs import cost_table
 from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
 from hiddenkey.lab.report.paper import (
     PRINTED_METRICS,
     TABLE1,
     family,
     gap,
+    gap_on,
     misprinted,
     rank_of,
     task_key,
     true_average,
 )
 from hiddenkey.lab.report.pool import findings, pools
+from hiddenkey.lab.report.rivals import early_stopping
 from hiddenkey.lab.report.study import make_task, read_study
 from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
 from hiddenkey.lab.sweep.file import read_sweep
@@ -51,6 +54,15 @@ def scores(validation, test, metric="accuracy", last=None):
         "metric": metric,
         "test": {"best": {metric: test}, "last": {metric: test if last is None else last[1]}},
     }
+
+
+def test_the_papers_gap_on_the_same_tasks():
+    assert gap_on(["sst2"], "hiddenkey", "baseline") == pytest.approx(96.44 - 95.99)
+    assert gap_on(["sst2", "cola"], "hiddenkey", "baseline") == pytest.approx((0.45 + 69.91 - 67.96) / 2)
+    assert gap_on(["rte", "mrpc", "stsb", "sst2"], "dropkey column", "baseline") == pytest.approx(1.095)
+    assert gap_on(["sst2", "cola"], "hiddenkey-", "baseline") is None
+    assert gap_on(["sst2", None], "hiddenkey", "baseline") is None
+    assert gap_on([], "hiddenkey", "baseline") is None
 
 
 def test_the_trial_is_chosen_by_validation_and_the_result_is_its_test():
@@ -232,6 +244,36 @@ def test_in_the_baselines_time_a_slow_method_gets_fewer_epochs():
         )
         assert budgeted.values[seed] == pytest.approx(100 * (reached - other))
         assert whole.values[seed] == pytest.approx(100 * (last - other))
+
+
+@pytest.mark.parametrize("elsewhere", [{"started": "2026-11-25T09:00:00Z"}, {"versions": {"device": "faster"}}])
+def test_times_of_another_machine_or_day_are_not_compared(elsewhere):
+    fast = {"step_seconds": {"p20": 0.05}}
+    records = make_records(replace(SMALL, noise=0.0))
+    away = [replace(run, **fast, **elsewhere) if run.method == "hiddenkey" else run for run in records]
+    ratio, whole, budgeted = within_budget(pools([make_task("sst2", away)])[0], "hiddenkey")
+    assert (ratio, budgeted.difference) == (None, None)
+    assert whole.difference is not None
+    cost = cost_table([make_task("sst2", away)])
+    assert [row["step_time_ratio"] for row in cost.data] == [1.0, None]
+    again = [replace(run, id=f"{run.id}-again", trial=run.trial + 9, trials=6) for run in records]
+    both = make_task("sst2", [*away, *again])
+    assert within_budget(pools([both])[0], "hiddenkey")[0] == pytest.approx(1.5)
+
+
+def test_a_run_declines_from_its_best_epoch_to_its_last():
+    runs = [
+        run(trial=0, id="a", **scores(0.80, 0.70, last=(0.60, 0.65))),
+        run(trial=1, id="b", **scores(0.75, 0.60, last=(0.75, 0.72))),
+    ]
+    task = make_task("sst2", runs)
+    assert task.declines("baseline") == {(1, 0): pytest.approx(5.0)}
+    pool = pools([task])[0]
+    assert pool.decline("baseline").values == task.declines("baseline")
+    assert pool.compare("baseline", "baseline", "best", "last").values == {(1, 0): pytest.approx(-2.0)}
+    rows = [row[:3] for row in early_stopping(pool).rows[:2]]
+    assert [row[1] for row in rows] == ["`baseline`, last epoch", "the same run, last epoch"]
+    assert [row[2].split()[0] for row in rows] == ["\N{MINUS SIGN}2.00", "+5.00"]
 
 
 def test_the_baselines_time_is_that_of_the_run_that_is_compared():

@@ -65,6 +65,7 @@ def test_classification_leaves_everything_behind(config: TrainConfig):
     assert 0 < record["drop_rates"]["logits"] < 0.6
     assert sum("loss" in entry for entry in record["history"]) >= 6
     assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["device"]
     assert str(hiddenkey.load_recipe(result.adapter)) == str(hiddenkey.parse(RECIPE))
     assert "| accuracy |" in (result.adapter / "README.md").read_text()
     assert read_result(Path(config.out)) == result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,9 +16,9 @@ _PACKAGES = ("hiddenkey", "transformers", "peft", "accelerate", "datasets", "tok
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that shape a result; torch's with its build, such as +cpu."""
+    """Python, the packages that shape a result (torch with its build, such as +cpu), and the device that computes."""
     packages = {name: _version(name) for name in _PACKAGES}
-    return {"python": platform.python_version()} | packages | {"torch": torch.__version__}
+    return {"python": platform.python_version()} | packages | {"torch": torch.__version__, "device": _device()}
 
 
 def commit() -> str | None:
@@ -30,6 +31,23 @@ def commit() -> str | None:
     if head is None:
         return None
     return head + ("+" if _git(package, "status", "--porcelain") else "")
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return str(accelerator) if accelerator is not None else processor()
 
 
 def _version(name: str) -> str:

@@ -6,10 +6,11 @@ import gc
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..provenance import processor
 
 Work = Callable[[], Any]
 
@@ -68,21 +69,13 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What ran: processor, cores, threads, load, memory, and the GPU where there is one."""
     found: dict[str, Any] = {
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": [round(value, 2) for value in os.getloadavg()],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
     return found | ({"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {})
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _wait() -> None:

@@ -12,20 +12,31 @@ from .pool import Pool, Pooled
 from .statistics import Seed
 from .study import Group, Groups, Task
 
+Place = tuple[str, str]
+"""Machine and day; records of earlier versions do not name the machine."""
 
-def step_seconds(groups: Groups) -> float | None:
-    """The 20th percentile of the steps of the least disturbed run; None where none was timed.
+
+def step_seconds(groups: Groups) -> dict[Place, float]:
+    """The 20th percentile of the steps of the least disturbed run, for each machine and day.
 
     Runs are made side by side, so that most steps wait for others; what a step costs shows where it did not.
     """
-    runs = [run for group in groups.values() for run in group.runs]
-    return min((run.step_seconds["p20"] for run in runs if run.step_seconds.get("p20")), default=None)
+    found: dict[Place, float] = {}
+    for run in (run for group in groups.values() for run in group.runs):
+        if seconds := run.step_seconds.get("p20"):
+            place = (run.versions.get("device", ""), run.started[: len("2024-08-11")])
+            found[place] = min(seconds, found.get(place, math.inf))
+    return found
 
 
 def step_ratio(task: Task, method: str) -> float | None:
-    """The method's step time over the baseline's."""
+    """The method's step time over the baseline's, the median over the machines and days that timed both.
+
+    None where none did: a sweep that goes on elsewhere, or on another day, may find a faster machine.
+    """
     own, plain = (step_seconds(task.methods.get(name, {})) for name in (method, BASELINE))
-    return own / plain if own and plain else None
+    ratios = [own[place] / plain[place] for place in own.keys() & plain.keys()]
+    return statistics.median(ratios) if ratios else None
 
 
 def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled]:

@@ -40,6 +40,7 @@ def rule(found: Sequence[Finding]) -> list[str]:
         f"ends below +{MARGIN}; not replicated where it does not and the difference (for “adds nothing”: a gain) is "
         "significant.",
         f"Everything else, and whatever has fewer than {FEWEST} seeds, is undecided.",
+        "Intervals are each claim's own, without correction, also where they decide.",
     ]
 
 
@@ -55,13 +56,15 @@ def table(found: Sequence[Finding], pool: Pool | None) -> Table:
                 words.difference(change, nothing=finding.nothing),
                 str(change.n) if change else words.NOTHING,
                 words.p_value(finding.adjusted),
-                words.signed(claim.paper_gap) if claim.paper_gap is not None else words.NOTHING,
+                words.signed(claim.paper_gap),
+                words.signed(finding.paper_here),
                 _tasks(finding, pool),
                 claim.place,
             ]
         )
         about = {"claim": claim.says.replace("`", ""), "place": claim.place, "kind": claim.kind}
-        rest = {"paper_gap": machine.rounded(claim.paper_gap), "tasks": " ".join(finding.tasks)}
+        printed = {"paper_gap": claim.paper_gap, "paper_gap_same_tasks": finding.paper_here}
+        rest = {name: machine.rounded(gap) for name, gap in printed.items()} | {"tasks": " ".join(finding.tasks)}
         data.append(about | {"verdict": finding.verdict} | machine.gain(change, finding.adjusted) | rest)
     headings = (
         "claim",
@@ -69,11 +72,13 @@ def table(found: Sequence[Finding], pool: Pool | None) -> Table:
         "difference [95 %], points",
         "n",
         "p (Holm)",
-        "in the paper",
+        "in the paper, four tasks",
+        "in the paper, same tasks",
         "tasks",
         "where",
     )
-    return Table("claims", "The paper's claims", headings, rows, data)
+    note = words.left_out({finding.claim.says.replace("`", ""): finding.lost for finding in found})
+    return Table("claims", "The paper's claims", headings, rows, data, note)
 
 
 def _pairs(finding: Finding) -> str:

@@ -59,13 +59,13 @@ def lines(curves: Sequence[Curve], x: str, y: str, band: bool = False, powers: b
         return render(canvas)
 
 
-def forest(rows: Sequence[tuple[str, Difference, float | None]], x: str) -> str:
-    """Differences to 0 with their intervals, one row for each method, and the paper's numbers as hollow diamonds."""
+def forest(rows: Sequence[tuple[str, str, Difference, float | None]], x: str) -> str:
+    """Differences to 0 with their intervals, a row for each method and its tasks; the paper's as hollow diamonds."""
     with settings():
         canvas = Canvas(figsize=(WIDTH, 0.3 * len(rows) + 1.15), layout="constrained")
         axis = canvas.subplots()
         axis.axvline(0, color=colour("ink"), linewidth=1)
-        for place, (method, found, printed) in enumerate(rows):
+        for place, (method, _, found, printed) in enumerate(rows):
             drawn = style(method)
             if found.low is not None and found.high is not None:
                 axis.plot([found.low, found.high], [place, place], color=drawn.colour, linewidth=2)
@@ -74,7 +74,7 @@ def forest(rows: Sequence[tuple[str, Difference, float | None]], x: str) -> str:
                 axis.plot(printed, place, "D", color=colour("muted"), markersize=5, markerfacecolor="none")
         axis.plot([], [], "o-", color=colour("ink"), label="here, with 95 % interval")
         axis.plot([], [], "D", color=colour("muted"), markerfacecolor="none", label="paper")
-        axis.set_yticks(range(len(rows)), [method for method, _, _ in rows], color=colour("ink"))
+        axis.set_yticks(range(len(rows)), [method + where for method, where, _, _ in rows], color=colour("ink"))
         axis.tick_params(axis="y", length=0)
         axis.invert_yaxis()
         axis.set_xlabel(x)

@@ -8,8 +8,8 @@ from . import drawing, words
 from .blocks import Block, Figure, Figures, Text
 from .curves import Curve, Part, dynamics, level, rank_curves, rate_curves
 from .machine import slug
-from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVALS, TABLE1, gap
-from .pool import Pool, against
+from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVALS
+from .pool import Pool, Pooled, against
 from .statistics import Summary
 from .study import Task
 from .style import LAST
@@ -25,15 +25,21 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
     if not found:
         return []
     rows = [
-        (method, pooled.difference, gap(method, BASELINE) if method in TABLE1 else None) for method, pooled in found
+        (method, _where(pool, pooled), pooled.difference, pool.paper_gap(method, BASELINE))
+        for method, pooled in found
     ]
-    shown = [(method, change, printed) for method, change, printed in rows if change is not None]
+    shown = [(method, where, change, printed) for method, where, change, printed in rows if change is not None]
     title = f"{_mean_of([task.label for task in pool.tasks])}: gain over the baseline ({pool.model})"
     alt = f"{title}, in points, with 95 % intervals. " + "; ".join(
-        f"{method} {words.difference(change)}" for method, change, _ in shown
+        f"{method}{where} {words.difference(change)}" for method, where, change, _ in shown
     )
     svg = drawing.forest(shown, "points over the baseline")
-    return [Figures([Figure(f"gains{suffix}", title, alt + ".", svg)], "The paper's gains are RoBERTa-large's.")]
+    note = "The paper's gains are RoBERTa-large's, on the same tasks."
+    return [Figures([Figure(f"gains{suffix}", title, alt + ".", svg)], note)]
+
+
+def _where(pool: Pool, pooled: Pooled) -> str:
+    return "" if len(pooled.tasks) == len(pool.tasks) else f" ({', '.join(pooled.tasks)} alone)"
 
 
 def rates(pool: Pool, suffix: str = "") -> list[Block]:
@@ -51,10 +57,12 @@ def ranks(pool: Pool, suffix: str = "") -> list[Block]:
         found = [curve for task in pool.tasks for curve in rank_curves([task], "best")]
         return [Text(f"Metric against rank: {_why_none(found, 'ranks')}")]
     figures = [_rank_figure([task], f"ranks-{slug(task.name)}") for task in tasks]
-    note = WHISKERS + "".join(_lost(rank_curves([task], "best"), "ranks", task.label) for task in tasks)
+    note = f"{WHISKERS}{_scaling(tasks)}" + "".join(
+        _lost(rank_curves([task], "best"), "ranks", task.label) for task in tasks
+    )
     if len(tasks) > 1 and _drawn(mean := rank_curves(tasks, "best")):
         return [
-            Figures([_rank_figure(tasks, f"ranks{suffix}")], WHISKERS + _lost(mean, "ranks")),
+            Figures([_rank_figure(tasks, f"ranks{suffix}")], f"{WHISKERS}{_scaling(tasks)}{_lost(mean, 'ranks')}"),
             Figures(figures, note, title="Metric against rank, each task", long=True),
         ]
     return [Figures(figures, note)]
@@ -124,6 +132,13 @@ def _lost(curves: Sequence[Curve], what: str, where: str = "") -> str:
 
 def _why_none(curves: Sequence[Curve], what: str) -> str:
     return f"run, but no seed has all {what}.{_lost(curves, what)}" if curves else f"{words.NOT_RUN}."
+
+
+def _scaling(tasks: Sequence[Task]) -> str:
+    alphas = {run.config["lora_alpha"] for task in tasks for run in task.records}
+    if len(alphas) > 1:
+        return ""
+    return f" lora_alpha is {alphas.pop():g} at every rank, so that the update's scale falls with the rank."
 
 
 def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:

@@ -56,16 +56,17 @@ def _verdict(main: Finding, change: Difference) -> str:
     if main.verdict == "not replicated" and change.high < 0:
         return "HiddenKey does harm here."
     if main.verdict == "not replicated":
-        return f"HiddenKey does not help here: a gain of {refuting(main.claim):g} points is ruled out."
+        return f"HiddenKey does not help here, or little: a gain of {refuting(main.claim):g} points is ruled out."
     if change.low > 0:
         return "HiddenKey seems to help, but not surely after correction for all claims."
     return "Whether HiddenKey helps is undecided."
 
 
 def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
-    printed = words.signed(main.claim.paper_gap)
+    here = "" if main.paper_here is None else f", {words.signed(main.paper_here)} on {words.listed(main.tasks)} alone"
     items = [
-        f"The paper reports {printed} points, with RoBERTa-large on four tasks and rates chosen on the test set."
+        f"The paper reports {words.signed(main.claim.paper_gap)} points as the mean of its four tasks{here}, with "
+        "RoBERTa-large and rates chosen on the test set."
     ]
     items += [*_best(pool), *_stopped(pool)]
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, HIDDENKEY)) is not None]
@@ -76,10 +77,15 @@ def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
 
 def _best(pool: Pool) -> list[str]:
     names = [method for method in METHODS if method != BASELINE]
-    ranked = [
-        (pooled.difference.mean, method, pooled.difference, p)
+    found = [
+        (pooled, method, pooled.difference, p)
         for method, pooled, p in against(pool, BASELINE, names)
-        if pooled.difference and len(pooled.tasks) == len(pool.tasks)
+        if pooled.difference
+    ]
+    ranked = [
+        (change.mean, method, change, p)
+        for pooled, method, change, p in found
+        if len(pooled.tasks) == len(pool.tasks)
     ]
     if len(ranked) < 2:
         return []
@@ -87,17 +93,18 @@ def _best(pool: Pool) -> list[str]:
     if p is None:
         return []
     return [
-        f"Best of {words.plural(len(ranked), 'method')} of Table 1 is `{method}`: {words.difference(change)} points, "
-        f"n = {change.n}, {words.p_equals(p)} after Holm's correction over them. It was picked after the fact, which "
-        "flatters its gain."
+        f"Best of the {words.plural(len(ranked), 'method')} of Table 1 that were run on all tasks is `{method}`: "
+        f"{words.difference(change)} points, n = {change.n}, {words.p_equals(p)} after Holm's correction over the "
+        f"{len(found)} that were run. It was picked after the fact, which flatters its gain."
     ]
 
 
 def _stopped(pool: Pool) -> list[str]:
-    found = pool.compare(BASELINE, BASELINE, "best", "last").difference
-    if found is None:
+    found, same = pool.compare(BASELINE, BASELINE, "best", "last").difference, pool.decline(BASELINE).difference
+    if found is None or same is None:
         return []
     return [
-        f"The baseline's best epoch lies {words.difference(found)} points over its last one, n = {found.n}: so much "
-        "is early stopping worth, which every method here has."
+        "Early stopping, which every method here has: the baseline with trial and epoch chosen by the best epoch "
+        f"lies {words.difference(found)} points over itself chosen by the last, n = {found.n}; within a chosen run "
+        f"the best epoch lies {words.difference(same)} over the last."
     ]

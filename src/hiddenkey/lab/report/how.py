@@ -19,7 +19,7 @@ STATISTICS = (
     "Differences are paired over the seeds that both sides have. Intervals are Student's 95 % "
     "intervals of the mean paired difference: with so few seeds the bootstrap's are too short, and sign-flip tests "
     "cannot give small p-values; both stand in the full tables. Tasks are taken as given: intervals tell of other "
-    "seeds, not of other tasks."
+    "seeds, not of other tasks or other test rows."
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from . import words
 from .claims import CLAIMS, Claim, Verdict, verdict
 from .metrics import metric
-from .paper import BASELINE, rank_of
+from .paper import BASELINE, gap_on, rank_of
 from .statistics import Difference, Seed, Values, average, describe, holm
 from .study import Condition, Task, When
 
@@ -36,9 +36,17 @@ class Pool:
     def compare(self, first: str, second: str, when: When = "best", second_when: When | None = None) -> Pooled:
         """First minus second, positive where the first is better."""
         both = [task for task in self.tasks if {first, second} <= task.methods.keys()]
-        seen = {seed for task in both for method in (first, second) for seed in task.methods[method]}
         pooled = self.over(lambda task: differences(task, first, second, when, second_when) if task in both else None)
-        return replace(pooled, lost=tuple(sorted(seen - pooled.values.keys())))
+        return replace(pooled, lost=tuple(sorted(_seeds(self, (first, second)) - pooled.values.keys())))
+
+    def paper_gap(self, first: str, second: str) -> float | None:
+        """How far the first lies above the second in the paper, on the tasks that `compare` takes."""
+        both = [task for task in self.tasks if {first, second} <= task.methods.keys()]
+        return gap_on([task.key if task.metric_of_the_paper else None for task in both], first, second)
+
+    def decline(self, method: str) -> Pooled:
+        """The best epoch minus the last one of the same runs, those that the best epoch chose."""
+        return self.over(lambda task: task.declines(method) if method in task.methods else None)
 
     def over(self, find: Callable[[Task], Values | None]) -> Pooled:
         """Average over the tasks for which differences are found; None of a task: it was not run."""
@@ -84,6 +92,10 @@ class Finding:
     verdict: Verdict
     nothing: str
     """Why there is no difference where there is none."""
+    paper_here: float | None = None
+    """The difference in the paper on the same tasks; None where it does not print one."""
+    lost: tuple[Seed, ...] = ()
+    """Seeds that were run and left out, as a task or a side has no result of them."""
 
 
 def differences(
@@ -124,7 +136,17 @@ def findings(pool: Pool | None) -> list[Finding]:
     changes = [pooled.difference for pooled in found]
     adjusted = holm([change.p if change else None for change in changes])
     return [
-        Finding(claim, claim != whole, pooled.tasks, change, p, _verdict(claim, pooled, p), pooled.nothing)
+        Finding(
+            claim,
+            claim != whole,
+            pooled.tasks,
+            change,
+            p,
+            _verdict(claim, pooled, p),
+            pooled.nothing,
+            _paper_here(pool, claim),
+            pooled.lost,
+        )
         for whole, claim, pooled, change, p in zip(CLAIMS, claims, found, changes, adjusted, strict=True)
     ]
 
@@ -153,7 +175,20 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
         return pool.over(_rank_differences)
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
-    return pool.over(lambda task: _pair_differences(task, claim))
+    pooled = pool.over(lambda task: _pair_differences(task, claim))
+    seen = {seed for pair in claim.pairs for seed in _seeds(pool, pair)}
+    return replace(pooled, lost=tuple(sorted(seen - pooled.values.keys())))
+
+
+def _seeds(pool: Pool, pair: tuple[str, str]) -> set[Seed]:
+    both = [task for task in pool.tasks if set(pair) <= task.methods.keys()]
+    return {seed for task in both for method in pair for seed in task.methods[method]}
+
+
+def _paper_here(pool: Pool | None, claim: Claim) -> float | None:
+    gaps = [pool.paper_gap(*pair) for pair in claim.pairs] if pool else []
+    known = [gap for gap in gaps if gap is not None]
+    return sum(known) / len(known) if known and len(known) == len(gaps) else None
 
 
 def _pair_differences(task: Task, claim: Claim) -> dict[Seed, float] | None:

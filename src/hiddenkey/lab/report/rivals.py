@@ -61,29 +61,33 @@ def rivals_table(pool: Pool) -> Table:
         "Points, mean over tasks, paired over seeds; of every rival too the trial that validation chose. Holm's "
         "correction over the rivals that were run, for either comparison apart."
     )
+    lost = {method: pooled.lost for method, (pooled, _) in gains.items()}
+    lost |= {f"{HIDDENKEY} over {method}": lead.lost for method, lead in zip(RIVALS, leads, strict=True)}
+    note = f"{note} {words.left_out(lost)}".rstrip()
     return Table("rivals", "Rivals", headings, rows, data, note)
 
 
 def early_stopping(pool: Pool) -> Table:
     """Early stopping against drops, with and without each other."""
-    found = [pool.compare(first, second, one, other) for (first, one), (second, other) in EPOCHS]
-    adjusted = holm([pooled.difference.p if pooled.difference else None for pooled in found])
+    found = [
+        (f"`{first}`, {one} epoch", f"`{second}`, {other} epoch", pool.compare(first, second, one, other))
+        for (first, one), (second, other) in EPOCHS
+    ]
+    found.insert(1, (f"`{BASELINE}`, best epoch", "the same run, last epoch", pool.decline(BASELINE)))
+    adjusted = holm([pooled.difference.p if pooled.difference else None for *_, pooled in found])
     rows, data = [], []
-    for pair, pooled, p in zip(EPOCHS, found, adjusted, strict=True):
-        first, second = (f"{method}, {when} epoch" for method, when in pair)
-        rows.append(
-            [
-                f"`{pair[0][0]}`, {pair[0][1]} epoch",
-                f"`{pair[1][0]}`, {pair[1][1]} epoch",
-                *_cells(pooled, p),
-            ]
-        )
-        data.append({"first": first, "second": second} | machine.gain(pooled.difference, p))
+    for (first, second, pooled), p in zip(found, adjusted, strict=True):
+        rows.append([first, second, *_cells(pooled, p)])
+        names = {"first": first.replace("`", ""), "second": second.replace("`", "")}
+        data.append(names | machine.gain(pooled.difference, p))
     headings = ("first", "second", "first minus second [95 %]", "n", "p (Holm)")
     note = (
         "Last epoch: the trial is chosen by the validation metric of its last epoch, as one who does not stop early "
-        "would. Best epoch: by that of its best epoch, as everywhere else in this report."
+        "would. Best epoch: by that of its best epoch, as everywhere else in this report. The same run: what "
+        "a run loses after its best epoch; the other rows compare ways of choosing, which may choose other trials."
     )
+    lost = {f"{first}, {second}".replace("`", ""): pooled.lost for first, second, pooled in found}
+    note = f"{note} {words.left_out(lost)}".rstrip()
     return Table("early-stopping", "Early stopping as a rival", headings, rows, data, note)
 
 
@@ -115,7 +119,8 @@ def equal_time(pool: Pool) -> Table:
         "alone. One epoch for each side, and for each seed the trial with the best metric at it, so that no side has "
         "more epochs to choose from. Last epochs: the method's own last one. In the baseline's time: the one (to the "
         "nearest) that the method reaches while the baseline trains, by the ratio of step times. "
-        f"{CUT_SHORT} Runs were made side by side on shared cores, so times are rough."
+        f"{CUT_SHORT} A method that was never timed on one machine and day with the baseline has no row in time. "
+        "Runs were made side by side on shared cores, so times are rough."
     )
     return Table("equal-time", "At equal training time", headings, rows, data, note, long=True)
 

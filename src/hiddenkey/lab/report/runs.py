@@ -75,7 +75,7 @@ def _count(records: list[RunRecord]) -> str:
     failed = sum(run.status != "finished" for run in records)
     hours = sum(run.seconds for run in records) / 3600
     total = words.plural(len(records), "run")
-    return f"{total}, {failed:,} of them failed; {hours:.1f} hours of training, side by side."
+    return f"{total}, {failed:,} of them failed; {hours:.1f} hours in the processes that finished them, side by side."
 
 
 def _notes(task: Task) -> list[str]:

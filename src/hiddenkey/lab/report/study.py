@@ -131,6 +131,16 @@ class Task:
         found = {seed: tested(group.chosen(when), when, shown) for seed, group in groups.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
+    def declines(self, method: str) -> dict[Seed, float]:
+        """Test metric of the chosen run's best epoch minus that of its last, by seed; positive: it declined."""
+        sign, found = -1.0 if self.metric.lower_is_better else 1.0, {}
+        for seed, group in self.methods[method].items():
+            run = group.chosen("best")
+            best, last = (tested(run, when, self.metric) for when in ("best", "last"))
+            if best is not None and last is not None:
+                found[seed] = sign * (best - last)
+        return found
+
     def ranks(self, method: str) -> dict[int, Condition]:
         """The conditions that differ in the rank alone, by rank.
 

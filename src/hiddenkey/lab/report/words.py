@@ -94,6 +94,12 @@ def seeds_of(lost: Mapping[str, Collection[Seed]]) -> str:
     return ", ".join(f"{seeds(values)} (`{method}`)" for method, values in lost.items() if values)
 
 
+def left_out(lost: Mapping[str, Collection[Seed]]) -> str:
+    """A sentence with the seeds that differences do without, by method; nothing where there are none."""
+    named = seeds_of(lost)
+    return f"Seeds left out, as a task or a side has no result of them: {named}." if named else ""
+
+
 def plural(count: int, noun: str) -> str:
     """`1 seed`, `5 seeds`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
