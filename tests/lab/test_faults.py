@@ -23,6 +23,7 @@ from rich.console import Console
 
 from hiddenkey.lab import run
 from hiddenkey.lab.artifacts import read_result
+from hiddenkey.lab.callbacks import StepClock
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_config
 from hiddenkey.lab.data import load_examples
@@ -150,6 +151,21 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
+def test_a_best_checkpoint_that_was_changed_is_not_loaded(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    config = replace(config, metric="loss", keep="best")
+    real = StepClock.on_step_end
+
+    def change(clock: StepClock, args: Any, state: Any, *others: Any, **more: Any) -> None:
+        real(clock, args, state, *others, **more)
+        if state.global_step == 5:
+            damage(Path(args.output_dir) / "checkpoint-3" / "adapter_model.safetensors")
+            state.best_metric = 0.0  # none is better
+
+    monkeypatch.setattr(StepClock, "on_step_end", change)
+    with pytest.raises(RunError, match=r"checkpoint-3 is damaged: adapter_model\.safetensors changed"):
+        run.train(config)
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Writing past `size` bytes fails, as on a disk that is full."""
@@ -196,6 +212,9 @@ def test_an_adapter_that_cannot_be_written_is_told(config: TrainConfig, monkeypa
         with pytest.raises(RunError, match="adapter cannot be written"):
             run.train(config)
     assert not (Path(config.out) / "adapter").exists()
+    failed = read_result(Path(config.out))
+    assert failed is not None
+    assert failed.status == "failed"
     assert run.train(config).adapter.exists()
 
 

@@ -82,15 +82,15 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
             _fit(trainer, config, console)
             result = _last_record(result, checked, trainer)
             result = replace(result, test=_test(config, result, checked, trainer, console))
+            finished = replace(result, status="finished", seconds=round(time.perf_counter() - started, 3))
+            with written("The adapter"):
+                save_adapter(trainer.model, checked.tokenizer, finished)
+                write_result(finished)
         except LabError as error:
             with suppress(OSError):  # a full disk takes no note of it either
                 write_result(replace(result, status="failed", failure=str(error)))
             raise
-        result = replace(result, status="finished", seconds=round(time.perf_counter() - started, 3))
-        with written("The adapter"):
-            save_adapter(trainer.model, checked.tokenizer, result)
-            write_result(result)
-    return result
+    return finished
 
 
 @contextmanager
@@ -110,12 +110,15 @@ def written(what: str) -> Iterator[None]:
 
 
 class _Trainer(hiddenkey.DropTrainer):
-    """Tells of checkpoints that cannot be written, and evaluates without label smoothing."""
+    """Tells of checkpoints that cannot be written or changed since, and evaluates without label smoothing."""
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         unmark(Path(self.args.output_dir), self.state.global_step)
         with written(f"The checkpoint of step {self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        load_weights(self, self.state.best_global_step)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # A smoothed loss is on another scale, so that runs with and without could not be compared by it.
