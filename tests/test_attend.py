@@ -171,6 +171,25 @@ def test_logits_and_weights_draw_one_after_the_other():
     torch.testing.assert_close(out.sum(-1).mean(), torch.tensor(1.0), rtol=0.15, atol=0)
 
 
+@pytest.mark.parametrize("far", [-100.0, -10_000.0, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("recipe", ["logits:column@0.5", "weights:column@0.5"])
+def test_what_an_additive_mask_hides_stays_hidden_where_the_other_keys_are_dropped(recipe, far):
+    query, key, value = torch.randn(3, 2, 4, 5, 8)
+    mask = torch.zeros(5, 5)
+    mask[:, 3:] = far
+    keep = torch.arange(5) >= 3  # the draw takes all that can be seen
+    ours = hiddenkey.attention(query, key, value, recipe, attn_mask=mask, keep=keep)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_bias_of_many_values_hides_nothing():
+    query, key, value = torch.randn(3, 2, 4, 3, 8)
+    bias = torch.tensor([0.0, -100.0, -300.0])
+    ours = hiddenkey.attention(query, key, value, "logits:column@0.5", attn_mask=bias, keep=torch.arange(3) >= 1)
+    torch.testing.assert_close(ours, value[:, :, 1:2].expand_as(ours))
+
+
 def test_draws_follow_torchs_seed():
     inputs = qkv()
     outs = []

@@ -127,6 +127,12 @@ def test_a_position_at_the_attention_weights():
     assert torch.equal(ours, hiddenkey.attention(query, key, value, "weights:column:rescale@0.5", keep=keep))
 
 
+@pytest.mark.parametrize(("space", "default"), [("logits", "none"), ("weights", "normalize"), ("stream", "rescale")])
+def test_a_position_has_the_default_compensation_of_its_space(space, default):
+    hiddenkey.register_position("other", space=space)(lambda layer: ())
+    assert hiddenkey.parse("other:column@0.5") == hiddenkey.parse(f"other:column:{default}@0.5")
+
+
 @pytest.mark.parametrize("spaces", (("logits",), ("stream", "logits"), ("attention",)))
 def test_a_compensation_that_would_never_be_called(spaces):
     with pytest.raises(ValueError, match=r"'twice' is for the spaces .*; allowed: weights, stream"):

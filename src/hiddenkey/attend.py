@@ -14,7 +14,7 @@ from .axes.grid import Grid
 from .axes.pattern import PATTERNS
 from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
 from .fused import attend_cells, attend_keys
-from .masks import Mask, Shape, read_mask
+from .masks import Mask, Shape, hiding, read_mask
 from .recipe import Drop, Recipe
 
 
@@ -35,7 +35,8 @@ def attention(
     query: (B, H, Q, D); key, value: (B, Hkv, K, D) with Hkv = H unless `enable_gqa`. Returns (B, H, Q, Dv) in
     the dtype of `value`.
     drop: a recipe whose `logits` and `weights` drops are used, such as "logits:column@0.1".
-    attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K).
+    attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K); of zeros and one number of -50
+    or less it hides, whatever a draw leaves.
     keep: bool, broadcastable to (B, Hkv or H, Q, K), True = kept; replaces the draw of the only drop.
 
     One draw is made per example and key/value head. A row that a draw would empty keeps all it can see, and a
@@ -43,6 +44,8 @@ def attention(
     """
     drops = select(drop, ("logits", "weights"), "attention")
     _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = hiding(attn_mask)
     mask, bias = read_mask(attn_mask, causal=is_causal)
     shape = (query.shape[0], key.shape[1], query.shape[2], key.shape[2])
     keeps = draw_keeps(drops, shape, query.device, mask) if keep is None else [_full_rank(keep, shape)]

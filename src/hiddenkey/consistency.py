@@ -42,7 +42,10 @@ CONSISTENCIES: Registry[Consistency] = Registry("consistency")
 def register_consistency(
     name: str, *, clean: bool = False, both: bool = False, scalar: bool = False
 ) -> Callable[[Divergence], Divergence]:
-    """Decorator: add a consistency under `name`; the arguments are the fields of `Consistency`."""
+    """Decorator: add a consistency under `name`; the arguments are the fields of `Consistency`.
+
+    Raises ValueError for a malformed or taken name.
+    """
 
     def add(divergence: Divergence) -> Divergence:
         CONSISTENCIES.add(name, Consistency(name, divergence, clean, both, scalar))

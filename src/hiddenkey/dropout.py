@@ -56,7 +56,8 @@ class StructuredDropout(nn.Module):
     """Structured dropout of a (B, T, D) sequence, active in training only.
 
     drop: a recipe with one drop at a stream position, such as "hidden:span@0.1"; which position does not matter
-    here. Raises RecipeError for any other recipe.
+    here. Its drops in attention are for `attention`, its consistency for `consistency_loss`. Raises RecipeError where
+    it has none or several at stream positions.
     """
 
     def __init__(self, drop: str | Recipe) -> None:

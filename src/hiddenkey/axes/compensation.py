@@ -37,7 +37,8 @@ def register_compensation(
     The function takes the tensor whose dropped entries are zero already, and the rate p. factor: see
     `Compensation`; it lets erasing and compensating be one pass over the data.
 
-    Raises ValueError for another space: dropped logits are made up for by the softmax, where no function is called.
+    Raises ValueError for a malformed or taken name, and for another space: dropped logits are made up for by the
+    softmax, where no function is called.
     """
     if not set(spaces) <= set(COMPENSATED):
         raise ValueError(

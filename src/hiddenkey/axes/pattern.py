@@ -38,9 +38,9 @@ PATTERNS: Registry[Pattern] = Registry("pattern")
 def register_pattern(name: str, *, needs_segments: bool = False, unit: Unit = "row") -> Callable[[Draw], Draw]:
     """Decorator: add a pattern under `name`, for every position.
 
-    The function takes a `Grid` and the rate p in (0, 1) and returns a boolean mask (True = kept) that
+    The function takes a `Grid` and the rate p in [0, 1) and returns a boolean mask (True = kept) that
     broadcasts to `grid.shape`. Draw from torch's default generators: activation checkpointing restores those.
-    needs_segments, unit: the fields of `Pattern`.
+    needs_segments, unit: the fields of `Pattern`. Raises ValueError for a malformed or taken name.
     """
 
     def add(draw: Draw) -> Draw:

@@ -53,15 +53,20 @@ class Position:
 
 
 POSITIONS: Registry[Position] = Registry("position")
+COMPENSATION_OF: dict[Space, str] = {"logits": "none", "weights": "normalize", "stream": "rescale"}
 
 
 def register_position(
-    name: str, *, space: Space = "stream", compensation: str = "rescale", per_layer: bool = True
+    name: str, *, space: Space = "stream", compensation: str = "", per_layer: bool = True
 ) -> Callable[[Locate], Locate]:
-    """Decorator: add a position under `name`; the function is `Position.locate`."""
+    """Decorator: add a position under `name`; the function is `Position.locate`.
+
+    compensation: the default one; left out, that of our own positions of the space. Raises ValueError for a malformed
+    or taken name.
+    """
 
     def add(locate: Locate) -> Locate:
-        POSITIONS.add(name, Position(name, space, compensation, per_layer, locate))
+        POSITIONS.add(name, Position(name, space, compensation or COMPENSATION_OF[space], per_layer, locate))
         return locate
 
     return add
@@ -77,14 +82,14 @@ def input_(model: ModelView) -> Iterable[tuple[str, Side]]:
         yield stack.layers[0].path, "input"
 
 
-@register_position("logits", space="logits", compensation="none")
+@register_position("logits", space="logits")
 def logits(layer: LayerView) -> Iterable[tuple[str, Side]]:
     """Attention logits: after the scale, before the softmax (DropKey, arXiv 2208.02646)."""
     for path in layer.attentions:
         yield path, "attention"
 
 
-@register_position("weights", space="weights", compensation="normalize")
+@register_position("weights", space="weights")
 def weights(layer: LayerView) -> Iterable[tuple[str, Side]]:
     """Attention weights: after the softmax, before the values (DropAttention, arXiv 1907.11065)."""
     for path in layer.attentions:

@@ -15,7 +15,10 @@ FORMAT = 1
 
 
 def save_recipe(folder: str | os.PathLike[str], recipe: str | Recipe) -> Path:
-    """Write `hiddenkey.json` into an existing folder, atomically; returns its path."""
+    """Write `hiddenkey.json` into an existing folder, atomically; returns its path.
+
+    Raises RecipeError for a recipe that can't be read, FileNotFoundError where the folder does not exist.
+    """
     path = Path(folder) / FILE
     content = {"format": FORMAT, "recipe": str(parse(recipe)), "hiddenkey": __version__}
     temporary = path.with_suffix(".tmp")

@@ -27,8 +27,8 @@ TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
 class StepLoss:
     """The losses of one step (scalars): total = task + weight * consistency.
 
-    consistency is None where the recipe has none. outputs: the model's, of the first view; of a causal language
-    model with a consistency only the last token's logits.
+    consistency is None where the recipe has none. outputs: the model's, of the first view; with only the last token's
+    logits where the consistency is computed in chunks of tokens, and None in TRL's trainers.
     """
 
     total: Tensor
@@ -89,9 +89,10 @@ def consistency_step(
     tensor is built, and its layers below the first drop once for both views. The mean over a batch without any label
     is NaN, as transformers' own is, but 0 in chunks.
 
-    Raises AttachError where nothing is attached, UserError where the recipe has a consistency and labels are missing,
-    nothing would be dropped because the model is in evaluation mode, and for gradient from both views through
-    DistributedDataParallel and reentrant checkpoints.
+    Raises AttachError where nothing is attached; UserError where labels are missing, where nothing would be dropped
+    because the model is in evaluation mode, for outputs that the consistency does not compare, and for gradient from
+    both views through DistributedDataParallel and reentrant checkpoints; RuntimeError where the model was changed
+    after attach, so that a drop would be lost.
     """
     attachment = find_attachment(model)
     if attachment is None:

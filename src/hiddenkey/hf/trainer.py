@@ -24,8 +24,9 @@ class ConsistencyMixin:
     recipe: attached to the trainer's model; None where the model has one attached, or gets one before `train()`.
     In training, the loss becomes task + weight * consistency, for DPO with the policy's two views compared at the
     tokens of both completions; the log gets `task_loss`, `consistency_loss` and `drop_rate/<position>`, and a warning
-    where drops are not what the recipe says. Checkpoints carry the recipe, and resuming from one of another recipe is
-    a SavedRecipeError. In several processes, each that sees other data draws masks of its own.
+    where drops are not what the recipe says. Checkpoints carry the recipe: to resume from one of another recipe is
+    a SavedRecipeError, from one without a FileNotFoundError. In several processes, each that sees other data draws
+    masks of its own.
     """
 
     model: nn.Module
@@ -193,6 +194,7 @@ class DropTrainer(ConsistencyMixin, Trainer):
     """transformers' `Trainer` that attaches a recipe to its model.
 
     recipe: such as "hiddenkey@0.1"; None where the model has one attached already. Everything else is Trainer's.
+    Raises AttachError where neither is so.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ from .testing import final_scores, load_weights
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     """Train, or continue, or return the finished run that lies in `config.out`.
 
-    Progress goes to `console`, standard error by default. Everything is checked before the weights are read.
+    Progress goes to `console`, standard error by default. What can be is checked before the weights are read.
 
     Raises:
         ConfigError, DataError, RunError: see `hiddenkey.lab.errors`.

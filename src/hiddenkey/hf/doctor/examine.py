@@ -62,8 +62,8 @@ def doctor(
     The model is left as it was: weights, buffers, gradients, modes, random states, hooks, counts of draws.
 
     Raises AttachError where no recipe is given or attached, or another one than given is; UserError where no batch
-    can be made, or the model is sharded; and what `plan` raises. What is wrong with the drops is a finding, no
-    exception.
+    is given or can be made, the model is sharded or has no weights, or gives no tensor; and what `plan` raises. What
+    is wrong with the drops is a finding, no exception.
     """
     _refuse_sharded(model)
     attachment = find_attachment(model)
