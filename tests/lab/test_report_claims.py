@@ -8,6 +8,7 @@ import pytest
 
 from hiddenkey.lab.report.claims import CLAIMS, MARGIN, refuting, verdict
 from hiddenkey.lab.report.claims_table import table
+from hiddenkey.lab.report.figures import gains
 from hiddenkey.lab.report.paper import METHODS
 from hiddenkey.lab.report.pool import Pool, against, differences, findings, pools
 from hiddenkey.lab.report.statistics import Difference
@@ -111,6 +112,18 @@ def test_the_papers_own_numbers_of_the_same_tasks_stand_beside_its_mean():
     both = pools([make_task(world.task, make_records(world)) for world in worlds])[0]
     assert found(both, "`hiddenkey` beats LoRA").paper_here == pytest.approx((0.45 + 1.95) / 2)
     assert found(both, "the KL loss helps").paper_here == pytest.approx(96.44 - 96.22)
+
+
+def test_a_method_of_fewer_tasks_is_marked_in_the_figure():
+    worlds = [
+        World(methods=("baseline", "hiddenkey", "hiddenkey-")),
+        World(task="rte", methods=("baseline", "hiddenkey")),
+    ]
+    pool = pools([make_task(world.task, make_records(world)) for world in worlds])[0]
+    (figure,) = gains(pool)[0].figures
+    assert "hiddenkey- (SST-2 alone) " in figure.alt
+    assert "(SST-2 alone)" in figure.svg
+    assert "hiddenkey (" not in figure.alt
 
 
 def test_seeds_that_a_claim_leaves_out_are_named():

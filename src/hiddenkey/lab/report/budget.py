@@ -24,7 +24,7 @@ def step_seconds(groups: Groups) -> dict[Place, float]:
     found: dict[Place, float] = {}
     for run in (run for group in groups.values() for run in group.runs):
         if seconds := run.step_seconds.get("p20"):
-            place = (run.versions.get("device", ""), run.started[: len("2024-08-11")])
+            place = (run.versions.get("device", ""), run.started.partition("T")[0])
             found[place] = min(seconds, found.get(place, math.inf))
     return found
 

@@ -35,14 +35,23 @@ class Pool:
 
     def compare(self, first: str, second: str, when: When = "best", second_when: When | None = None) -> Pooled:
         """First minus second, positive where the first is better."""
-        both = [task for task in self.tasks if {first, second} <= task.methods.keys()]
+        both = self.with_both(first, second)
         pooled = self.over(lambda task: differences(task, first, second, when, second_when) if task in both else None)
-        return replace(pooled, lost=tuple(sorted(_seeds(self, (first, second)) - pooled.values.keys())))
+        return _without(pooled, self.seeds(first, second))
 
     def paper_gap(self, first: str, second: str) -> float | None:
         """How far the first lies above the second in the paper, on the tasks that `compare` takes."""
-        both = [task for task in self.tasks if {first, second} <= task.methods.keys()]
-        return gap_on([task.key if task.metric_of_the_paper else None for task in both], first, second)
+        keys = [task.key if task.metric_of_the_paper else None for task in self.with_both(first, second)]
+        return gap_on(keys, first, second)
+
+    def with_both(self, first: str, second: str) -> list[Task]:
+        """The tasks on which both methods were run."""
+        return [task for task in self.tasks if {first, second} <= task.methods.keys()]
+
+    def seeds(self, first: str, second: str) -> set[Seed]:
+        """The seeds of either method on these tasks."""
+        both = self.with_both(first, second)
+        return {seed for task in both for method in (first, second) for seed in task.methods[method]}
 
     def decline(self, method: str) -> Pooled:
         """The best epoch minus the last one of the same runs, those that the best epoch chose."""
@@ -176,13 +185,11 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
     pooled = pool.over(lambda task: _pair_differences(task, claim))
-    seen = {seed for pair in claim.pairs for seed in _seeds(pool, pair)}
+    return _without(pooled, {seed for pair in claim.pairs for seed in pool.seeds(*pair)})
+
+
+def _without(pooled: Pooled, seen: set[Seed]) -> Pooled:
     return replace(pooled, lost=tuple(sorted(seen - pooled.values.keys())))
-
-
-def _seeds(pool: Pool, pair: tuple[str, str]) -> set[Seed]:
-    both = [task for task in pool.tasks if set(pair) <= task.methods.keys()]
-    return {seed for task in both for method in pair for seed in task.methods[method]}
 
 
 def _paper_here(pool: Pool | None, claim: Claim) -> float | None:
