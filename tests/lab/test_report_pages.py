@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hiddenkey.cli import main
+from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report import generation, how, small_tables, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.files import latex_text, markdown_text
@@ -241,6 +242,31 @@ def test_tasks_that_differ_in_it_are_told_apart():
 
 
 SEVERAL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+
+
+def test_equally_good_trials_are_counted():
+    def with_validation(one, value):
+        row = one.best | {f"validation_{one.metric}": value}
+        return replace(one, best=row, last=row, epochs=[row])
+
+    values = {1: (0.8, 0.8, 0.7), 2: (0.7, 0.7, 0.8), 3: (0.8, 0.8, 0.8)}
+    records = [with_validation(one, values[one.axes["seed"]][one.trial]) for one in make_records(SEVERAL)]
+    tied = "Where trials were equally good in validation, 4 of 6 choices, the first counts."
+    assert tied in how.how([make_task("sst2", records)]).text
+    assert "equally good" not in how.how([make_task("sst2", [one for one in records if one.axes["seed"] == 2])]).text
+
+
+def test_notes_beside_the_runs_stand_in_the_report(tmp_path: Path):
+    records = make_records(SEVERAL)
+    (tmp_path / "notes.md").write_text("- `hiddenkey` came *last*.\n\n- A machine broke.\n")
+    assert "\n- `hiddenkey` came *last*.\n- A machine broke.\n" in told(tmp_path, records, tmp_path / "docs")
+    assert "<li><code>hiddenkey</code> came <em>last</em>.</li>" in (tmp_path / "docs/results.html").read_text()
+
+
+def test_notes_that_are_no_list_are_refused(tmp_path: Path):
+    (tmp_path / "notes.md").write_text("- One.\n# Two\n")
+    with pytest.raises(RunError, match=r"notes.md: '# Two' is no item of a list"):
+        told(tmp_path, make_records(SEVERAL), tmp_path / "docs")
 
 
 def test_rates_drawn_by_chance_make_no_curve_and_that_is_said(tmp_path: Path):

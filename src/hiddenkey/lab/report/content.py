@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import claims_table, conditions, costs, figures, generation, headline, rivals, runs, small_tables, table1
-from .blocks import Block, Report, Section, Text
+from .blocks import Block, Bullets, Report, Section, Text
 from .how import how
 from .machine import slug
 from .pool import Pool, findings, pools
 from .study import Task
 
 
-def make_report(tasks: Sequence[Task]) -> Report:
-    """All sections, in the order in which a reader asks."""
+def make_report(tasks: Sequence[Task], notes: Sequence[str] = ()) -> Report:
+    """All sections, in the order in which a reader asks; `notes` are what the records cannot say."""
     found = pools(tasks)
     main = found[0] if found else None
     claims = findings(main)
@@ -25,7 +25,7 @@ def make_report(tasks: Sequence[Task]) -> Report:
         Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
         Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
         Section("Cost", costs.blocks(tasks)),
-        Section("How it was done", [how(tasks), *runs.blocks(tasks)]),
+        Section("How it was done", [how(tasks), *([Bullets(notes)] if notes else []), *runs.blocks(tasks)]),
     ]
     return Report("Results: dropout in LoRA fine-tuning", sections)
 

@@ -25,7 +25,8 @@ STATISTICS = (
 
 def how(tasks: Sequence[Task]) -> Text:
     """Trials, choice, test, statistics."""
-    return Text(" ".join((_trials(tasks), _choice(tasks), _test(tasks), STATISTICS)))
+    parts = (_trials(tasks), _choice(tasks), _ties(tasks), _test(tasks), STATISTICS)
+    return Text(" ".join(part for part in parts if part))
 
 
 def validation_of(config: dict[str, Any]) -> str:
@@ -49,6 +50,20 @@ def _choice(tasks: Sequence[Task]) -> str:
             found.setdefault(validation_of(run.config), set()).add(task.label)
     parts = [part if len(found) == 1 else f"{part} ({', '.join(sorted(found[part]))})" for part in sorted(found)]
     return f"For each seed the trial and the epoch were chosen on {words.listed(parts)}."
+
+
+def _ties(tasks: Sequence[Task]) -> str:
+    groups = [
+        group
+        for task in tasks
+        for methods in task.conditions.values()
+        for seeds in methods.values()
+        for group in seeds.values()
+    ]
+    tied = sum(group.tied for group in groups)
+    if not tied:
+        return ""
+    return f"Where trials were equally good in validation, {tied} of {len(groups)} choices, the first counts."
 
 
 def _test(tasks: Sequence[Task]) -> str:

@@ -36,16 +36,26 @@ class Group:
 
     def chosen(self, when: When) -> RunRecord | None:
         """The finished trial with the best validation metric; None where all failed."""
-        scored = [(score, run) for run in self.runs if (score := validation(run, when)) is not None]
-        if not scored:
-            return None
-        choose = min if scored[0][1].lower_is_better else max
-        return choose(scored, key=lambda pair: pair[0])[1]
+        best = self._best(when)
+        return best[0] if best else None
+
+    @property
+    def tied(self) -> bool:
+        """Whether trials share the best validation metric."""
+        return len(self._best("best")) > 1
 
     @property
     def failed(self) -> int:
         """Trials that failed."""
         return sum(run.status == "failed" for run in self.runs)
+
+    def _best(self, when: When) -> list[RunRecord]:
+        scored = [(score, run) for run in self.runs if (score := validation(run, when)) is not None]
+        if not scored:
+            return []
+        choose = min if scored[0][1].lower_is_better else max
+        best = choose(score for score, _ in scored)
+        return [run for score, run in scored if score == best]
 
 
 Groups = dict[Seed, Group]

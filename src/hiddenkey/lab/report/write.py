@@ -8,6 +8,7 @@ from pathlib import Path
 from ..artifacts import write_text
 from .content import make_report
 from .files import csv_text, latex_text, markdown_text
+from .notes import read_notes
 from .page import page_text
 from .study import read_study
 
@@ -20,10 +21,11 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     """Write `results.md`, `results.html` and the folder `results` into `out`; the same runs give the same bytes.
 
     Raises:
-        RunError: there are no runs below the folders, or one cannot be read.
+        RunError: there are no runs below the folders, or one, or their notes, cannot be read.
         OSError: something cannot be written.
     """
-    report = make_report(read_study([Path(folder) for folder in folders]))
+    paths = [Path(folder) for folder in folders]
+    report = make_report(read_study(paths), read_notes(paths))
     texts = {f"{table.name}.csv": csv_text(table) for table in report.tables}
     texts |= {f"{table.name}.tex": latex_text(table) for table in report.tables}
     texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
