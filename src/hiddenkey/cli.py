@@ -174,9 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = _parse(arguments)
         RUNNERS[type(command)](command)
     except KeyboardInterrupt:
-        goes_on = isinstance(command, (TrainConfig, SweepConfig))
-        way = " The same command continues from the last checkpoint." if goes_on else ""
-        sys.stderr.write(f"\nStopped.{way}\n")
+        sys.stderr.write(f"\nStopped.{_way_on(command)}\n")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name not in LAB_EXTRA:
@@ -212,6 +210,13 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _way_on(command: Any) -> str:
+    if not isinstance(command, (TrainConfig, SweepConfig)):
+        return ""
+    without = " without --overwrite" if isinstance(command, TrainConfig) and command.overwrite else ""
+    return f" The same command{without} continues from the last checkpoint."
 
 
 def _metrics(values: dict[str, float]) -> str:

@@ -137,6 +137,20 @@ def examine(tuner: str, family: str) -> str:
     return str(causality)
 
 
+@pytest.mark.parametrize("tuner", ("LoHa", "LoKr"))
+def test_rates_kept_for_every_adapter_are_given_back(tuner):
+    model = build(tuner, "bert")
+    layers = [module for module in model.modules() if isinstance(vars(module).get("module_dropout"), dict)]
+    for layer in layers:
+        layer.module_dropout["default"], layer.rank_dropout["default"] = 0.1, 0.2
+    diagnosis = hiddenkey.doctor(model, "hiddenkey-[:]@0.3", [batch_for(tuner, "bert")], rounds=1)
+    assert layers
+    assert diagnosis.ok, str(diagnosis)
+    assert "module_dropout" in str(diagnosis)
+    assert all(layer.module_dropout == {"default": 0.1} for layer in layers)
+    assert all(layer.rank_dropout == {"default": 0.2} for layer in layers)
+
+
 def test_a_tuner_that_looks_ahead_by_itself_is_no_fault_of_the_drops():
     """Lily weighs its experts by the mean over all tokens."""
     assert "looks ahead by itself" in examine("Lily", "llama")

@@ -1,5 +1,6 @@
 """Red lines that a check could miss by looking at something else: found by breaking the checks themselves."""
 
+import json
 import types
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,27 @@ def test_a_term_that_teaches_nothing(tie, monkeypatch):
 
     monkeypatch.setattr(step, "tie", broken)
     assert "reaches 0 parameters" in red(attached("bert", "hiddenkey@0.3"))["consistency"]
+
+
+def test_a_term_that_is_no_number(monkeypatch):
+    real = step.tie
+    monkeypatch.setattr(step, "tie", lambda *arguments: real(*arguments) * torch.nan)
+    assert red(attached("bert", "hiddenkey@0.3"))["consistency"] == (
+        "kl*1 is nan, as are the logits of one view or both"
+    )
+
+
+def test_json_has_no_number_for_what_is_not_finite():
+    finding = hiddenkey.Finding("recompute", "wrong", "no", values={"gradients": float("inf"), "loss": 0.5, "how": "a"})
+    found = hiddenkey.Diagnosis("hiddenkey@0.1", "a model", (finding,)).to_dict()
+    [written] = json.loads(json.dumps(found, allow_nan=False))["findings"]
+    assert written["values"] == {"gradients": None, "loss": 0.5, "how": "a"}
+
+
+@pytest.mark.parametrize("number", ("rounds", "size", "length"))
+def test_numbers_below_one_are_refused(number):
+    with pytest.raises(hiddenkey.UserError, match=f"{number} = 0 is not allowed: it is 1 or more"):
+        hiddenkey.doctor(make("bert"), "hiddenkey@0.1", **{number: 0})
 
 
 def test_the_adapters_dropout_is_no_effect_of_ours():

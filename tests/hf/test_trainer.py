@@ -318,20 +318,68 @@ def test_activation_checkpointing_in_the_trainer(tmp_path):
 
 def test_own_loss_function(tmp_path):
     """compute_loss_func gets the first view's outputs; the consistency is added to what it returns."""
+    returned = []
 
     def total(outputs, labels, num_items_in_batch=None):
-        return torch.nn.functional.cross_entropy(outputs.logits, labels) * 3
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels) * 3
+        returned.append(loss.item())
+        return loss
 
     trainer = hiddenkey.DropTrainer(
         model=model_of("bert"),
-        args=arguments(tmp_path),
+        args=arguments(tmp_path, logging_steps=1),
         train_dataset=Rows("bert", 16),
         recipe=RECIPE,
         compute_loss_func=total,
     )
     trainer.train()
-    for entry in training_logs(trainer):
+    entries = training_logs(trainer)
+    assert [entry["task_loss"] for entry in entries] == pytest.approx(returned, rel=1e-5)
+    for entry in entries:
         assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["consistency_loss"], rel=1e-4)
+
+
+class Thrice(Trainer):
+    """A trainer with a loss of its own."""
+
+    def compute_loss(self, *args, **kwargs):
+        found = super().compute_loss(*args, **kwargs)
+        return (found[0] * 3, found[1]) if isinstance(found, tuple) else found * 3
+
+
+class MixedThrice(hiddenkey.ConsistencyMixin, Thrice):
+    """The mixin before it."""
+
+
+def test_a_trainers_own_loss_is_kept(tmp_path):
+    entries = []
+    for cls in (MixedThrice, Mixed):
+        trainer = drop_trainer("bert", tmp_path, "hiddenkey@0.2 ~ kl*0.5", cls=cls, logging_steps=1, max_steps=1)
+        trainer.train()
+        entries.append(training_logs(trainer)[0])
+    assert entries[0]["task_loss"] == pytest.approx(3 * entries[1]["task_loss"], rel=1e-5)
+    assert entries[0]["consistency_loss"] == pytest.approx(entries[1]["consistency_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ("bert", "llama"))
+def test_the_log_tells_of_every_forward_since_the_last(family, tmp_path, monkeypatch):
+    steps, note = [], hiddenkey.DropTrainer._note
+
+    def remember(self, step):
+        steps.append((step.task.item(), step.consistency.item()))
+        note(self, step)
+
+    monkeypatch.setattr(hiddenkey.DropTrainer, "_note", remember)
+    trainer = drop_trainer(family, tmp_path, "hiddenkey@0.2 ~ kl*0.5", gradient_accumulation_steps=2)
+    trainer.train()
+    logs = training_logs(trainer)
+    assert len(steps) == 8
+    assert len(logs) == 2
+    for entry, window in zip(logs, (steps[:4], steps[4:]), strict=True):
+        task, consistency = (sum(parts) for parts in zip(*window, strict=True))
+        assert entry["consistency_loss"] / entry["task_loss"] == pytest.approx(consistency / task, rel=1e-5)
+        last_task, last_consistency = window[-1]
+        assert consistency / task != pytest.approx(last_consistency / last_task, rel=1e-3)
 
 
 def test_sequence_to_sequence(tmp_path):

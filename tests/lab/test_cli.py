@@ -132,6 +132,19 @@ def test_ctrl_c_promises_nothing_where_nothing_was_kept(
     assert capsys.readouterr().err == "\nStopped.\n"
 
 
+@pytest.mark.parametrize(("flags", "without"), [([], ""), (["--overwrite"], " without --overwrite")])
+def test_ctrl_c_does_not_advise_to_delete(
+    flags: list[str], without: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(config: cli.TrainConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.RUNNERS, cli.TrainConfig, stop)
+    with pytest.raises(SystemExit, match="130"):
+        main(["train", "--model", "m", "--data", "d", "--out", "o", *flags])
+    assert f"The same command{without} continues from the last checkpoint." in capsys.readouterr().err
+
+
 def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path):
     out = tmp_path / "out"
     flags = ["--model", str(bert), "--data", str(sentences), "--out", str(out), "--max-length", "16"]

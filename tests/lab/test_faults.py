@@ -200,6 +200,11 @@ def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_later(
     assert same(config.out, str(tmp_path / "whole"))
 
 
+def test_an_error_that_is_not_of_the_disk_is_not_called_so():
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"), run.written("The checkpoint"):
+        raise RuntimeError("CUDA out of memory")
+
+
 def test_an_adapter_that_cannot_be_written_is_told(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     real = run.save_adapter
 

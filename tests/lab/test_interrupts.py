@@ -109,6 +109,14 @@ def test_the_second_ctrl_c_is_acted_on_at_once():
             signal.raise_signal(signal.SIGINT)
         heed()
         raise AssertionError
+    heed()
+
+
+def test_a_second_ctrl_c_that_ends_it_leaves_nothing_to_heed():
+    with pytest.raises(KeyboardInterrupt), postponed():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    heed()
 
 
 def test_what_nobody_heeded_is_acted_on_at_the_end():
@@ -122,6 +130,8 @@ def test_an_error_is_not_hidden_by_a_ctrl_c_that_waited():
     with pytest.raises(ValueError, match="the loss"), postponed():
         signal.raise_signal(signal.SIGINT)
         raise ValueError("the loss")
+    with pytest.raises(KeyboardInterrupt):
+        heed()
     heed()
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hiddenkey
-from hiddenkey.lab import artifacts, run
+from hiddenkey.lab import artifacts, callbacks, run
 from hiddenkey.lab.artifacts import RunResult, read_result
 from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
 from hiddenkey.lab.config import TrainConfig
@@ -119,6 +120,24 @@ def test_regression_and_a_decoder_with_a_classifier(config: TrainConfig, llama: 
     assert result.load_options == {"num_labels": 2, "pad_token_id": 3}
 
 
+def test_a_decoder_whose_tokenizer_pads_with_another_token_than_was_published(
+    config: TrainConfig, llama: Path, tmp_path: Path
+):
+    """The class is told from the last token, however far the batch is padded."""
+    model = shutil.copytree(llama, tmp_path / "llama")
+    published = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(published | {"pad_token_id": 0}))
+    result = run.train(replace(config, model=str(model), epochs=1))
+    assert result.load_options["pad_token_id"] == 3
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(result.adapter, **result.load_options).eval()
+    tokenizer = AutoTokenizer.from_pretrained(result.adapter)
+    texts = ["dull", "the film was fine and warm"]
+    with torch.no_grad():
+        together = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits[0]
+        alone = loaded(**tokenizer(texts[:1], return_tensors="pt")).logits[0]
+    torch.testing.assert_close(together, alone)
+
+
 def test_training_learns(config: TrainConfig):
     result = run.train(replace(config, epochs=25, batch_size=4, learning_rate=1e-2, recipe="hiddenkey-@0.05"))
     assert result.last["train_loss"] < 0.5 < 0.65 < result.epochs[0]["train_loss"]
@@ -132,6 +151,35 @@ def test_every_option_of_the_machine_trains(config: TrainConfig, model: str, req
     assert result.step_seconds["steps"] == 2
     assert 0 < result.drop_rates["logits"] < 0.6
     assert all(tensor.dtype == torch.float32 for tensor in weights(config.out).values())
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 5), (4, 32)])
+def test_rank_and_alpha_are_those_asked_for(config: TrainConfig, rank: int, alpha: int):
+    result = run.train(replace(config, lora_r=rank, lora_alpha=alpha, lora_dropout=0.25, max_steps=1))
+    saved = json.loads((Path(config.out) / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"]) == (rank, alpha, 0.25)
+    found = {name: tensor.shape for name, tensor in weights(config.out).items() if "lora_" in name}
+    assert set(found.values()) == {(rank, 16), (16, rank)}
+    # Two layers, query and value; and the classifier, which the checkpoint lacks.
+    assert result.trainable_parameters == 2 * 2 * 2 * rank * 16 + 2 * 16 + 2
+
+
+def test_the_trainer_has_what_was_asked_for(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    class Seen(callbacks.Schedule):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs["optimizer"].param_groups[0]["weight_decay"], kwargs["lr_scheduler"]))
+            return super().on_train_begin(args, state, control, **kwargs)
+
+    monkeypatch.setattr(run, "Schedule", Seen)
+    asked = {"weight_decay": 0.3, "scheduler": "cosine", "max_grad_norm": 0.7, "learning_rate": 2e-3, "seed": 5}
+    run.train(replace(config, warmup=2.0, max_steps=4, batch_size=3, gradient_accumulation=2, epochs=1, **asked))
+    [(args, decay, schedule)] = seen
+    assert decay == args.weight_decay == 0.3
+    assert (args.lr_scheduler_type, args.max_grad_norm, args.seed) == ("cosine", 0.7, 5)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, 4)
+    assert [schedule.lr_lambdas[0](step) * 2e-3 for step in (0, 1, 2, 4)] == pytest.approx([0, 1e-3, 2e-3, 0])
 
 
 def test_rows_that_are_cut_are_counted(config: TrainConfig, capsys: pytest.CaptureFixture[str]):
@@ -153,6 +201,27 @@ def test_patience_stops_and_best_is_kept(config: TrainConfig):
     assert len(result.epochs) < 8
     assert result.best["validation_loss"] == min(row["validation_loss"] for row in result.epochs)
     assert result.last != result.best
+
+
+@pytest.mark.parametrize(("metric", "higher"), [("accuracy", True), ("loss", False), ("nll", False)])
+def test_the_trainer_keeps_the_epoch_that_is_best_by_the_metric(
+    config: TrainConfig, metric: str, higher: bool, llama: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    states = []
+
+    class Seen(callbacks.Schedule):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            states.append((args.greater_is_better, state.best_global_step))
+            return super().on_train_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(run, "Schedule", Seen)
+    if metric == "nll":
+        config = replace(config, model=str(llama), data=str(pairs), separator=" ")
+    result = run.train(replace(config, epochs=5, keep="best", metric=metric, learning_rate=0.05))
+    values = [row[f"validation_{metric}"] for row in result.epochs]
+    assert len(set(values)) > 1
+    assert states == [(higher, result.best["step"])]
+    assert result.best[f"validation_{metric}"] == (max if higher else min)(values)
 
 
 def test_finished_run_is_returned_as_is(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):

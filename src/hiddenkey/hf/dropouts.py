@@ -25,7 +25,8 @@ CONFIG = "config."
 class OwnDropout:
     """One rate in the model: the attribute `name` of the module at `path`, at its value `p`.
 
-    A rate that its forward reads from the configuration has the name "config.NAME".
+    A rate that its forward reads from the configuration has the name "config.NAME", one of several adapters'
+    "NAME.ADAPTER".
     """
 
     path: str
@@ -79,7 +80,11 @@ def rates_in_config(module: nn.Module) -> list[str]:
 def _set_rate(module: Any, name: str, p: float) -> None:
     """A configuration is shared, and saved with the model: the module has a view of it while rates differ."""
     if not name.startswith(CONFIG):
-        setattr(module, name, p)
+        attribute, _, adapter = name.partition(".")
+        if adapter:
+            getattr(module, attribute)[adapter] = p
+        else:
+            setattr(module, attribute, p)
         return
     view = QuietConfig.of(module.config)
     view.set_rate(name.removeprefix(CONFIG), p)
@@ -107,4 +112,4 @@ def _rates_by_adapter(module: nn.Module) -> Iterator[tuple[str, float]]:
     """The same of a layer of LoHa or LoKr, which keeps a dictionary of rates."""
     for name, value in vars(module).items():
         if RATE_NAME.search(name) and isinstance(value, dict):
-            yield from ((name, p) for p in value.values() if isinstance(p, float) and p > 0)
+            yield from ((f"{name}.{adapter}", p) for adapter, p in value.items() if isinstance(p, float) and p > 0)

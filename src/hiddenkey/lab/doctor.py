@@ -16,7 +16,6 @@ import hiddenkey
 
 from .config import TrainConfig
 from .config_file import read_fields
-from .errors import ConfigError
 from .models import add_lora
 from .skeleton import published_class
 
@@ -49,9 +48,6 @@ def examine(
         OSError: no such model or file.
         UserError: the file, the recipe or the model does not fit.
     """
-    for option, value in {"rounds": rounds, "size": size, "length": length}.items():
-        if value < 1:
-            raise ConfigError(f"{option} = {value} is not allowed: it is 1 or more.")
     given = read_fields(train_args) if train_args else {}
     settings: dict[str, Any] = {"data": "none", "out": "none", **given, "model": name, "recipe": recipe}
     if trust_remote_code:

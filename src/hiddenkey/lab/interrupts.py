@@ -22,6 +22,8 @@ _waiting: dict[int, _Handler] = {}
 def postponed() -> Iterator[None]:
     """Within, the first Ctrl-C or SIGTERM waits for `heed`, or for the end; one more is acted on at once.
 
+    An error that ends it goes first: what waited then waits on, for the next `heed` of whoever catches the error.
+
     Signals that are ignored, or left to the system, stay so.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -39,13 +41,14 @@ def postponed() -> Iterator[None]:
         signal.signal(number, wait)
     try:
         yield
+    except KeyboardInterrupt:
+        _waiting.clear()
+        raise
     finally:
         for number, handler in earlier.items():
             if signal.getsignal(number) is wait:
                 signal.signal(number, handler)
-        asked = dict(_waiting)
-        _waiting.clear()
-    _act_on(asked)
+    heed()
 
 
 def heed() -> None:
@@ -54,10 +57,6 @@ def heed() -> None:
     Raises:
         KeyboardInterrupt: Ctrl-C waited, or SIGTERM in a worker of a sweep.
     """
-    _act_on(_waiting)
-
-
-def _act_on(waiting: dict[int, _Handler]) -> None:
-    while waiting:
-        number, handler = waiting.popitem()
+    while _waiting:
+        number, handler = _waiting.popitem()
         handler(number, None)

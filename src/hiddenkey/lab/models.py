@@ -74,8 +74,8 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
         output_loading_info=True,
         **model_options(config, task),
     )
-    if model.config.pad_token_id is None:  # a classifier on a decoder finds the last token by it
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return add_lora(model, config, task.peft_type, loading["missing_keys"])
 
 

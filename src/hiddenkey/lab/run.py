@@ -40,6 +40,9 @@ from .models import load_model
 from .settings import require_one_device, training_arguments
 from .testing import final_scores, load_weights
 
+_TORCHS_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""One of these is in what torch says of a file that it cannot write, which it calls a RuntimeError."""
+
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     """Train, or continue, or return the finished run that lies in `config.out`.
@@ -103,9 +106,11 @@ def written(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _TORCHS_WRITER):
+            raise
         raise RunError(
             f"{what} cannot be written: {error}. Free some space; the same command continues from the last checkpoint"
-            " that was written."
+            " that was written, without --overwrite."
         ) from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
@@ -83,7 +84,7 @@ class Completion:
         """Mean nll in nats, perplexity and accuracy, over all completion tokens alike."""
         valid = prediction.label_ids != IGNORED
         valid[:, 0] = False
-        nll, right = prediction.predictions[valid].mean(axis=0)
+        nll, right = prediction.predictions[valid].mean(axis=0, dtype=np.float64)
         return {"nll": float(nll), "perplexity": _exp(float(nll)), "token_accuracy": float(right)}
 
 

@@ -15,6 +15,7 @@ from hiddenkey.lab.metrics import measure as metrics
 from hiddenkey.lab.sweep import run as running
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
+from hiddenkey.lab.sweep.crew import Job
 from hiddenkey.lab.sweep.file import read_sweep
 from hiddenkey.lab.sweep.plan import make_plan
 from hiddenkey.lab.sweep.run import sweep
@@ -104,6 +105,27 @@ def test_a_worker_that_sees_several_gpus_takes_no_run(
     with pytest.raises(RunError, match=r"sees 2 GPUs.*CUDA_VISIBLE_DEVICES=0"):
         sweep(SweepConfig(str(path), worker=True, storage=url, grace=GRACE), Console(quiet=True))
     assert board.take() is not None
+
+
+class NobodyAtWork:
+    """A crew that has made nothing."""
+
+    def __init__(self, job: Job, count: int, board: Board) -> None:
+        self.count = count
+
+    def watch(self, tick: Any) -> None:
+        raise RunError(f"{self.count} workers were started")
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+
+def test_several_gpus_are_for_the_workers(base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_sweep(tmp_path, base=base, axes=None, methods=METHODS)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(running, "Crew", NobodyAtWork)
+    with pytest.raises(RunError, match="2 workers were started"):
+        sweep(SweepConfig(str(path), workers=2), Console(quiet=True))
 
 
 def test_a_sweep_that_cannot_train_in_the_type_is_told_before_any_run(

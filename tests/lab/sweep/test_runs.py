@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from hiddenkey.errors import UserError
 from hiddenkey.lab.artifacts import GENERATIONS
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
+from hiddenkey.lab.interrupts import postponed
 from hiddenkey.lab.lock import hold
 from hiddenkey.lab.run import train
 from hiddenkey.lab.sweep import crew, worker
@@ -279,6 +281,43 @@ def test_an_error_is_tried_again_and_then_stops_the_sweep(
         write_sweep(tmp_path, base=base | {"lora_r": 2}, axes=None)
         with pytest.raises(UserError, match=said):
             work_here(path)
+
+
+def test_workers_that_end_before_their_time_are_told(base: dict[str, Any], tmp_path: Path):
+    job, board = here(write_sweep(tmp_path, base=base))
+    idle = crew.Crew.__new__(crew.Crew)
+    idle.job, idle.board, idle._members = job, board, []
+    with pytest.raises(RunError, match=r"ended before all runs were done(?s:.*)logs says why"):
+        idle.watch(lambda _: None)
+
+
+@pytest.mark.parametrize(("said", "told"), [("it broke", "it broke"), (OSError(), "OSError")])
+def test_a_workers_last_word_is_heard_after_its_end(said: Any, told: str, tmp_path: Path):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    theirs.send(crew._READY)
+    theirs.send(crew.last_word(said) if isinstance(said, OSError) else said)
+    theirs.close()
+    ended = SimpleNamespace(is_alive=lambda: False, exitcode=0)
+    one = crew.Crew.__new__(crew.Crew)
+    with pytest.raises(RunError, match=told):
+        one._is_at_work(crew._Member(1, "one", ended, ours))
+
+
+def test_a_signal_that_came_while_a_run_failed_is_heeded_before_the_next(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tries: list[str] = []
+
+    def fail(run: Run, console: Console) -> RunRecord:
+        tries.append(run.id)
+        with postponed():
+            signal.raise_signal(signal.SIGTERM)
+            raise RunError("the disk is full")
+
+    monkeypatch.setattr(worker, "make_run", fail)
+    with pytest.raises(KeyboardInterrupt):
+        work_here(write_sweep(tmp_path, base=base))
+    assert len(tries) == 1
 
 
 def test_mistakes_are_told_before_anything_runs(base: dict[str, Any], tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -138,6 +139,9 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
     assert step.consistency is not None
     value = float(step.consistency)
     name = f"{recipe.consistency}*{recipe.weight:g}"
+    if not math.isfinite(value):
+        yield Finding("consistency", "wrong", f"{name} is {value:g}, as are the logits of one view or both")
+        return
     if not value > 0:
         yield Finding("consistency", "wrong", f"{name} is {value:g}: the two views are the same")
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -55,10 +56,14 @@ class Diagnosis:
         return f"{len(self.wrong)} of {done} checks are red"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        findings = [{**asdict(finding), "values": dict(finding.values)} for finding in self.findings]
+        """Plain values, ready for JSON: None where a number is not finite."""
+        findings = [{**asdict(finding), "values": _finite(finding.values)} for finding in self.findings]
         return {"recipe": self.recipe, "model": self.model, "ok": self.ok, "findings": findings}
 
     def __str__(self) -> str:
         head = [f"recipe  {self.recipe}", f"model   {self.model}", ""]
         return "\n".join([*head, *map(str, self.findings), "", self.summary])
+
+
+def _finite(values: Mapping[str, float | str]) -> dict[str, float | str | None]:
+    return {name: value if isinstance(value, str) or math.isfinite(value) else None for name, value in values.items()}

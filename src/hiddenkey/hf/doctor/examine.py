@@ -62,9 +62,12 @@ def doctor(
     The model is left as it was: weights, buffers, gradients, modes, random states, hooks, counts of draws.
 
     Raises AttachError where no recipe is given or attached, or another one than given is; UserError where no batch
-    is given or can be made, the model is sharded or has no weights, or gives no tensor; and what `plan` raises. What
-    is wrong with the drops is a finding, no exception.
+    is given or can be made, a number is below 1, the model is sharded or has no weights, or gives no tensor; and what
+    `plan` raises. What is wrong with the drops is a finding, no exception.
     """
+    for name, value in {"rounds": rounds, "size": size, "length": length}.items():
+        if value < 1:
+            raise UserError(f"{name} = {value} is not allowed: it is 1 or more")
     _refuse_sharded(model)
     attachment = find_attachment(model)
     if attachment is not None:

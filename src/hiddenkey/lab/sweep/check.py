@@ -11,7 +11,7 @@ from ..config import TrainConfig
 from ..data import Examples, load_examples
 from ..generation import collect_prompts
 from ..models import find_targets, load_tokenizer, model_options
-from ..settings import require_dtype, require_one_device
+from ..settings import require_dtype
 from ..skeleton import build_skeleton
 from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import Plan
@@ -39,13 +39,12 @@ def check_plan(plan: Plan) -> None:
         _check(configs)
 
 
-def check_machine(plan: Plan) -> None:
-    """Check that this process has what a run needs, whatever the others have.
+def check_dtypes(plan: Plan) -> None:
+    """Check that this machine can train in the types that the plan asks for.
 
     Raises:
-        RunError, ConfigError: it sees several devices, or cannot train in a type that the plan asks for.
+        ConfigError: it cannot.
     """
-    require_one_device()
     for dtype in {config.dtype for config in _configs(plan)}:
         require_dtype(dtype)
 

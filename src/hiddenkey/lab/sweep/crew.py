@@ -30,6 +30,7 @@ _POLL = 0.5
 _TICK = 5.0
 _PATIENCE = 30.0
 _STOPPED = 130
+_READY = "ready"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Crew:
         """Until all runs are done; `tick` is called every so often with the names of the workers, by number.
 
         Raises:
-            RunError: a worker says that the sweep cannot go on, or cannot start.
+            RunError: a worker says that the sweep cannot go on, or cannot start; all ended before their time.
         """
         ticked = -math.inf
         while True:
@@ -72,9 +73,14 @@ class Crew:
                 ticked = time.monotonic()
                 tick({member.number: member.name for member in alive})
             if not alive:
-                return
+                break
             time.sleep(_POLL)
             heed()
+        if not self.board.finished():
+            raise RunError(
+                f"All workers ended before all runs were done; {self.log_of(1).parent} says why. The same command "
+                "continues."
+            )
 
     def stop(self) -> None:
         """Have every worker give its run back and end; those that do not are killed."""
@@ -89,11 +95,12 @@ class Crew:
             self.board.bury(member.name)
 
     def _is_at_work(self, member: _Member) -> bool:
+        alive = member.process.is_alive()  # asked first: what it says before its end has come by then
         for text in _received(member.told):
-            if text:
+            if text != _READY:
                 raise RunError(text)
             member.ready = True
-        if member.process.is_alive():
+        if alive:
             return True
         if member.process.exitcode == 0:
             return False
@@ -194,11 +201,16 @@ def _run(job: Job, number: int, log: Path, told: Connection) -> None:
         os.dup2(file.fileno(), 2)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            serve(job, Console(file=file, width=200), lambda: told.send(""))
+            serve(job, Console(file=file, width=200), lambda: told.send(_READY))
         except KeyboardInterrupt:
             sys.exit(_STOPPED)
         except (hiddenkey.UserError, OSError) as error:
-            told.send(str(error))
+            told.send(last_word(error))
+
+
+def last_word(error: Exception) -> str:
+    """What a worker tells of the error that ends it: never nothing."""
+    return str(error) or type(error).__name__
 
 
 def _one_device(number: int) -> None:

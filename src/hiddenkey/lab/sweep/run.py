@@ -60,7 +60,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
         _write(plan, board)
         _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
-    _check_machine(plan)
+    _check_dtypes(plan)
     _check(plan)
     print_plan(plan, console)
     _say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
@@ -83,12 +83,18 @@ def _check(plan: Plan) -> None:
     check_plan(plan)
 
 
-def _check_machine(plan: Plan) -> None:
+def _check_dtypes(plan: Plan) -> None:
     from ..quiet import quieten
-    from .check import check_machine
+    from .check import check_dtypes
 
     quieten()
-    check_machine(plan)
+    check_dtypes(plan)
+
+
+def _require_one_device() -> None:
+    from ..settings import require_one_device
+
+    require_one_device()
 
 
 def _join(job: Job, config: SweepConfig, console: Console) -> None:
@@ -97,7 +103,8 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
             f"{job.plan.folder} holds no {FILE}: start the sweep without --worker first, or give the --storage of "
             "the one that runs."
         )
-    _check_machine(job.plan)
+    _require_one_device()  # this process is the worker; those of a crew are given one each
+    _check_dtypes(job.plan)
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     deadline = time.monotonic() + _WAIT_FOR_SWEEP
     while not board.ready():

@@ -19,6 +19,7 @@ import hiddenkey
 
 from ..artifacts import RunResult, finite, read_result
 from ..errors import BusyError, NonFiniteLossError, RunError
+from ..interrupts import heed
 from ..run import train
 from ..tasks import lower_is_better
 from .board import Board, Claim
@@ -40,6 +41,7 @@ def work(plan: Plan, board: Board, interval: float, console: Console) -> None:
         UserError: a run cannot be made, and why.
     """
     while True:
+        heed()  # what came while a run failed
         claim = board.take()
         if claim is not None:
             console.print(f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}", highlight=False, soft_wrap=True)
