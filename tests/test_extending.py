@@ -46,6 +46,11 @@ def test_a_pattern_works_at_every_position():
         assert torch.equal(ours, hiddenkey.attention(query, key, value, drop.format("column"), keep=even))
 
 
+def test_a_position_in_a_space_that_there_is_not():
+    with pytest.raises(ValueError, match="space = 'keys' is not allowed: it is one of logits, weights, stream"):
+        hiddenkey.register_position("anywhere", space="keys")
+
+
 def test_a_pattern_works_in_the_language():
     register_alternate()
     assert str(hiddenkey.parse("dropkey:alternate@0.5 ~ kl")) == "logits:alternate@0.5 ~ kl*1.0"

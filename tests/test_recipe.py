@@ -50,6 +50,9 @@ GOOD = {
     "hiddenkey-input@0.1": "input:element@0.1 + logits:column@0.1 + hidden:element@0.1",
     "hiddenkey-output@0.1": "logits:column@0.1 + hidden:element@0.1 + output:element@0.1",
     "dropout@0.1": "input:element@0.1 + weights:element:rescale@0.1 + hidden:element@0.1 + output:element@0.1",
+    "r-drop@0.1": (
+        "input:element@0.1 + weights:element:rescale@0.1 + hidden:element@0.1 + output:element@0.1 ~ kl-rdrop*1.0"
+    ),
     "r-drop[:]@0.1 ~ kl-rdrop*5": (
         "input:element@0.1 + weights[:]:element:rescale@0.1 + hidden[:]:element@0.1 + output:element@0.1 "
         "~ kl-rdrop*5.0"

@@ -33,7 +33,7 @@ def attention(
     """`torch.nn.functional.scaled_dot_product_attention` with structured drops.
 
     query: (B, H, Q, D); key, value: (B, Hkv, K, D) with Hkv = H unless `enable_gqa`. Returns (B, H, Q, Dv) in
-    the dtype of `value`.
+    the dtype of `value`, under autocast in that of autocast.
     drop: a recipe whose `logits` and `weights` drops are used, such as "logits:column@0.1".
     attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K); of zeros and one number of -50
     or less it hides, whatever a draw leaves.

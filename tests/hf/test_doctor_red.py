@@ -57,7 +57,9 @@ def test_a_term_that_is_no_number(monkeypatch):
 
 
 def test_json_has_no_number_for_what_is_not_finite():
-    finding = hiddenkey.Finding("recompute", "wrong", "no", values={"gradients": float("inf"), "loss": 0.5, "how": "a"})
+    finding = hiddenkey.Finding(
+        "recompute", "wrong", "no", values={"gradients": float("inf"), "loss": 0.5, "how": "a"}
+    )
     found = hiddenkey.Diagnosis("hiddenkey@0.1", "a model", (finding,)).to_dict()
     [written] = json.loads(json.dumps(found, allow_nan=False))["findings"]
     assert written["values"] == {"gradients": None, "loss": 0.5, "how": "a"}

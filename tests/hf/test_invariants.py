@@ -122,6 +122,21 @@ def test_every_site_drops_once_in_a_forward(family, monkeypatch):
     assert not any(math.isnan(rate) for rate in attachment.rates().values())
 
 
+def test_a_position_rate_is_that_of_the_drops_that_are_on():
+    model, inputs = make("llama"), inputs_of("llama")
+    attachment = hiddenkey.attach(model, "logits[:2]:column@0.2 + logits[2:]:column@0.6")
+    logits_of(model, inputs)
+    both = attachment.position_rates()["logits"]
+    first = next(switch for switch in attachment.switches if switch.p == 0.2)
+    first.p = 0.0
+    counts = [tally.counts for _, site in attachment.sites for tally in site.tallies]
+    later = [rate for path, rate in attachment.rates().items() if ".2." in path or ".3." in path]
+    assert len(counts) == 4
+    assert len(later) == 2
+    assert attachment.position_rates()["logits"] == pytest.approx(sum(later) / 2)
+    assert both < min(later)
+
+
 @pytest.mark.parametrize("pattern", ("element", "column"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_realised_rates_are_near_p(family, pattern):

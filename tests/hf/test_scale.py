@@ -161,6 +161,19 @@ def test_counting_over_devices(task, tmp_path, monkeypatch):
     torch.testing.assert_close(half, one / 2)
 
 
+def test_processes_that_share_a_batch_count_once(tmp_path, monkeypatch):
+    """Of four processes, two each on one batch; and two devices within one process."""
+    rows, _, build = TASKS["language"]
+    trainer = InOrder(model=build(), args=arguments(tmp_path), train_dataset=rows("llama", BIG), recipe=RECIPE)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 4)
+    assert trainer._consistency_scale(torch.tensor(10)) == 4.0
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
+    assert trainer._consistency_scale(torch.tensor(10)) == 2.0
+    assert trainer._consistency_scale(None) == 1.0
+    trainer.args._n_gpu = 3
+    assert trainer._consistency_scale(torch.tensor(10)) == 3.0
+
+
 def test_a_stock_trainer_still_drops(tmp_path):
     """Without a consistency any trainer will do."""
     rows, family, build = TASKS["language"]

@@ -97,17 +97,35 @@ def test_before_a_head_that_takes_one_vector(family):
         logits_of(model, inputs_for(family, "right"))
 
 
-def test_the_own_stack_of_t5_counts(monkeypatch):
-    """Encoder and decoder of different lengths: every stream and every attention counts its own keys."""
-    model = attached("t5", f"hidden:span@{RATE} + logits:span@{RATE}")
-    inputs = inputs_for("t5", "right")
+def drawn_by_unequal_stacks(recipe, monkeypatch):
+    """T5 with 12 places in the encoder, some of them padded, and 6 in the decoder: its draws, the encoder's lengths."""
+    model, inputs = attached("t5", recipe), inputs_for("t5", "right")
     ids = inputs.pop("decoder_input_ids")[:, :6]
     del inputs["decoder_attention_mask"]
     with draws(monkeypatch) as record:
         model(**inputs, decoder_input_ids=ids)
+    return record, inputs["attention_mask"].sum(-1).tolist()
+
+
+def test_the_own_stack_of_t5_counts(monkeypatch):
+    """Every stream and every attention counts its own keys."""
+    record, _ = drawn_by_unequal_stacks(f"hidden:span@{RATE} + logits:span@{RATE}", monkeypatch)
     places = [(drawn.drop.position, drawn.grid.places) for drawn in record]
     encoder, decoder = [("logits", 12), ("hidden", 12)], [("logits", 6), ("logits", 12), ("hidden", 6)]
     assert places == encoder * 4 + decoder * 4
+
+
+def test_the_ends_of_t5_have_the_lengths_of_their_own_stack(monkeypatch):
+    """The input of either stack and the decoder's output."""
+    record, lengths = drawn_by_unequal_stacks(f"input:span@{RATE} + output:span@{RATE}", monkeypatch)
+    assert [(drawn.drop.position, drawn.grid.places) for drawn in record] == [
+        ("input", 12),
+        ("input", 6),
+        ("output", 6),
+    ]
+    gone = [(~drawn.keep.flatten(1)).sum(-1).tolist() for drawn in record]
+    assert gone == [[int(length * RATE + 0.5) for length in lengths], *[[int(6 * RATE + 0.5)] * 3] * 2]
+    assert len(set(gone[0])) > 1
     for drawn in record:
         keep = drawn.keep.squeeze(-2 if drawn.drop.position == "logits" else -1).reshape(3, -1, drawn.grid.places)
         lengths = (LENGTH, 9, 5) if drawn.grid.places == LENGTH else (6, 6, 6)
@@ -187,14 +205,16 @@ def test_the_recomputed_draws_are_those_of_the_forward(family, layout, monkeypat
 
 
 def test_a_rate_too_small_for_the_length_drops_nothing(monkeypatch):
-    inputs = inputs_for("llama", "right")
-    model = attached("llama", "hidden[:]:span@0.04")
-    assert torch.equal(
-        logits_of(model, inputs) * 0.96**0, logits_of(attached("llama", "hidden[:]:span@0.04"), inputs)
-    )
+    """And is compensated by its rate all the same, as the other spans are."""
+    plain, model = quiet("llama"), attached("llama", "hidden[:]:span@0.04")
+    inputs, seen = inputs_for("llama", "right"), []
+    for m in (plain, model):
+        m.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    logits_of(plain, inputs)
     with draws(monkeypatch) as record:
         logits_of(model, inputs)
     assert all(drawn.keep.all() for drawn in record)
+    torch.testing.assert_close(seen[1], seen[0] / 0.96)
 
 
 def test_hidden_outputs_of_dropped_tokens_are_zero_and_the_rest_is_rescaled():

@@ -256,6 +256,27 @@ def test_training_flags_are_given_back(consistency):
     assert [module.training for module in model.modules()] == flags
 
 
+@pytest.mark.parametrize("consistency", (*CONSTANT, "kl-rdrop"))
+def test_training_flags_are_given_back_after_an_error_in_the_second_view(consistency):
+    model, inputs = build("bert", consistency), batch("bert")
+    model.bert.encoder.layer[2].eval()
+    flags = [module.training for module in model.modules()]
+    forwards = ["forward" in vars(module) for module in model.modules()]
+    calls = []
+
+    def fail(module, args):
+        calls.append(module.training)
+        if len(calls) == 2:
+            raise KeyError("the second view")
+
+    model.bert.encoder.layer[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="the second view"):
+        step(model, inputs)
+    assert calls == [True, consistency not in CLEAN]
+    assert [module.training for module in model.modules()] == flags
+    assert ["forward" in vars(module) for module in model.modules()] == forwards
+
+
 def test_no_hook_is_left_behind():
     model, inputs = build("bert", "kl", num_labels=1), {**batch("bert"), "labels": torch.tensor([0.3, -1.0, 2.0])}
     hooks = [len(module._forward_hooks) for module in model.modules()]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import hiddenkey
+from hiddenkey.hf.beside import ComparedTokens
 
 from .test_step import CLEAN, divergence
 from .test_trainer import InOrder
@@ -125,6 +126,21 @@ def test_sft_is_two_views_at_the_labels(family, consistency, kind, tmp_path):
     total.backward()
     torch.testing.assert_close(loss, total, rtol=1e-4, atol=1e-5)
     assert_same_gradients(ours, gradients(trainer.model), rtol=1e-3, atol=1e-4)
+
+
+def test_the_denominators_of_what_is_compared():
+    labels = torch.tensor([[5, -100, 6, 7, -100], [-100, -100, 3, -100, -100], [4, -100, -100, -100, -100]])
+    valid = torch.tensor([[False, True, True, False], [False, True, False, False], [False] * 4])
+    for items, denominator in ((None, 3), (torch.tensor(11), 11)):
+        [(found, divisor)] = ComparedTokens(labels, by_sequence=False).groups(items)
+        assert torch.equal(found, valid)
+        assert int(divisor) == denominator
+    groups = ComparedTokens(labels, by_sequence=True).groups(None)
+    for row, (found, divisor) in enumerate(groups):
+        assert torch.equal(found[row], valid[row])
+        assert found.sum() == valid[row].sum()
+        assert int(divisor) == 3 * max(1, int(valid[row].sum()))
+    assert len(groups) == 3
 
 
 def runs(positions):

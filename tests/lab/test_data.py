@@ -29,6 +29,15 @@ def copy_of(path: Path) -> Path:
     return Path(shutil.copy(path, path.with_stem(f"{path.stem} again")))
 
 
+def test_a_hub_data_set_of_several_configurations(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> None:
+        raise ValueError("Config name is missing.")
+
+    monkeypatch.setattr(sources, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"super_glue cannot be read: Config name is missing\. Name .*--data-config"):
+        load("super_glue")
+
+
 def test_csv_is_classification_with_classes_in_order(sentences: Path):
     examples = load(sentences)
     assert examples.task == "classification"

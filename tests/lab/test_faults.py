@@ -25,7 +25,7 @@ from hiddenkey.lab import run
 from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.callbacks import StepClock
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.config_file import read_config
+from hiddenkey.lab.config_file import read_fields
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.lock import hold
@@ -308,7 +308,7 @@ def test_a_damaged_configuration_is_told(tmp_path: Path, content: bytes):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"run\.yaml"):
-        read_config(path)
+        read_fields(path)
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,49 @@ def test_a_blank_label(tmp_path: Path):
         load(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("train", "train_1000", "dev"), "train"),
+        (("train", "trainset", "dev"), "train"),
+        (("train-1-of-2", "train_1000", "dev"), "train"),
+        (("train", "dev", "validation"), "validation"),
+        (("train", "dev", "dev_500"), "validation"),
+    ],
+)
+def test_several_files_of_a_kind_are_shards_or_refused(tmp_path: Path, names: tuple[str, ...], kind: str):
+    """A subset beside the whole would be learnt from twice, or choose by what was learnt from."""
+    for name in names:
+        (tmp_path / f"{name}.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(DataError, match=f"has several {kind} parts: "):
+        load(tmp_path)
+
+
+def test_one_of_several_parts_can_be_asked_for(tmp_path: Path):
+    for name, rows in {"train": 8, "dev": 3, "validation": 2, "testset": 5, "testset_w_refs": 4}.items():
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "a,0\nb,1\n" * rows)
+    examples = load(tmp_path, validation="dev", test="testset_w_refs")
+    assert (len(examples.train), len(examples.validation)) == (16, 6)
+    assert examples.test is not None
+    assert len(examples.test) == 8
+    with pytest.raises(DataError, match=r"several test parts: testset\.csv, testset_w_refs\.csv"):
+        load(tmp_path, validation="dev", test="test")
+
+
+def test_shards_are_one_part(tmp_path: Path):
+    for number in (1, 2, 3):
+        (tmp_path / f"train-0000{number}-of-00003.csv").write_text("text,label\n" + "a,0\nb,1\n" * number)
+    (tmp_path / "dev.csv").write_text("text,label\na,0\nb,1\n")
+    assert len(load(tmp_path).train) == 12
+
+
 def test_the_training_part_cannot_choose_the_epoch(tmp_path: Path):
-    for name in ("train", "train_2"):
+    for name in ("train-1-of-2", "train-2-of-2"):
         (tmp_path / f"{name}.csv").write_text("text,label\na,0\nb,1\n")
     for data, validation in (
-        (tmp_path / "train.csv", str(tmp_path / "train.csv")),
+        (tmp_path / "train-1-of-2.csv", str(tmp_path / "train-1-of-2.csv")),
         (tmp_path, "train"),
-        (tmp_path, "train_2"),
+        (tmp_path, "train-2-of-2"),
     ):
         with pytest.raises(DataError, match="is the training part of"):
             load(data, validation=validation)

@@ -27,6 +27,7 @@ NO_PAPER = next(claim for claim in CLAIMS if claim.source == "rank")
     ("claim", "low", "high", "p", "expected"),
     [
         (MORE, 0.2, 0.8, 0.01, "replicated"),
+        (MORE, 0.05, 0.3, 0.01, "replicated"),
         (MORE, 0.2, 0.8, 0.06, "undecided"),
         (MORE, -0.2, 0.8, 0.30, "undecided"),
         (MORE, -0.8, -0.2, 0.01, "not replicated"),
@@ -55,6 +56,10 @@ def test_nothing_run_and_one_seed_decide_nothing():
     assert verdict(MORE, None, None) == "not run"
     assert verdict(MORE, Difference(1, 3.0), None) == "undecided"
     assert verdict(MORE, Difference(2, 3.0, 0.1, 2.0, 4.0), 0.01) == "undecided"
+
+
+def test_three_seeds_are_enough():
+    assert verdict(MORE, Difference(3, 3.0, 0.1, 2.0, 4.0), 0.01) == "replicated"
 
 
 def test_what_refutes_is_half_the_papers_gap_or_the_margin():

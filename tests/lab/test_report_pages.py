@@ -14,10 +14,13 @@ import pytest
 
 from hiddenkey.cli import main
 from hiddenkey.lab.errors import RunError
-from hiddenkey.lab.report import generation, how, small_tables, words
+from hiddenkey.lab.report import generation, headline, how, small_tables, table1, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
+from hiddenkey.lab.report.claims import CLAIMS, verdict
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
+from hiddenkey.lab.report.pool import Finding, pools
+from hiddenkey.lab.report.statistics import Difference
 from hiddenkey.lab.report.study import make_task
 from hiddenkey.lab.report.task_table import task_table
 from hiddenkey.lab.report.write import write_report
@@ -29,6 +32,7 @@ STUDY = ROOT / "results" / "study"
 VOID = {"meta", "link", "br", "img", "hr", "path", "use", "rect"}
 NAMES = ("baseline", "hiddencut element", "dropkey column", "hiddenkey-", "hiddenkey", "lora_dropout", "<script>|x")
 EFFECTS = {"hiddenkey": 0.02, "dropkey column": -0.02}
+SEVERAL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +154,42 @@ def test_the_first_lines_answer(docs: Path):
     assert "times the baseline's" in top
 
 
+MAIN = next(claim for claim in CLAIMS if claim.main)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "adjusted", "said"),
+    [
+        (0.9, 2.0, 0.01, "HiddenKey helps."),
+        (-2.0, -0.9, 0.01, "HiddenKey does harm here."),
+        (-0.3, 0.4, 0.9, "HiddenKey does not help here, or little: a gain of 0.5 points is ruled out."),
+        (0.1, 2.0, 0.3, "HiddenKey seems to help, but not surely after correction for all claims."),
+        (-0.2, 2.0, 0.9, "Whether HiddenKey helps is undecided."),
+        (None, None, None, "Whether HiddenKey helps is undecided: one seed cannot tell."),
+    ],
+)
+def test_every_answer_of_the_first_line(low, high, adjusted, said):
+    change = Difference(5, 1.0 if low is None or low + high > 0 else -1.0, 0.5, low, high, p=adjusted)
+    finding = Finding(MAIN, False, ("SST-2",), change, adjusted, verdict(MAIN, change, adjusted), "")
+    assert headline._verdict(finding, change) == said
+
+
+def test_a_method_that_was_not_run_on_all_tasks_has_no_average():
+    records = {
+        "sst2": make_records(SEVERAL),
+        "rte": make_records(replace(SEVERAL, task="rte", level=0.6, methods=("baseline",))),
+    }
+    pool = pools([make_task(name, runs) for name, runs in records.items()])[0]
+    both, one = (pool.averages(method) for method in ("baseline", "hiddenkey"))
+    assert one == {}
+    for seed, value in both.items():
+        assert value == pytest.approx(sum(task.values("baseline")[seed] for task in pool.tasks) / 2)
+    rows = {row[0]: row for row in table1.overview(pool, ("baseline", "hiddenkey"), "t", "T").rows}
+    assert any("not run on all" in cell for cell in rows["`hiddenkey`"])
+    mean = sum(both.values()) / 3
+    assert rows["`baseline`"][-3].startswith(f"{mean:.2f} ± {np.std(list(both.values()), ddof=1):.2f}")
+
+
 def test_every_run_is_counted(docs: Path):
     runs = rows_of(docs, "runs")
     assert len(runs) == 3 * 5 * (7 + 7 + 2 + 2 * 2)
@@ -239,9 +279,6 @@ def test_tasks_that_differ_in_it_are_told_apart():
     text = how.how(tasks).text
     assert f"chosen on {how.CUT} (SST-2) and {how.FOUND} (E2E)." in text
     assert "The test part, which SST-2 lacked, was looked at once" in text
-
-
-SEVERAL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
 
 
 def test_equally_good_trials_are_counted():

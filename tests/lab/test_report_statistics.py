@@ -10,8 +10,8 @@ from scipy import stats
 
 from hiddenkey.lab.report import statistics
 from hiddenkey.lab.report.claims import CLAIMS, verdict
-from hiddenkey.lab.report.pool import findings, pools
-from hiddenkey.lab.report.statistics import average, bootstrap, compare, describe, holm, sign_flip, summarise
+from hiddenkey.lab.report.pool import differences, findings, pools
+from hiddenkey.lab.report.statistics import average, bootstrap, describe, holm, sign_flip, summarise
 from hiddenkey.lab.report.study import make_task
 
 from .made_up import World, make_records
@@ -21,8 +21,8 @@ TWO = {(seed, 0): value for seed, value in enumerate((83.0, 84.8, 83.4, 85.1, 84
 
 
 def test_a_difference_is_that_of_the_textbook():
-    found = compare(ONE, TWO)
     pairs = np.array(list(ONE.values())) - np.array(list(TWO.values()))
+    found = describe(list(pairs))
     test = stats.ttest_rel(list(ONE.values()), list(TWO.values()))
     low, high = test.confidence_interval(0.95)
     assert found is not None
@@ -33,10 +33,15 @@ def test_a_difference_is_that_of_the_textbook():
 
 
 def test_only_seeds_that_both_have_are_paired():
-    found = compare(ONE, {seed: value for seed, value in TWO.items() if seed[0] < 4} | {(99, 0): 0.0})
-    assert found is not None
-    assert found.n == 4
-    assert compare(ONE, {(99, 0): 1.0}) is None
+    methods = (
+        make_records(World(methods=("baseline",), seeds=(1, 2, 3, 4))),
+        make_records(World(methods=("hiddenkey",), seeds=(3, 4, 5))),
+    )
+    task = make_task("sst2", [*methods[0], *methods[1]])
+    ours, plain = task.values("hiddenkey"), task.values("baseline")
+    assert differences(task, "hiddenkey", "baseline") == {
+        seed: pytest.approx(ours[seed] - plain[seed]) for seed in ((3, 0), (4, 0))
+    }
 
 
 def test_one_pair_has_no_interval_and_equal_pairs_have_no_spread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +179,43 @@ def test_runs_of_different_tasks_under_one_name_are_refused():
         make_task("sst2", [first, replace(second, metric="f1")])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config": {"epochs": 20}}, "runs of baseline in the sweep 'sst2' differ in epochs: "),
+        ({"config": {"dtype": "bfloat16"}}, "differ in dtype: bfloat16, float32"),
+        (
+            {"params": {"learning_rate": 1e-4, "lora_r": 4}},
+            "vary different things: learning_rate and learning_rate, ",
+        ),
+        ({"axes": {"seed": 1}, "config": {"seed": 1}}, "baseline has 6 runs of one seed in the sweep 'sst2', of 3"),
+    ],
+)
+def test_runs_of_different_plans_under_one_name_are_refused(changes, said):
+    """Two plans in one group would choose from both; one seed of another plan would leave the others out."""
+    world = World(methods=("baseline",), seeds=(1,))
+    first = [replace(one, trials=3) for one in make_records(world)]
+    other = [replace(one, trials=3, id=f"{one.id}-2") for one in make_records(replace(world, seeds=(2,)))]
+    make_task("sst2", [*first, *other])
+    bent = [
+        replace(one, **{k: getattr(one, k) | v if k == "config" else v for k, v in changes.items()}) for one in other
+    ]
+    with pytest.raises(RunError, match=re.escape(said)):
+        make_task("sst2", [*first, *bent])
+
+
+def test_methods_may_differ_in_what_they_set():
+    first = make_records(World(methods=("baseline",), seeds=(1, 2)))
+    other = make_records(World(methods=("smaller rank",), seeds=(1, 2)))
+    task = make_task("sst2", [*first, *(replace(one, config=one.config | {"epochs": 20}) for one in other)])
+    assert {method: len(groups) for method, groups in task.methods.items()} == {"baseline": 2, "smaller rank": 2}
+
+
+def test_the_pilots_are_not_taken_for_the_study():
+    with pytest.raises(RunError, match="in the sweep 'sst2' differ in learning_rate"):
+        read_study([EXPERIMENTS.parent / "results" / "study", EXPERIMENTS.parent / "results" / "pilot"])
+
+
 def test_folders_are_read_whole_and_double_records_once(tmp_path: Path):
     for place, name in enumerate(("sst2", "rte")):
         write_records(make_records(replace(SMALL, task=name), place), tmp_path / name)
@@ -307,6 +345,20 @@ def test_transfer_takes_the_other_tasks_choice():
     for seed, value in found.items():
         at = next(one for one in target.methods["hiddenkey"][seed].runs if one.params["p"] == 0.1)
         assert value == pytest.approx(100 * at.test["best"]["accuracy"])
+
+
+def test_what_transfer_costs_and_what_it_leaves():
+    """The best rate of either task is the second best of the other, at a loss of one point."""
+    world = replace(SMALL, noise=0.0, effects={"hiddenkey": 0.03})
+    rte = make_records(replace(world, task="rte", level=0.6, best_rate=0.05))
+    one_way = [one for one in rte if one.method == "baseline" or one.trial == 0]  # nothing to choose among on RTE
+    sst2 = make_task("sst2", make_records(replace(world, best_rate=0.2)))
+    for records in (rte, one_way):
+        pool = pools([make_task("rte", records), sst2])[0]
+        rows = {row["method"]: row for row in transfer_table(pool).data}
+        assert rows["hiddenkey"]["cost_of_transfer"] == pytest.approx(-1.0)
+        assert rows["hiddenkey"]["gain_mean"] == pytest.approx(3.0 - 1.0)
+        assert rows["baseline"]["cost_of_transfer"] == pytest.approx(-1.0)
 
 
 def test_what_failed_or_was_not_tried_on_the_other_task_is_counted():

@@ -18,12 +18,13 @@ from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hiddenkey
-from hiddenkey.lab import artifacts, callbacks, run
+from hiddenkey.lab import artifacts, callbacks, models, run
 from hiddenkey.lab.artifacts import RunResult, read_result
 from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, NonFiniteLossError, RunError
+from hiddenkey.lab.skeleton import build_skeleton, load_config
 
 from . import tiny
 
@@ -180,6 +181,38 @@ def test_the_trainer_has_what_was_asked_for(config: TrainConfig, monkeypatch: py
     assert (args.lr_scheduler_type, args.max_grad_norm, args.seed) == ("cosine", 0.7, 5)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, 4)
     assert [schedule.lr_lambdas[0](step) * 2e-3 for step in (0, 1, 2, 4)] == pytest.approx([0, 1e-3, 2e-3, 0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"target_modules": ("q_prj",)}, "no linear layer named q_prj"),
+        ({"recipe": "hiddenkey@0.1 ~ mse"}, "'mse' compares predictions of a regression, and this task is class"),
+        ({"attn_implementation": "flash_attention_2"}, "cannot be a AutoModelForSequenceClassification"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_the_weights_are_read(
+    config: TrainConfig, fields: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(run, "load_model", None)
+    with pytest.raises(ConfigError, match=said):
+        run.train(replace(config, **fields))
+
+
+@pytest.mark.parametrize("read", [build_skeleton, load_config])
+def test_a_kind_of_model_that_transformers_does_not_know(tmp_path: Path, read: Any):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(ConfigError, match=r"cannot be read: (?s:.*)--trust-remote-code"):
+        read(str(tmp_path), *(["AutoModel"] if read is build_skeleton else [False]))
+
+
+def test_a_tokenizer_that_cannot_be_read(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("it wants to run code")
+
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ConfigError, match=r"tokenizer of .* cannot be read: it wants to run code"):
+        run.train(config)
 
 
 def test_rows_that_are_cut_are_counted(config: TrainConfig, capsys: pytest.CaptureFixture[str]):

@@ -319,7 +319,8 @@ def test_no_row_is_emptied_by_a_draw(pattern, recipe, mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("recipe", KINDS)
 def test_a_row_emptied_by_the_mask_keeps_its_full_support(recipe, mask):
-    """Keys 0..4 are dropped for everyone: a row that sees only these equals attention without drops."""
+    """Keys 0..4 are dropped for everyone: a row that sees only these equals attention without drops, rescaled
+    like the others where the recipe says so."""
     visible = visibility(mask, 3, 8).expand(3, 2, 8, 8)
     query, key, value = torch.randn(3, 3, 2, 8, 4, dtype=torch.float64)
     keep = (torch.arange(8) > 4).expand(3, 2, 1, 8)

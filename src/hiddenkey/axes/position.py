@@ -62,8 +62,10 @@ def register_position(
     """Decorator: add a position under `name`; the function is `Position.locate`.
 
     compensation: the default one; left out, that of our own positions of the space. Raises ValueError for a malformed
-    or taken name.
+    or taken name, or a space that there is not.
     """
+    if space not in COMPENSATION_OF:
+        raise ValueError(f"space = {space!r} is not allowed: it is one of {', '.join(COMPENSATION_OF)}")
 
     def add(locate: Locate) -> Locate:
         POSITIONS.add(name, Position(name, space, compensation or COMPENSATION_OF[space], per_layer, locate))

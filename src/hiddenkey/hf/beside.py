@@ -33,7 +33,7 @@ Group = tuple[Tensor, Tensor | int]
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedTokens:
     """Which tokens are compared: labels (B, T), -100 where not. by_sequence: the mean over sequences of the mean over
     the tokens of each; else the sum over tokens by the denominator of the task loss.
     """
@@ -50,15 +50,17 @@ class Compared:
         return [(valid & row, (valid & row).sum().clamp(min=1) * len(valid)) for row in rows]
 
 
-def compared_in(batch: Batch, trainer: str) -> Compared:
+def compared_in(batch: Batch, trainer: str) -> ComparedTokens:
     """What is compared in a trainer's batch: the tokens with labels, or those of DPO's completions.
 
     Raises UserError where neither is there.
     """
     if batch.get("labels") is not None:
-        return Compared(batch["labels"], by_sequence=False)
+        return ComparedTokens(batch["labels"], by_sequence=False)
     if "completion_mask" in batch and "input_ids" in batch:
-        return Compared(batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED), by_sequence=True)
+        return ComparedTokens(
+            batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED), by_sequence=True
+        )
     raise UserError(
         f"a consistency compares tokens by 'labels' or 'completion_mask', but a batch of {trainer} has "
         f"{', '.join(batch)}; attach the recipe without its consistency"
@@ -109,7 +111,7 @@ def step_beside(
     attachment: Attachment,
     model: nn.Module,
     batch: Batch,
-    compared: Compared,
+    compared: ComparedTokens,
     loss: Callable[[], Tensor],
     *,
     num_items: Items = None,
@@ -152,7 +154,7 @@ def step_beside(
     return StepLoss(task + recipe.weight * term, task, term, None)
 
 
-def _check(first: Pass, compared: Compared) -> None:
+def _check(first: Pass, compared: ComparedTokens) -> None:
     if first.output is None:
         raise UserError(
             f"the trainer's loss never calls {type(first.decoder).__name__} with gradient, so there is nothing to "
@@ -177,7 +179,12 @@ def _head(attachment: Attachment, model: nn.Module, inputs: dict[str, Any], firs
 
 
 def _term(
-    first: Tensor, second: Tensor, compared: Compared, num_items: Items, head: Head | None, consistency: Consistency
+    first: Tensor,
+    second: Tensor,
+    compared: ComparedTokens,
+    num_items: Items,
+    head: Head | None,
+    consistency: Consistency,
 ) -> Tensor:
     """The consistency of two views: hidden states (B, T, D) with a head, logits (B, T, V) without."""
     first, second, labels = first[:, :-1], second[:, :-1], compared.labels[:, 1:].to(first.device)

@@ -71,6 +71,12 @@ class ConsistencyMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """As `Trainer.compute_loss`; in training task + weight * consistency (arXiv 2403.00812, section 3.2).
+
+        Raises:
+            AttachError: no recipe is attached.
+            UserError: the consistency is not defined for this model's outputs and labels.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         num_items = num_items_in_batch if self._is_scaled(num_items_in_batch) else None

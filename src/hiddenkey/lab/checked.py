@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,11 +14,14 @@ from rich.console import Console
 
 import hiddenkey
 
+from ..consistency import CONSISTENCIES
+from ..recipe import Recipe, parse
 from .columns import values
 from .config import TrainConfig
 from .data import Examples, load_examples
+from .errors import ConfigError
 from .generation import Prompt, collect_prompts
-from .models import load_tokenizer, model_options
+from .models import find_targets, load_tokenizer, model_options
 from .skeleton import build_skeleton
 from .tasks import Task, choose_metric, make_task, refuse_smoothing
 
@@ -59,7 +63,7 @@ class Checked:
         return parts
 
 
-def check_run(config: TrainConfig, recipe: Any) -> Checked:
+def check_run(config: TrainConfig, recipe: Recipe) -> Checked:
     """Read the data and the model's structure, and check that all of it fits together.
 
     Raises:
@@ -71,9 +75,7 @@ def check_run(config: TrainConfig, recipe: Any) -> Checked:
     task = make_task(examples, config.separator)
     metric = choose_metric(task, config.metric)
     refuse_smoothing(examples.task, config.label_smoothing)
-    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
-    hiddenkey.plan(skeleton, recipe)
-    tokenizer = load_tokenizer(config, skeleton)
+    skeleton, tokenizer = check_structure(config, examples, task, [recipe])
     train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
     validation = task.tokenise(examples.validation, tokenizer, config.max_length)
     test = None
@@ -81,6 +83,32 @@ def check_run(config: TrainConfig, recipe: Any) -> Checked:
         test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
     prompts = collect_prompts(config, examples.test, tokenizer, skeleton)
     return Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test, prompts)
+
+
+def check_structure(
+    config: TrainConfig, examples: Examples, task: Task, recipes: Iterable[str | Recipe]
+) -> tuple[Any, Any]:
+    """The model without its weights, and its tokenizer, once LoRA and every recipe have found a place there.
+
+    Raises:
+        ConfigError: no such layers for LoRA, no usable tokenizer, or a consistency that is not for this task.
+        PlanError: a recipe finds no site in this model.
+        OSError: no such model.
+    """
+    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
+    find_targets(skeleton, config.target_modules)
+    for recipe in map(parse, recipes):
+        _refuse_consistency(recipe, examples.task)
+        hiddenkey.plan(skeleton, recipe)
+    return skeleton, load_tokenizer(config, skeleton)
+
+
+def _refuse_consistency(recipe: Recipe, task: str) -> None:
+    if recipe.consistency is not None and CONSISTENCIES[recipe.consistency].scalar and task != "regression":
+        raise ConfigError(
+            f"'{recipe}': the consistency {recipe.consistency!r} compares predictions of a regression, and this task "
+            f"is {task}; use kl."
+        )
 
 
 def tell_of_cuts(checked: Checked, max_length: int, console: Console) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import types
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .metrics.measure import OF_CAPTIONS, OF_NGRAMS
 
 Task = Literal["auto", "classification", "regression", "causal-lm"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Keep = Literal["last", "best"]
 
-GENERATION_METRICS = ("bleu", "nist", "ter", "meteor", "rouge_l", "cider")
+OF_A_TASK = (
+    *("model", "data", "data_config", "task", "test", "train_size", "eval_size", "test_size", "max_length", "metric"),
+)
+"""Fields that say what is learnt and how it is judged: runs that differ in them are not of one table."""
+
+GENERATION_METRICS = (*OF_NGRAMS, *OF_CAPTIONS)
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,9 @@ def expanded(path: Any) -> Any:
 
 
 FIELD_TYPES: dict[str, Any] = {field.name: get_type_hints(TrainConfig)[field.name] for field in fields(TrainConfig)}
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING
+}
 
 
 def convert(name: str, hint: Any, value: Any) -> Any:

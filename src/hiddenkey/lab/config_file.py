@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .config import FIELD_TYPES, TrainConfig, convert
+from .config import FIELD_TYPES, convert
 from .errors import ConfigError
 
 
@@ -53,20 +53,6 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         if name not in FIELD_TYPES:
             raise ConfigError(f"{path}: {_unknown(str(name))}")
     return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
-
-
-def read_config(path: str | Path) -> TrainConfig:
-    """A whole `TrainConfig` from a YAML file.
-
-    Raises:
-        ConfigError: as `read_fields`, or model, data or out is missing.
-        OSError: the file cannot be read.
-    """
-    given = read_fields(path)
-    missing = [name for name in ("model", "data", "out") if name not in given]
-    if missing:
-        raise ConfigError(f"{path} lacks {', '.join(missing)}; a run needs model, data and out.")
-    return TrainConfig(**given)
 
 
 def _unknown(name: str) -> str:

@@ -10,14 +10,13 @@ import torch
 import transformers
 from rich.console import Console
 from torch import nn
-from transformers import AutoConfig
 
 import hiddenkey
 
 from .config import TrainConfig
 from .config_file import read_fields
 from .models import add_lora
-from .skeleton import published_class
+from .skeleton import load_config, published_class
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -63,7 +62,7 @@ def examine(
 def load(config: TrainConfig, model_class: str) -> nn.Module:
     """The pretrained model with LoRA, and activation checkpointing where the configuration wants it."""
     torch.manual_seed(config.seed)
-    published = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    published = load_config(config.model, config.trust_remote_code)
     auto = getattr(transformers, model_class or published_class(published))
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     model, loading = auto.from_pretrained(

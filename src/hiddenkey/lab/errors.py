@@ -16,7 +16,7 @@ class DataError(LabError):
 
 
 class RunError(LabError):
-    """An output folder that cannot be used: unwritable, full, or holding another run."""
+    """What stands in the way of a run or a report: a folder, a device, a storage, a worker, or records."""
 
 
 class BusyError(RunError):

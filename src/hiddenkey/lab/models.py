@@ -37,9 +37,12 @@ def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
 
     Raises:
         OSError: no such tokenizer.
-        ConfigError: no token can pad, or the model takes fewer tokens than `max_length`.
+        ConfigError: it cannot be read, no token can pad, or the model takes fewer tokens than `max_length`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"The tokenizer of {config.model} cannot be read: {error}") from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

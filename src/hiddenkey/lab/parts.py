@@ -16,7 +16,9 @@ _ENDINGS = ", ".join(FORMATS)
 Places = tuple[str, ...]
 """Where the rows of a part lie: paths of files, or a split of a hub data set; empty: nowhere."""
 
-# A name, perhaps with "set", perhaps with the number of a shard: train, trainset, train-00000-of-00002.
+_SHARD = re.compile(r"-\d+-of-\d+")
+
+# A name, perhaps with "set", perhaps with a number: train, trainset, train-00000-of-00002, train_500.
 _KINDS = {
     "train": re.compile(r"train(ing)?([_-]?set)?([-_.]\d.*)?"),
     "validation": re.compile(r"(validation|valid|val|dev)([_-]?set)?([_-]matched)?([-_.]\d.*)?"),
@@ -48,9 +50,9 @@ def choose_parts(there: dict[str, Places], config: TrainConfig) -> Parts:
     A part asked for as the test is never the validation part as well: then validation is cut from training.
 
     Raises:
-        DataError: a part that is not there, or one that would be used twice.
+        DataError: a part that is not there, one that is there several times, or one that would be used twice.
     """
-    train = _of_kind("train", there)
+    train = _of_kind("train", there, config.data)
     if not train:
         raise DataError(
             f"{config.data} has no training part; it has {_names(there)}. Name a file train with an ending of "
@@ -60,7 +62,7 @@ def choose_parts(there: dict[str, Places], config: TrainConfig) -> Parts:
     if config.validation:
         validation = _find(config.validation, there, config.data)
     else:
-        found = _of_kind("validation", there)
+        found = _of_kind("validation", there, config.data)
         validation = () if set(found) & set(test) else found
     _refuse_both("test", config.test, test, "training", train, config.data)
     _refuse_both("test", config.test, test, "validation", validation, config.data)
@@ -80,14 +82,20 @@ def _find(name: str, there: dict[str, Places], data: str) -> Places:
     if Path(name).suffix.lower() in FORMATS:
         return (str(Path(name).expanduser().resolve()),)
     kind = next((kind for kind, names in _KINDS.items() if names.fullmatch(name.lower())), "")
-    found = there.get(name) or (_of_kind(kind, there) if kind else ())
+    found = there.get(name) or (_of_kind(kind, there, data) if kind else ())
     if not found:
         raise DataError(f"{data} has no part {name!r}; it has {_names(there)}. A file works too: {_ENDINGS}.")
     return found
 
 
-def _of_kind(kind: str, there: dict[str, Places]) -> Places:
-    return tuple(place for name, places in there.items() if _KINDS[kind].fullmatch(name.lower()) for place in places)
+def _of_kind(kind: str, there: dict[str, Places], data: str) -> Places:
+    found = {name: places for name, places in there.items() if _KINDS[kind].fullmatch(name.lower())}
+    if len(found) > 1 and len({_SHARD.sub("", name) for name in found}) > 1:
+        raise DataError(
+            f"{data} has several {kind} parts: {_names(found)}. One may hold rows of another, so leave one of them "
+            "there, or name a file; shards of one part are called train-00000-of-00002 and so on."
+        )
+    return tuple(place for places in found.values() for place in places)
 
 
 def _names(there: dict[str, Places]) -> str:

@@ -20,16 +20,29 @@ def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False,
 
     Raises:
         OSError: no such model.
-        ConfigError: the model cannot be built with that head.
+        ConfigError: the model cannot be built with that head or attention, or wants to run code of its own.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    config = load_config(name, trust_remote_code, **options)
     auto = getattr(transformers, model_class or published_class(config))
     build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     with torch.device("meta"):
         try:
             return build(config)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {error}") from error
+
+
+def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: transformers does not know its kind, or it wants to run code of its own and may not.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{name} cannot be read: {error} Here that option is --trust-remote-code.") from error
 
 
 def published_class(config: Any) -> str:

@@ -124,9 +124,12 @@ def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
 
 
 def _load_hub(config: TrainConfig) -> DatasetDict:
-    if not config.data.startswith("glue/"):
-        return load_dataset(config.data, config.data_config or None)
-    name = config.data.removeprefix("glue/")
-    if name not in GLUE:
-        raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
-    return load_dataset("nyu-mll/glue", name)
+    path, name = config.data, config.data_config or None
+    if config.data.startswith("glue/"):
+        path, name = "nyu-mll/glue", config.data.removeprefix("glue/")
+        if name not in GLUE:
+            raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
+    try:
+        return load_dataset(path, name)
+    except ValueError as error:  # of several configurations none is named, or one that is not there
+        raise DataError(f"{config.data} cannot be read: {error} Name a configuration with --data-config.") from error

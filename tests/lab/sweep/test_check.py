@@ -138,6 +138,12 @@ def test_a_sweep_that_cannot_train_in_the_type_is_told_before_any_run(
         sweep(SweepConfig(str(path)), Console(quiet=True))
 
 
+def test_a_consistency_of_another_task_is_told_before_any_run(base: dict[str, Any], tmp_path: Path):
+    methods = {"odd": {"recipe": "hiddenkey@{p} ~ mse*1.0", "grid": {"p": [0.1]}}}
+    with pytest.raises(ConfigError, match="'mse' compares predictions of a regression, and this task is causal-lm"):
+        dry_run(write_sweep(tmp_path, base=base, axes=None, methods=methods))
+
+
 def test_an_unknown_attention_backend_is_told_before_any_run(base: dict[str, Any], tmp_path: Path):
     path = write_sweep(tmp_path, base=base | {"attn_implementation": "foo"}, axes=None, methods=METHODS)
     with pytest.raises(ConfigError, match="foo"):

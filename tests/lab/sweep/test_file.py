@@ -13,7 +13,7 @@ from hiddenkey.errors import RecipeError, UserError
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.sweep.draw import draw_tpe
 from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import Plan, make_plan
+from hiddenkey.lab.sweep.plan import SweepPlan, make_plan
 from hiddenkey.lab.sweep.space import Choice, Range
 
 from .tools import plan_of, sweep_values, write_sweep
@@ -29,7 +29,7 @@ def with_grids(learning_rate: Any, p: Any) -> dict[str, Any]:
     }
 
 
-def runs_of(plan: Plan) -> list[Any]:
+def runs_of(plan: SweepPlan) -> list[Any]:
     return [slot.run for group in plan.groups for slot in group.slots]
 
 
@@ -55,7 +55,7 @@ def test_every_method_has_every_trial_on_every_combination_of_axes(tmp_path: Pat
 def test_a_method_may_set_what_the_base_sets(tmp_path: Path):
     methods = {
         "baseline": {"recipe": "baseline", "grid": {"epochs": [2, 3]}},
-        "short": {"recipe": "baseline", "set": {"epochs": 4, "weight_decay": 0}, "grid": {"seed": [1, 2]}},
+        "short": {"recipe": "baseline", "set": {"epochs": 4, "weight_decay": 0}, "grid": {"lora_r": [1, 2]}},
     }
     runs = runs_of(plan_of(tmp_path, methods=methods, axes=None))
     assert [run.config.epochs for run in runs] == [2, 3, 4, 4]
@@ -160,6 +160,18 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
             "are equal",
         ),
         ({"methods": {"Lora Dropout": METHOD, "lora_dropout": METHOD}}, "one name to the report"),
+        ({"methods": {"a": {"recipe": "baseline", "set": {"max_length": 32}}}}, "max_length is the same for all"),
+        ({"methods": {"a": {"recipe": "baseline", "set": {"metric": "f1"}}}}, "metric is the same for all"),
+        (
+            {"methods": {"a": {"recipe": "baseline", "grid": {"train_size": [4, 5]}}}},
+            "train_size is the same for all",
+        ),
+        (
+            {"methods": {"a": {"recipe": "baseline", "grid": {"data_seed": [4, 5]}}}},
+            "data_seed is the same for all methods, or they could not be compared; give it in base or in axes.",
+        ),
+        ({"axes": {"metric": ["accuracy", "f1"]}}, "axes: metric cannot be one"),
+        ({"axes": {"task": ["auto", "regression"]}}, "axes: task cannot be one"),
         ({"axes": {"sed": [1]}}, "did you mean 'seed'"),
         ({"axes": {"seed": 1}}, "a list of one or more values"),
         ({"axes": {"seed": [1, 1]}}, "stands in it twice"),

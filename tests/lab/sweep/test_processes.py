@@ -17,7 +17,7 @@ import pytest
 
 from hiddenkey.lab.errors import ConfigError, RunError
 from hiddenkey.lab.sweep.board import Board
-from hiddenkey.lab.sweep.plan import Plan
+from hiddenkey.lab.sweep.plan import SweepPlan
 from hiddenkey.lab.sweep.storage import open_storage
 
 from .tools import GRACE, plan_of, record_of
@@ -25,7 +25,7 @@ from .tools import GRACE, plan_of, record_of
 FORK = multiprocessing.get_context("fork")
 
 
-def labour(plan: Plan, url: str, log: Path) -> None:
+def labour(plan: SweepPlan, url: str, log: Path) -> None:
     """A worker whose runs take no time to speak of."""
     board = Board(plan, open_storage(url, GRACE), str(os.getpid()))
     while not board.finished():
@@ -39,7 +39,7 @@ def labour(plan: Plan, url: str, log: Path) -> None:
         board.finish(claim, record_of(claim.run))
 
 
-def kill_at_random(plan: Plan, url: str, folder: Path, kills: int) -> tuple[Board, Counter[str]]:
+def kill_at_random(plan: SweepPlan, url: str, folder: Path, kills: int) -> tuple[Board, Counter[str]]:
     """Run a plan by four processes, of which `kills` are killed and replaced; the board, and how often each ran."""
     board = Board(plan, open_storage(url, GRACE), "watch")
     board.open({})
@@ -65,7 +65,7 @@ def kill_at_random(plan: Plan, url: str, folder: Path, kills: int) -> tuple[Boar
     return board, Counter(log.read_text().split())
 
 
-def check(plan: Plan, board: Board, made: Counter[str], kills: int) -> None:
+def check(plan: SweepPlan, board: Board, made: Counter[str], kills: int) -> None:
     ids = {slot.run.id for group in plan.groups for slot in group.slots if slot.run}
     records = board.records()
     assert {record.id for record in records} == ids == set(made)

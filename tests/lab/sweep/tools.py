@@ -9,7 +9,7 @@ import yaml
 
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import Plan, Run, make_plan
+from hiddenkey.lab.sweep.plan import Run, SweepPlan, make_plan
 from hiddenkey.lab.sweep.record import RunRecord
 from hiddenkey.lab.sweep.storage import open_storage
 
@@ -38,12 +38,12 @@ def write_sweep(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def plan_of(folder: Path, **changes: Any) -> Plan:
+def plan_of(folder: Path, **changes: Any) -> SweepPlan:
     """Its plan."""
     return make_plan(read_sweep(write_sweep(folder, **changes)))
 
 
-def board_of(plan: Plan, folder: Path, worker: str = "one") -> Board:
+def board_of(plan: SweepPlan, folder: Path, worker: str = "one") -> Board:
     """A board on a database in `folder`."""
     return Board(plan, open_storage(f"sqlite:///{folder / 'sweep.db'}", GRACE), worker)
 

@@ -46,7 +46,8 @@ class Claim:
     pairs: tuple[tuple[str, str], ...] = ()
     """Methods: first minus second. Of several pairs those count of which both were run."""
     source: Source = "methods"
-    """rank: the baseline at rank 8 minus that at the largest rank; epochs: its best epoch minus its last."""
+    """rank: the baseline at rank 8 minus that at the largest rank; epochs: what its best epoch chooses minus what its
+    last one chooses."""
     main: bool = False
     """The question of the page's first lines."""
 

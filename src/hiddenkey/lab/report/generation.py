@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from . import machine, words
 from .blocks import Block, Table, Text
 from .metrics import metric
-from .paper import BASELINE, GENERATION_METRICS, TABLE2, TABLE3, TASK_LABELS
+from .paper import BASELINE, PRINTED_TEXT_METRICS, TABLE2, TABLE3, TASK_LABELS
 from .pool import differences, why_none
 from .statistics import describe, holm, summarise
 from .study import Task
@@ -24,7 +24,7 @@ def blocks(tasks: Sequence[Task]) -> list[Block]:
         found += [_generation(number, task) for task in ours] or [
             Text(f"Table {number}, {TASK_LABELS[key]}: {words.NOT_RUN}.")
         ]
-    others = [task for task in tasks if task.generation and task.key not in GENERATION_METRICS]
+    others = [task for task in tasks if task.generation and task.key not in PRINTED_TEXT_METRICS]
     return found + [_generation(0, task) for task in others]
 
 
@@ -89,14 +89,16 @@ def _paper_rows(task: Task, shown: Sequence[tuple[str, str]]) -> list[list[str]]
     if task.key == "e2e":
         for model, methods in TABLE2.items():
             for method, numbers in methods.items():
-                known = {("all", name): value for name, value in zip(GENERATION_METRICS["e2e"], numbers, strict=True)}
+                known = {
+                    ("all", name): value for name, value in zip(PRINTED_TEXT_METRICS["e2e"], numbers, strict=True)
+                }
                 rows.append([f"paper, {model}: `{method}`", *_known(known, shown)])
     if task.key == "webnlg":
         for method in (BASELINE, "hiddenkey"):
             known = {
                 (part, name): value
                 for part, methods in TABLE3.items()
-                for name, value in zip(GENERATION_METRICS["webnlg"], methods[method], strict=True)
+                for name, value in zip(PRINTED_TEXT_METRICS["webnlg"], methods[method], strict=True)
             }
             rows.append([f"paper, GPT2-Medium: `{method}`", *_known(known, shown)])
     return rows

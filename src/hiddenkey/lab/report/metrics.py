@@ -39,7 +39,6 @@ METRICS = {
         Metric("ter", "TER", 100, lower_is_better=True),
         Metric("nll", "NLL", lower_is_better=True, digits=3),
         Metric("perplexity", "perplexity", lower_is_better=True),
-        Metric("mse", "squared error", lower_is_better=True, digits=3),
         Metric("loss", "loss", lower_is_better=True, digits=3),
     )
 }

@@ -70,7 +70,7 @@ TABLE1_SD: dict[str, tuple[float, float, float, float]] = {
     "hiddenkey-input":       (2.11, 1.03, 0.14, 0.27),
     "hiddenkey-output":      (2.24, 1.20, 0.11, 0.15),
 }
-GENERATION_METRICS = {"e2e": ("bleu", "nist", "meteor", "rouge_l", "cider"), "webnlg": ("bleu", "meteor", "ter")}
+PRINTED_TEXT_METRICS = {"e2e": ("bleu", "nist", "meteor", "rouge_l", "cider"), "webnlg": ("bleu", "meteor", "ter")}
 # Table 2, E2E: BLEU, NIST, METEOR, ROUGE-L, CIDEr.
 TABLE2: dict[str, dict[str, tuple[float, ...]]] = {
     "GPT2-Medium": {

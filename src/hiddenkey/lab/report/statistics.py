@@ -63,12 +63,6 @@ def summarise(values: Sequence[float]) -> Summary | None:
     return Summary(len(values), float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
 
 
-def compare(first: Values, second: Values) -> Difference | None:
-    """First minus second over the seeds that both have; None where they share none."""
-    shared = sorted(first.keys() & second.keys())
-    return describe([first[seed] - second[seed] for seed in shared])
-
-
 def describe(differences: Sequence[float]) -> Difference | None:
     """The mean of paired differences with all that is said about it."""
     # Metrics are shares of whole examples: what differs in the last bits alone is equal.

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ..errors import RunError
 from ..sweep.record import RunRecord, method_key, read_record
+from .alike import require_one_plan, require_one_task
 from .metrics import Metric, metric
-from .paper import DECODERS, GENERATION_METRICS, PRINTED_METRICS, TASK_LABELS, rank_of, task_key
+from .paper import DECODERS, PRINTED_METRICS, PRINTED_TEXT_METRICS, TASK_LABELS, rank_of, task_key
 from .statistics import Seed
 
 When = Literal["best", "last"]
@@ -25,7 +26,6 @@ Condition = tuple[tuple[str, Any], ...]
 
 _SEEDS = ("seed", "data_seed")
 _RANK = "lora_r"
-_OF_A_TASK = ("model", "data", "data_config", "test", "train_size", "eval_size", "test_size", "max_length")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Task:
     @property
     def generation_metrics(self) -> tuple[str, ...]:
         """The metrics of its table."""
-        return GENERATION_METRICS.get(self.key or "", GENERATION_METRICS["e2e"])
+        return PRINTED_TEXT_METRICS.get(self.key or "", PRINTED_TEXT_METRICS["e2e"])
 
     def values(
         self, method: str, when: When = "best", name: str = "", condition: Condition | None = None
@@ -209,10 +209,10 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
     """Group the records of one sweep name.
 
     Raises:
-        RunError: they are not of one task on one model.
+        RunError: they are not of one task on one model, or a method's are not of one plan.
     """
     records.sort(key=lambda run: (rank_of(method_key(run.method)), run.trial, run.id))
-    _require_one_task(name, records)
+    require_one_task(name, records)
     found: dict[Condition, dict[str, dict[Seed, list[RunRecord]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -225,6 +225,7 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
     for condition in sorted(found, key=str):
         conditions[condition] = {}
         for method, seeds in found[condition].items():
+            require_one_plan(name, method, seeds.values())
             whole = _whole(seeds)
             incomplete += [method] * (len(seeds) - len(whole))
             if whole:
@@ -249,21 +250,6 @@ def _main(conditions: dict[Condition, dict[str, Groups]]) -> Condition:
         return condition != (), condition != ((_RANK, 8),), -len(conditions[condition])
 
     return min(conditions, key=place)
-
-
-def _require_one_task(name: str, records: list[RunRecord]) -> None:
-    axes = {axis for run in records for axis in run.axes}
-    for field in _OF_A_TASK:
-        values = {str(run.config.get(field)) for run in records}
-        if field not in axes and len(values) > 1:
-            raise RunError(
-                f"runs of the sweep {name!r} differ in {field}: {', '.join(sorted(values))}. "
-                "One name is one task: give the sweeps different names."
-            )
-    if len({(run.task, run.metric) for run in records}) > 1:
-        raise RunError(
-            f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
-        )
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ..errors import RunError
 from .draw import draw_tpe
-from .plan import Group, Plan, Run, Slot
+from .plan import Group, Run, Slot, SweepPlan
 from .record import RunRecord, make_record
 from .space import typed
 from .storage import insist, no_warnings
@@ -52,7 +52,7 @@ class Busy:
 class Board:
     """The trials of one plan in one storage."""
 
-    def __init__(self, plan: Plan, storage: Any, worker: str) -> None:
+    def __init__(self, plan: SweepPlan, storage: Any, worker: str) -> None:
         self.plan = plan
         self.worker = worker
         self._storage = storage

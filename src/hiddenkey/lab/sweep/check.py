@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import hiddenkey
-
+from ..checked import check_structure
 from ..config import TrainConfig
 from ..data import Examples, load_examples
 from ..generation import collect_prompts
-from ..models import find_targets, load_tokenizer, model_options
 from ..settings import require_dtype
-from ..skeleton import build_skeleton
 from ..tasks import choose_metric, make_task, refuse_smoothing
-from .plan import Plan
+from .plan import SweepPlan
 
 # What neither the data nor the structure of a model depends on; the data of every data_seed is checked.
 _FREE = (
@@ -25,7 +22,7 @@ _FREE = (
 )
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: SweepPlan) -> None:
     """Check data, metrics, model, LoRA's targets, tokenizer, prompts and recipes of all runs, each combination once.
 
     Raises:
@@ -39,7 +36,7 @@ def check_plan(plan: Plan) -> None:
         _check(configs)
 
 
-def check_dtypes(plan: Plan) -> None:
+def check_dtypes(plan: SweepPlan) -> None:
     """Check that this machine can train in the types that the plan asks for.
 
     Raises:
@@ -49,7 +46,7 @@ def check_dtypes(plan: Plan) -> None:
         require_dtype(dtype)
 
 
-def _configs(plan: Plan) -> Iterator[TrainConfig]:
+def _configs(plan: SweepPlan) -> Iterator[TrainConfig]:
     """Of every run, or of those at the corners of a search that chooses its runs later."""
     for group in plan.groups:
         runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
@@ -63,11 +60,7 @@ def _check(configs: list[TrainConfig]) -> None:
     choose_metric(task, config.metric)
     for each in configs:
         refuse_smoothing(examples.task, each.label_smoothing)
-    skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
-    find_targets(skeleton, config.target_modules)
-    tokenizer = load_tokenizer(config, skeleton)
-    for recipe in {config.recipe for config in configs}:
-        hiddenkey.plan(skeleton, recipe)
+    skeleton, tokenizer = check_structure(config, examples, task, dict.fromkeys(each.recipe for each in configs))
     _check_lengths(config, examples, tokenizer, skeleton)
     others = {other.data_seed: other for other in configs if other.data_seed != config.data_seed}
     for other in others.values():

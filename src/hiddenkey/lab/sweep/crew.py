@@ -23,7 +23,7 @@ from rich.console import Console
 from ..errors import RunError
 from ..interrupts import heed
 from .board import Board
-from .plan import Plan
+from .plan import SweepPlan
 
 _LOGS = "logs"
 _POLL = 0.5
@@ -37,7 +37,7 @@ _READY = "ready"
 class Job:
     """What a worker process needs to know."""
 
-    plan: Plan
+    plan: SweepPlan
     storage: str
     grace: int
     threads: int

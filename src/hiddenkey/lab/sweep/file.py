@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from ..config import FIELD_TYPES, expanded
+from ..config import FIELD_TYPES, OF_A_TASK, expanded
 from ..config_file import read_yaml
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
@@ -22,6 +22,8 @@ Values = dict[str, Any]
 _KEYS = ("name", "out", "base", "methods", "axes", "search", "trials")
 _METHOD_KEYS = ("recipe", "set", "grid")
 _NOT_SHARED = ("out", "overwrite", "recipe")
+_SAME_FOR_ALL = (*OF_A_TASK, "seed", "data_seed")
+_ONE_PER_SWEEP = ("task", "metric")
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ def _check_places(sweep: SweepFile) -> None:
     for name in in_axes:
         if in_axes.count(name) > 1:
             raise ConfigError(f"axes: {name} stands in two axes; give it in one.")
+        if name in _ONE_PER_SWEEP:
+            raise ConfigError(f"axes: {name} cannot be one: a sweep's runs are judged alike; write a sweep for each.")
         if name in sweep.base:
             raise ConfigError(f"{name} stands in base and in axes; give it in one of them.")
     for method in sweep.methods:
@@ -204,6 +208,11 @@ def _check_places(sweep: SweepFile) -> None:
         for name in (*method.fields, *method.space):
             if name in in_axes:
                 raise ConfigError(f"{where}: {name} is an axis; an axis is the same for all methods.")
+            if name in _SAME_FOR_ALL:
+                raise ConfigError(
+                    f"{where}: {name} is the same for all methods, or they could not be compared; give it in base or "
+                    "in axes."
+                )
         for name in method.space:
             if name in method.fields:
                 raise ConfigError(f"{where}: {name} stands in set and in grid; give it in one of them.")

@@ -127,7 +127,7 @@ _FIELDS = frozenset(TrainConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """All groups of a sweep: for every combination of axes, every method."""
 
     sweep: SweepFile
@@ -149,7 +149,7 @@ class Plan:
         return sum(len(group.slots) for group in self.groups)
 
 
-def make_plan(sweep: SweepFile) -> Plan:
+def make_plan(sweep: SweepFile) -> SweepPlan:
     """Expand a sweep; every configuration and recipe is checked.
 
     Raises:
@@ -167,7 +167,7 @@ def make_plan(sweep: SweepFile) -> Plan:
             list(group.corners())
     _check_names(sweep)
     _check_ids(groups)
-    return Plan(sweep, groups)
+    return SweepPlan(sweep, groups)
 
 
 def _merged(points: tuple[Values, ...]) -> Values:

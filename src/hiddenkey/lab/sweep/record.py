@@ -7,14 +7,14 @@ import json
 import math
 import re
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import hiddenkey
 
 from ..artifacts import GENERATIONS, NOT_OF_THE_RUN, write_json
-from ..config import TrainConfig
+from ..config import DEFAULTS, TrainConfig
 from ..errors import RunError
 from .space import plain
 
@@ -23,7 +23,6 @@ OTHER = "other"
 WORK = "work"
 TEXTS = "texts"
 
-_DEFAULTS = {entry.name: entry.default for entry in fields(TrainConfig) if entry.default is not MISSING}
 _LONGEST_SLUG = 100
 
 
@@ -98,7 +97,7 @@ def run_id(method: str, values: dict[str, Any], config: TrainConfig) -> str:
     made_of = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in NOT_OF_THE_RUN and (name not in _DEFAULTS or value != plain(_DEFAULTS[name]))
+        if name not in NOT_OF_THE_RUN and (name not in DEFAULTS or value != plain(DEFAULTS[name]))
     }
     made_of["recipe"] = str(hiddenkey.parse(config.recipe))
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:8]

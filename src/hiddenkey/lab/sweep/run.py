@@ -16,7 +16,7 @@ from .board import Board
 from .config import SweepConfig
 from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
-from .plan import Plan, make_plan
+from .plan import SweepPlan, make_plan
 from .record import WORK, RunRecord, keep_texts
 from .show import Display, print_plan
 from .storage import FILE, open_storage, url_of
@@ -25,7 +25,7 @@ from .sync import known_records, put_aside, write_records
 _WAIT_FOR_SWEEP = 300.0
 
 
-def sweep(config: SweepConfig, console: Console | None = None) -> Plan:
+def sweep(config: SweepConfig, console: Console | None = None) -> SweepPlan:
     """Make every run of a sweep that is not made yet; returns when all are.
 
     Raises:
@@ -74,7 +74,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     _say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: SweepPlan) -> None:
     # Slow to import: a mistake in the file has been told by now.
     from ..quiet import quieten
     from .check import check_plan
@@ -83,7 +83,7 @@ def _check(plan: Plan) -> None:
     check_plan(plan)
 
 
-def _check_dtypes(plan: Plan) -> None:
+def _check_dtypes(plan: SweepPlan) -> None:
     from ..quiet import quieten
     from .check import check_dtypes
 
@@ -123,7 +123,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
         _write(job.plan, board)
 
 
-def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Console) -> None:
+def _tidy(plan: SweepPlan, board: Board, known: dict[str, RunRecord], console: Console) -> None:
     asked = {slot.run.id for group in plan.groups for slot in group.slots if slot.run is not None}
     moved = put_aside(plan, asked | {record.id for record in board.records()}, known)
     if moved:
@@ -134,7 +134,7 @@ def _tidy(plan: Plan, board: Board, known: dict[str, RunRecord], console: Consol
         )
 
 
-def _write(plan: Plan, board: Board) -> None:
+def _write(plan: SweepPlan, board: Board) -> None:
     """Bring `runs/` to what the storage knows; work folders go when nobody needs them any more."""
     records, known = board.records(), known_records(plan)
     write_records(plan, records, known)

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from .board import Board, Busy
-from .plan import Plan
+from .plan import SweepPlan
 from .record import RunRecord
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: SweepPlan, console: Console) -> None:
     """Runs per method, and in total."""
     counts: Counter[str] = Counter()
     for group in plan.groups:
@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 class Display:
     """A line per worker of this machine, one for the whole, and a line for every run that ends."""
 
-    def __init__(self, plan: Plan, board: Board, console: Console) -> None:
+    def __init__(self, plan: SweepPlan, board: Board, console: Console) -> None:
         self._board = board
         self._console = console
         self._total = plan.total

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from .plan import Plan
+from .plan import SweepPlan
 from .record import OTHER, RUNS, RunRecord, read_record, write_record
 
 
-def known_records(plan: Plan) -> dict[str, RunRecord]:
+def known_records(plan: SweepPlan) -> dict[str, RunRecord]:
     """The records in the sweep's folder, by id; those put aside too.
 
     Raises:
@@ -23,7 +23,7 @@ def known_records(plan: Plan) -> dict[str, RunRecord]:
     return known
 
 
-def write_records(plan: Plan, records: list[RunRecord], known: dict[str, RunRecord]) -> None:
+def write_records(plan: SweepPlan, records: list[RunRecord], known: dict[str, RunRecord]) -> None:
     """Write the records that the folder lacks or has differently."""
     for record in records:
         if known.get(record.id) != record or not _path(plan, RUNS, record.id).exists():
@@ -31,7 +31,7 @@ def write_records(plan: Plan, records: list[RunRecord], known: dict[str, RunReco
         _path(plan, OTHER, record.id).unlink(missing_ok=True)
 
 
-def put_aside(plan: Plan, ids: set[str], known: dict[str, RunRecord]) -> int:
+def put_aside(plan: SweepPlan, ids: set[str], known: dict[str, RunRecord]) -> int:
     """Move records of this sweep's runs that the plan no longer has to `other/`; how many were moved."""
     moved = 0
     for name, record in known.items():
@@ -44,5 +44,5 @@ def put_aside(plan: Plan, ids: set[str], known: dict[str, RunRecord]) -> int:
     return moved
 
 
-def _path(plan: Plan, folder: str, name: str) -> Path:
+def _path(plan: SweepPlan, folder: str, name: str) -> Path:
     return plan.folder / folder / f"{name}.json"

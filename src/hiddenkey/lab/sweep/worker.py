@@ -23,7 +23,7 @@ from ..interrupts import heed
 from ..run import train
 from ..tasks import lower_is_better
 from .board import Board, Claim
-from .plan import Plan, Run
+from .plan import Run, SweepPlan
 from .record import RunRecord, keep_texts, write_record
 from .space import plain
 
@@ -34,7 +34,7 @@ _OF_RESULT = (
 )
 
 
-def work(plan: Plan, board: Board, interval: float, console: Console) -> None:
+def work(plan: SweepPlan, board: Board, interval: float, console: Console) -> None:
     """Make runs until all of the sweep are done, by whomever; the heartbeat goes every `interval` seconds.
 
     Raises:
@@ -52,7 +52,7 @@ def work(plan: Plan, board: Board, interval: float, console: Console) -> None:
             time.sleep(_PAUSE)  # the others are at the last runs, which may yet be ours
 
 
-def _work_on(plan: Plan, board: Board, claim: Claim, interval: float, console: Console) -> None:
+def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, console: Console) -> None:
     with _heartbeat(board, claim, interval, console):
         try:
             record = make_run(claim.run, console)

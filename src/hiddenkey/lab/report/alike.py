@@ -1,0 +1,57 @@
+"""Records that may stand in one table: runs of one task, and of each method the runs of one plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from ..artifacts import NOT_OF_THE_RUN
+from ..config import DEFAULTS, OF_A_TASK
+from ..errors import RunError
+from ..sweep.record import RunRecord
+from ..sweep.space import plain
+
+_WAY_OUT = "One name is one task and one plan: give the sweeps different names."
+_FREE = (*NOT_OF_THE_RUN, "seed", "data_seed", "recipe")
+
+
+def require_one_task(name: str, records: Iterable[RunRecord]) -> None:
+    """Raises RunError where the records of a sweep differ in what is learnt or how it is judged."""
+    records = list(records)
+    axes = {axis for run in records for axis in run.axes}
+    for field in OF_A_TASK:
+        _require_one(name, field, records, free=axes)
+    if len({(run.task, run.metric) for run in records}) > 1:
+        raise RunError(
+            f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
+        )
+
+
+def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunRecord]]) -> None:
+    """Raises RunError where a method's records differ in more than seeds and what its trials vary.
+
+    groups: those of each seed, all of one condition.
+    """
+    groups = list(groups)
+    records = [run for group in groups for run in group]
+    varied = {tuple(sorted(run.params)) for run in records}
+    if len(varied) > 1:
+        said = " and ".join(sorted(", ".join(names) or "nothing" for names in varied))
+        raise RunError(f"trials of {method} in the sweep {name!r} vary different things: {said}. {_WAY_OUT}")
+    free = {*records[0].params, *records[0].axes, *_FREE}
+    for field in {field: None for run in records for field in run.config}:
+        _require_one(name, field, records, free, method)
+    for group in groups:
+        planned = max(run.trials for run in group)
+        if planned and len(group) > planned:
+            raise RunError(
+                f"{method} has {len(group)} runs of one seed in the sweep {name!r}, of {planned} trials. {_WAY_OUT}"
+            )
+
+
+def _require_one(
+    name: str, field: str, records: Iterable[RunRecord], free: Collection[str], method: str = ""
+) -> None:
+    values = {str(run.config.get(field, plain(DEFAULTS.get(field)))) for run in records}
+    if field not in free and len(values) > 1:
+        whose = f"runs of {method}" if method else "runs"
+        raise RunError(f"{whose} in the sweep {name!r} differ in {field}: {', '.join(sorted(values))}. {_WAY_OUT}")
