@@ -13,10 +13,9 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
+from ..hf.views import IGNORED
 from .columns import values
 from .errors import DataError
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

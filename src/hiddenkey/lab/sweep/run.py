@@ -18,7 +18,7 @@ from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
 from .plan import SweepPlan, make_plan
 from .record import WORK, RunRecord, keep_texts
-from .show import Display, print_plan
+from .show import Display, print_plan, say
 from .storage import FILE, open_storage, url_of
 from .sync import known_records, put_aside, write_records
 
@@ -58,12 +58,12 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     _tidy(plan, board, known, console)
     if not to_do:
         _write(plan, board)
-        _say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
+        say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
     _check_dtypes(plan)
     _check(plan)
     print_plan(plan, console)
-    _say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
+    say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
     crew = Crew(job, workers, board)
     try:
         with terminated(), Display(plan, board, console) as display, postponed():
@@ -71,7 +71,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     finally:
         crew.stop()
         _write(plan, board)
-    _say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
+    say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
 
 
 def _check(plan: SweepPlan) -> None:
@@ -113,7 +113,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
                 f"The storage does not know this sweep ({job.plan.sweep.name}). Start it on one machine without "
                 "--worker, and give both the same file."
             )
-        _say(console, "Waiting for the sweep to be started on another machine.")
+        say(console, "Waiting for the sweep to be started on another machine.")
         time.sleep(5)
     if not board.finished():
         _check(job.plan)  # what this machine lacks must not count as a fault of the run that it would take
@@ -127,7 +127,7 @@ def _tidy(plan: SweepPlan, board: Board, known: dict[str, RunRecord], console: C
     asked = {slot.run.id for group in plan.groups for slot in group.slots if slot.run is not None}
     moved = put_aside(plan, asked | {record.id for record in board.records()}, known)
     if moved:
-        _say(
+        say(
             console,
             f"{moved} records are of runs that the file no longer asks for: moved to {plan.folder}/other, and taken "
             "back when it asks for them again.",
@@ -146,7 +146,3 @@ def _write(plan: SweepPlan, board: Board) -> None:
 
 def _threads(config: SweepConfig) -> int:
     return config.threads or max(1, (os.cpu_count() or 1) // config.workers)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -23,8 +23,8 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
         counts[group.method.name] += len(group.slots)
     width = max(map(len, (*counts, "total")))
     for method in plan.sweep.methods:
-        _say(console, f"{method.name:<{width}}  {counts[method.name]:>5}  {method.recipe}")
-    _say(console, f"{'total':<{width}}  {plan.total:>5}  runs in {len(plan.groups)} groups, into {plan.folder}")
+        say(console, f"{method.name:<{width}}  {counts[method.name]:>5}  {method.recipe}")
+    say(console, f"{'total':<{width}}  {plan.total:>5}  runs in {len(plan.groups)} groups, into {plan.folder}")
 
 
 class Display:
@@ -59,7 +59,7 @@ class Display:
         for record in records:
             if record.id not in self._known:
                 self._known.add(record.id)
-                _say(self._console, f"{len(self._known)}/{self._total} {_told(record)}")
+                say(self._console, f"{len(self._known)}/{self._total} {_told(record)}")
         if not self._console.is_terminal:
             return
         self._bar.update(self._whole, completed=len(records), left=self._time_left(len(records)))
@@ -90,5 +90,6 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
+    """One line as it is, without colours and without breaks."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
