@@ -98,7 +98,7 @@ def test_before_a_head_that_takes_one_vector(family):
 
 
 def drawn_by_unequal_stacks(recipe, monkeypatch):
-    """T5 with 12 places in the encoder, some of them padded, and 6 in the decoder: its draws, the encoder's lengths."""
+    """T5 with 12 places in the encoder, some padded, and 6 in the decoder: its draws, the encoder's lengths."""
     model, inputs = attached("t5", recipe), inputs_for("t5", "right")
     ids = inputs.pop("decoder_input_ids")[:, :6]
     del inputs["decoder_attention_mask"]

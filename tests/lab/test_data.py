@@ -38,6 +38,21 @@ def test_a_hub_data_set_of_several_configurations(monkeypatch: pytest.MonkeyPatc
         load("super_glue")
 
 
+def test_subsets_of_given_parts_depend_on_the_data_seed_alone(tmp_path: Path):
+    for name, count in (("train", 40), ("dev", 20)):
+        rows = [{"text": f"{name} {i}", "label": i % 2} for i in range(count)]
+        tiny.write_csv(tmp_path / f"{name}.csv", rows)
+
+    def chosen(**seeds: int) -> tuple[set[str], set[str]]:
+        examples = load(tmp_path, train_size=10, eval_size=5, **seeds)
+        return set(examples.train["first"]), set(examples.validation["first"])
+
+    first = chosen(data_seed=1)
+    assert chosen(data_seed=1, seed=9) == first
+    other = chosen(data_seed=2)
+    assert all(one != two for one, two in zip(first, other, strict=True))
+
+
 def test_csv_is_classification_with_classes_in_order(sentences: Path):
     examples = load(sentences)
     assert examples.task == "classification"

@@ -1,15 +1,19 @@
-"""Metrics of generated texts, against values worked out by hand from their equations."""
+"""Metrics, against values worked out by hand from their equations."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+from transformers import EvalPrediction
 
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.metrics import measure as metrics
 from hiddenkey.lab.metrics.measure import has_java, measure
 from hiddenkey.lab.metrics.ngrams import bleu, nist, ter
+from hiddenkey.lab.tasks import lower_is_better
+from hiddenkey.lab.tasks_sequence import Classification, Regression
 
 needs_java = pytest.mark.skipif(not has_java(), reason="METEOR, ROUGE-L and CIDEr need Java")
 
@@ -95,3 +99,23 @@ def test_meteor_knows_equal_texts_and_stems():
     assert found["meteor_same"] == pytest.approx(1.0)
     assert found["meteor_other"] == pytest.approx(0.0)
     assert 0.2 < found["meteor_stem"] < 1
+
+
+def of(task, found, truth):
+    return task.measure(EvalPrediction(np.asarray(found, dtype=np.float32), np.asarray(truth)))
+
+
+@pytest.mark.parametrize(("found", "truth"), [([1.0, 1.0, 1.0], [0.1, 0.2, 0.3]), ([0.1, 0.2, 0.3], [2.0, 2.0, 2.0])])
+def test_where_all_are_alike_there_is_no_correlation(found, truth):
+    assert of(Regression(), found, truth) == {"pearson": 0.0, "spearman": 0.0}
+
+
+def test_f1_of_more_than_two_classes_weighs_them_alike():
+    found = np.eye(3)[[0, 0, 0, 1, 1]]
+    assert of(Classification(("a", "b", "c")), found, [0, 0, 0, 1, 2])["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_which_way_is_better():
+    assert [lower_is_better("causal-lm", name) for name in ("nll", "loss", "token_accuracy")] == [True, True, False]
+    assert [lower_is_better("classification", name) for name in ("loss", "accuracy")] == [True, False]
+    assert [lower_is_better("regression", name) for name in ("loss", "pearson")] == [True, False]

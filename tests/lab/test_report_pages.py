@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure as Canvas
 
 from hiddenkey.cli import main
 from hiddenkey.lab.errors import RunError
-from hiddenkey.lab.report import generation, headline, how, small_tables, table1, words
+from hiddenkey.lab.report import generation, headline, how, rivals, small_tables, table1, words
 from hiddenkey.lab.report.blocks import Report, Section, Table, Text
 from hiddenkey.lab.report.claims import CLAIMS, verdict
 from hiddenkey.lab.report.files import latex_text, markdown_text
@@ -22,7 +23,8 @@ from hiddenkey.lab.report.page import page_text
 from hiddenkey.lab.report.pool import Finding, pools
 from hiddenkey.lab.report.statistics import Difference
 from hiddenkey.lab.report.study import make_task
-from hiddenkey.lab.report.task_table import task_table
+from hiddenkey.lab.report.svg import render, settings
+from hiddenkey.lab.report.task_table import about_task, task_table
 from hiddenkey.lab.report.write import write_report
 
 from .made_up import World, make_records, write_records
@@ -162,16 +164,105 @@ MAIN = next(claim for claim in CLAIMS if claim.main)
     [
         (0.9, 2.0, 0.01, "HiddenKey helps."),
         (-2.0, -0.9, 0.01, "HiddenKey does harm here."),
+        (
+            -0.8,
+            -0.1,
+            0.3,
+            "HiddenKey does not help here, and seems to do harm, but not surely after correction for all claims.",
+        ),
         (-0.3, 0.4, 0.9, "HiddenKey does not help here, or little: a gain of 0.5 points is ruled out."),
         (0.1, 2.0, 0.3, "HiddenKey seems to help, but not surely after correction for all claims."),
         (-0.2, 2.0, 0.9, "Whether HiddenKey helps is undecided."),
-        (None, None, None, "Whether HiddenKey helps is undecided: one seed cannot tell."),
+        (None, None, None, "Whether HiddenKey helps is undecided: 1 seed cannot tell."),
     ],
 )
 def test_every_answer_of_the_first_line(low, high, adjusted, said):
-    change = Difference(5, 1.0 if low is None or low + high > 0 else -1.0, 0.5, low, high, p=adjusted)
+    one, mean = low is None, 1.0 if low is None or low + high > 0 else -1.0
+    change = Difference(1 if one else 5, mean, None if one else 0.5, low, high, p=adjusted)
     finding = Finding(MAIN, False, ("SST-2",), change, adjusted, verdict(MAIN, change, adjusted), "")
     assert headline._verdict(finding, change) == said
+
+
+def test_two_seeds_cannot_tell_however_alike_they_are():
+    change = Difference(2, 0.4, 0.0, 0.4, 0.4, p=0.0)
+    finding = Finding(MAIN, False, ("SST-2",), change, 0.0, verdict(MAIN, change, 0.0), "")
+    assert headline._verdict(finding, change) == "Whether HiddenKey helps is undecided: 2 seeds cannot tell."
+
+
+def test_fewer_seeds_than_the_most_are_named_in_every_cell():
+    """RTE with three seeds, SST-2 with two of them: so has the average."""
+    rte = make_task("rte", make_records(replace(SEVERAL, task="rte")))
+    sst2 = make_task("sst2", make_records(replace(SEVERAL, seeds=(1, 2))))
+    table = table1.overview(pools([rte, sst2])[0], ("baseline", "hiddenkey"), "t", "T")
+    assert "n = 3 seeds unless a cell says otherwise" in table.note
+    for row in table.rows:
+        average, of_rte, of_sst2 = row[-3:]
+        assert (average.endswith("(n = 2)"), "(n" in of_rte, of_sst2.endswith("(n = 2)")) == (True, False, True)
+
+
+def test_the_papers_gap_is_that_of_the_tasks_with_a_result():
+    """Every run of HiddenKey on RTE failed."""
+    failing = [("hiddenkey", trial, seed) for trial in range(3) for seed in SEVERAL.seeds]
+    rte = make_task("rte", make_records(replace(SEVERAL, task="rte", failing=failing)))
+    pool = pools([rte, make_task("sst2", make_records(SEVERAL))])[0]
+    assert pool.compare("hiddenkey", "baseline").tasks == ("SST-2",)
+    assert pool.paper_gap("hiddenkey", "baseline") == pytest.approx(96.44 - 95.99)
+
+
+def test_what_was_never_timed_together_was_run_all_the_same(tmp_path: Path):
+    later = [
+        replace(one, started="2026-11-25T15:20:11Z") if one.method == "hiddenkey" else one
+        for one in make_records(SEVERAL)
+    ]
+    text = told(tmp_path / "study", later, tmp_path)
+    assert "`hiddenkey` at the baseline's training time: never timed on one machine and day." in text
+    assert "A step of `hiddenkey` over one of the baseline: never timed on one machine and day." in text
+    [row] = [row for row in rivals.equal_time(pools([make_task("sst2", later)])[0]).rows if row[0] == "`hiddenkey`"]
+    assert row[3] == "never timed on one machine and day"
+
+
+def test_a_task_is_headed_with_the_model_it_shows():
+    """Of two models on an axis the first condition is the main one, whatever the ids of the runs."""
+    runs = []
+    for place, model in enumerate(("bert-base", "FacebookAI/roberta-base")):
+        for one in make_records(SEVERAL):
+            config, axes = one.config | {"model": model}, one.axes | {"model": model}
+            runs.append(
+                replace(one, id=f"{place}-{one.id}", config=config, axes=axes, data_rows={"train": place + 5})
+            )
+    task = make_task("sst2", runs)
+    assert task.main == (("model", "FacebookAI/roberta-base"),)
+    assert (task.model, about_task(task)) == ("roberta-base", "roberta-base, 6 train rows")
+
+
+def test_a_task_that_is_judged_by_its_loss_has_its_table(tmp_path: Path):
+    records = [
+        replace(one, metric="loss", lower_is_better=True) for one in make_records(replace(SEVERAL, metric="loss"))
+    ]
+    text = told(tmp_path / "study", records, tmp_path)
+    assert "No classification or regression task with a metric in points was run" in text
+    assert "[CSV](results/task-sst2.csv)" in text
+
+
+def test_two_models_have_tables_of_their_own(tmp_path: Path):
+    for place, model in enumerate(("models/one", "models/two")):
+        world = replace(SEVERAL, task=f"sst2-{place}", model=model, effects={"hiddenkey": 0.02 * place})
+        write_records(make_records(world), tmp_path / "study" / world.task)
+    write_report([str(tmp_path / "study")], str(tmp_path))
+    first, other = (
+        next(float(row["gain_mean"]) for row in rows_of(tmp_path, name) if row["method"] == "hiddenkey")
+        for name in ("table1", "table1-two")
+    )
+    assert other - first == pytest.approx(2.0, abs=0.5)
+    ids = re.findall(r' id="([^"]+)"', (tmp_path / "results.html").read_text())
+    assert len(ids) == len(set(ids))
+
+
+def test_names_that_are_one_to_a_file_are_refused(tmp_path: Path):
+    for name in ("sst2 500", "sst2-500"):
+        write_records(make_records(replace(SEVERAL, task=name)), tmp_path / "study" / name)
+    with pytest.raises(RunError, match=r"would be written as .*task-sst2-500"):
+        write_report([str(tmp_path / "study")], str(tmp_path))
 
 
 def test_a_method_that_was_not_run_on_all_tasks_has_no_average():
@@ -405,8 +496,23 @@ def test_figures_name_what_they_draw(docs: Path):
     svg = (docs / "results" / "gains.svg").read_text()
     assert "<text" in svg
     assert "hiddencut element" in svg
-    assert not re.search(r"\d\.\d{3,}", svg)
+    drawing = "".join(re.findall(r"<[^>]*>", svg))
+    assert re.search(r"\d\.\d{2}", drawing)
+    assert not re.search(r"\d\.\d{3,}", drawing)
     assert "2026" not in svg
+
+
+def test_numbers_in_labels_stay_as_they_are():
+    canvas = Canvas()
+    axes = canvas.add_subplot()
+    axes.plot([0.0123456, 1], [0, 1], label="lr 0.0005")
+    axes.set_xticks([0.025, 0.075])
+    axes.legend()
+    with settings():
+        text = " ".join(re.findall(r">([^<]+)<", render(canvas)))
+    assert "lr 0.0005" in text
+    assert "0.025" in text
+    assert "0.075" in text
 
 
 def test_latex_escapes_what_latex_reads():

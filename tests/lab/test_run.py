@@ -232,6 +232,7 @@ def test_patience_stops_and_best_is_kept(config: TrainConfig):
     config = replace(config, epochs=8, patience=1, keep="best", metric="loss", save_steps=2, learning_rate=0.5)
     result = run.train(config)
     assert len(result.epochs) < 8
+    assert f" {len(result.epochs)} epochs," in (result.adapter / "README.md").read_text()
     assert result.best["validation_loss"] == min(row["validation_loss"] for row in result.epochs)
     assert result.last != result.best
 

@@ -71,7 +71,7 @@ def _card(result: RunResult) -> str:
         r=config["lora_r"],
         alpha=config["lora_alpha"],
         learning_rate=config["learning_rate"],
-        epochs=config["epochs"],
+        epochs=f"{result.last['epoch']:g}",
         batch=config["batch_size"],
         seed=config["seed"],
         keep=config["keep"],

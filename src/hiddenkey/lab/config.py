@@ -88,7 +88,7 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training rows."""
     max_steps: int = 0
-    """Stop after this many optimiser steps; 0 = after the epochs."""
+    """Stop after this many optimiser steps, in the place of epochs; 0 = after the epochs."""
     batch_size: int = 32
     """Examples per forward pass and device."""
     eval_batch_size: int = 64

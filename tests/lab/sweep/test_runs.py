@@ -320,6 +320,75 @@ def test_a_signal_that_came_while_a_run_failed_is_heeded_before_the_next(
     assert len(tries) == 1
 
 
+def test_a_run_at_work_gives_signs_of_life(tmp_path: Path):
+    beats: list[int] = []
+
+    def beat(claim: Claim) -> None:
+        beats.append(claim.trial)
+        if len(beats) == 1:
+            raise OSError("the storage is away")
+
+    board: Any = SimpleNamespace(beat=beat)
+    claim: Any = SimpleNamespace(trial=7)
+    with worker._heartbeat(board, claim, 0.02, Console(quiet=True)):
+        deadline = time.monotonic() + 30
+        while len(beats) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert beats[:3] == [7, 7, 7]
+    count = len(beats)
+    time.sleep(0.1)
+    assert len(beats) == count
+
+
+def test_the_work_folder_of_a_finished_run_goes_at_once(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[list[str]] = []
+
+    def leave(run: Run, console: Console) -> RunRecord:
+        folder = Path(run.config.out)
+        seen.append(sorted(path.name for path in folder.parent.glob("*")))
+        (folder / "checkpoints").mkdir(parents=True)
+        return record_of(run)
+
+    monkeypatch.setattr(worker, "make_run", leave)
+    work_here(write_sweep(tmp_path, base=base))
+    assert seen == [[]] * 8
+    assert list((tmp_path / "out" / "work").iterdir()) == []
+
+
+@pytest.mark.parametrize(("visible", "given"), [("3,5", ["3", "5", "3"]), ("4", ["4", "4", "4"]), ("", ["", "", ""])])
+def test_workers_take_the_devices_in_turn(visible: str, given: list[str], monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for number in (1, 2, 3):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        crew._one_device(number)
+        found.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert found == given
+
+
+def test_a_worker_has_one_name_in_every_process(monkeypatch: pytest.MonkeyPatch):
+    names = set()
+    for drawn in (
+        0x0123_4567_89AB | 1 << 40,
+        0x00FF_4567_89AB | 1 << 40,
+    ):  # as uuid draws them without a network card
+        monkeypatch.setattr(crew.uuid, "getnode", lambda drawn=drawn: drawn)
+        names.add(crew.worker_name(12))
+    assert len(names) == 1
+    monkeypatch.setattr(crew.uuid, "getnode", lambda: 0x0023_4567_89AB)
+    assert crew.worker_name(12) not in names
+
+
+@pytest.mark.parametrize(("metric", "lower"), [("loss", True), ("accuracy", False)])
+def test_records_say_which_way_is_better(base: dict[str, Any], tmp_path: Path, metric: str, lower: bool):
+    methods = {"baseline": {"recipe": "baseline"}}
+    work_here(write_sweep(tmp_path, base=base | {"metric": metric, "max_steps": 1}, methods=methods, axes=None))
+    [record] = records_in(tmp_path / "out").values()
+    assert record.lower_is_better is lower
+    assert record.value == record.best[f"validation_{metric}"] * (1 if lower else -1)
+
+
 def test_mistakes_are_told_before_anything_runs(base: dict[str, Any], tmp_path: Path):
     for change, error, said in (
         ({"data": "gone.csv"}, OSError, "gone.csv"),

@@ -10,6 +10,7 @@ from .how import how
 from .machine import slug
 from .pool import Pool, findings, pools
 from .study import Task
+from .task_table import task_table
 
 
 def make_report(tasks: Sequence[Task], notes: Sequence[str] = ()) -> Report:
@@ -20,7 +21,7 @@ def make_report(tasks: Sequence[Task], notes: Sequence[str] = ()) -> Report:
     sections = [
         Section("Does it help?", headline.blocks(main, claims)),
         Section("Claims", claims_table.blocks(claims, main)),
-        Section("Table 1", _table1(found)),
+        Section("Table 1", _table1(found, tasks)),
         Section("Rate, rank and training", [*_figures(found), *conditions.blocks(tasks)]),
         Section("Rivals and fair comparisons", rivals.blocks(main) if main else [Text("Not run.")]),
         Section("Tables 2 to 5", [*generation.blocks(tasks), *small_tables.blocks(tasks)]),
@@ -30,10 +31,12 @@ def make_report(tasks: Sequence[Task], notes: Sequence[str] = ()) -> Report:
     return Report("Results: dropout in LoRA fine-tuning", sections)
 
 
-def _table1(found: Sequence[Pool]) -> list[Block]:
+def _table1(found: Sequence[Pool], tasks: Sequence[Task]) -> list[Block]:
     blocks: list[Block] = []
     for place, pool in enumerate(found):
         blocks += table1.blocks(pool, _suffix(place, pool))
+    pooled = {id(task) for pool in found for task in pool.tasks}
+    blocks += [task_table(task) for task in tasks if not task.generation and id(task) not in pooled]
     return [*(blocks or [Text("Not run.")]), table1.misprints(), table1.paper_table()]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from . import claims_table, figures, words
 from .blocks import Block, Bullets, Text
 from .budget import step_ratio
-from .claims import refuting
+from .claims import ALPHA, FEWEST, refuting
 from .paper import BASELINE, HIDDENKEY, METHODS
 from .pool import Finding, Pool, against
 from .statistics import Difference
@@ -16,7 +16,12 @@ from .statistics import Difference
 def blocks(pool: Pool | None, found: Sequence[Finding]) -> list[Block]:
     """The answer, what qualifies it, and the gains of all methods in one figure."""
     if pool is None:
-        return [Text("No classification or regression task was run, so the main question is open.", lead=True)]
+        return [
+            Text(
+                "No classification or regression task with a metric in points was run, so the main question is open.",
+                lead=True,
+            )
+        ]
     main = next(finding for finding in found if finding.claim.main)
     return [Text(_answer(main, pool), lead=True), Bullets(_context(main, pool, found)), *figures.gains(pool)]
 
@@ -49,12 +54,14 @@ def _tuned(pool: Pool) -> str:
 
 
 def _verdict(main: Finding, change: Difference) -> str:
-    if change.low is None or change.high is None:
-        return "Whether HiddenKey helps is undecided: one seed cannot tell."
+    if change.n < FEWEST or change.low is None or change.high is None:
+        return f"Whether HiddenKey helps is undecided: {words.plural(change.n, 'seed')} cannot tell."
     if main.verdict == "replicated":
         return "HiddenKey helps."
     if main.verdict == "not replicated" and change.high < 0:
-        return "HiddenKey does harm here."
+        if main.adjusted is not None and main.adjusted <= ALPHA:
+            return "HiddenKey does harm here."
+        return "HiddenKey does not help here, and seems to do harm, but not surely after correction for all claims."
     if main.verdict == "not replicated":
         return f"HiddenKey does not help here, or little: a gain of {refuting(main.claim):g} points is ruled out."
     if change.low > 0:

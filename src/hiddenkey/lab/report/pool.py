@@ -41,7 +41,8 @@ class Pool:
 
     def paper_gap(self, first: str, second: str) -> float | None:
         """How far the first lies above the second in the paper, on the tasks that `compare` takes."""
-        keys = [task.key if task.metric_of_the_paper else None for task in self.with_both(first, second)]
+        shared = [task for task in self.with_both(first, second) if differences(task, first, second)]
+        keys = [task.key if task.metric_of_the_paper else None for task in shared]
         return gap_on(keys, first, second)
 
     def with_both(self, first: str, second: str) -> list[Task]:

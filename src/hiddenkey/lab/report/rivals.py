@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import machine, words
 from .blocks import Block, Table, Text
 from .budget import within_budget
+from .cells import gain_cells
 from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVAL_NOTES, RIVALS
 from .pool import Pool, Pooled, against
 from .statistics import Difference, holm
@@ -44,7 +45,9 @@ def rivals_table(pool: Pool) -> Table:
     rows, data = [], []
     for method, lead, lead_p in zip(RIVALS, leads, adjusted, strict=True):
         pooled, p = gains[method]
-        rows.append([f"`{method}`: {RIVAL_NOTES[method]}", *_cells(pooled, p), *_cells(lead, lead_p)])
+        rows.append(
+            [f"`{method}`: {RIVAL_NOTES[method]}", *gain_cells(pool, pooled, p), *gain_cells(pool, lead, lead_p)]
+        )
         numbers = machine.gain(pooled.difference, p)
         ours = {f"hiddenkey_{name}": value for name, value in machine.gain(lead.difference, lead_p).items()}
         data.append({"method": method, "tasks": " ".join(pooled.tasks)} | numbers | ours)
@@ -77,7 +80,7 @@ def early_stopping(pool: Pool) -> Table:
     adjusted = holm([pooled.difference.p if pooled.difference else None for *_, pooled in found])
     rows, data = [], []
     for (first, second, pooled), p in zip(found, adjusted, strict=True):
-        rows.append([first, second, *_cells(pooled, p)])
+        rows.append([first, second, *gain_cells(pool, pooled, p)])
         names = {"first": first.replace("`", ""), "second": second.replace("`", "")}
         data.append(names | machine.gain(pooled.difference, p))
     headings = ("first", "second", "first minus second [95 %]", "n", "p (Holm)")
@@ -98,10 +101,9 @@ def equal_time(pool: Pool) -> Table:
     adjusted = holm([budgeted.difference.p if budgeted.difference else None for _, _, _, budgeted in found])
     rows, data = [], []
     for (method, ratio, whole, budgeted), p in zip(found, adjusted, strict=True):
-        full = whole.difference
-        rows.append(
-            [f"`{method}`", _ratio(ratio), words.difference(full, nothing=whole.nothing), *_cells(budgeted, p)]
-        )
+        full, cells = whole.difference, gain_cells(pool, budgeted, p)
+        cells[0] = words.NOT_TIMED if _untimed(ratio, whole) else cells[0]
+        rows.append([f"`{method}`", _ratio(ratio), words.difference(full, nothing=whole.nothing), *cells])
         data.append(
             {"method": method, "step_time_ratio": machine.rounded(ratio), "gain_last_epochs": _mean(full)}
             | machine.gain(budgeted.difference, p)
@@ -128,7 +130,8 @@ def equal_time(pool: Pool) -> Table:
 def _in_time(pool: Pool) -> Text:
     ratio, whole, budgeted = within_budget(pool, HIDDENKEY)
     if budgeted.difference is None:
-        return Text(f"`{HIDDENKEY}` at the baseline's training time: {budgeted.nothing}.")
+        nothing = words.NOT_TIMED if _untimed(ratio, whole) else budgeted.nothing
+        return Text(f"`{HIDDENKEY}` at the baseline's training time: {nothing}.")
     return Text(
         f"`{HIDDENKEY}` takes {_ratio(ratio)} of the baseline's step time. At the epoch that it reaches in the "
         f"baseline's training time its validation metric lies {words.difference(budgeted.difference)} points over "
@@ -137,13 +140,8 @@ def _in_time(pool: Pool) -> Text:
     )
 
 
-def _cells(pooled: Pooled, adjusted: float | None) -> list[str]:
-    found = pooled.difference
-    return [
-        words.difference(found, nothing=pooled.nothing),
-        str(found.n) if found else words.NOTHING,
-        words.p_value(adjusted),
-    ]
+def _untimed(ratio: float | None, whole: Pooled) -> bool:
+    return ratio is None and whole.run
 
 
 def _mean(found: Difference | None) -> float | None:

@@ -100,9 +100,15 @@ class Task:
         return {method: _trials(groups) for method, groups in self.methods.items()}
 
     @property
+    def shown(self) -> list[RunRecord]:
+        """The runs of the main condition; all where none of its groups is whole."""
+        runs = [run for groups in self.methods.values() for group in groups.values() for run in group.runs]
+        return runs or list(self.records)
+
+    @property
     def model(self) -> str:
         """The last part of the model's name or path."""
-        return Path(str(self.records[0].config["model"])).name
+        return Path(str(self.shown[0].config["model"])).name
 
     @property
     def decoder(self) -> bool:

@@ -43,6 +43,8 @@ _SETTINGS = {
     "legend.frameon": False,
     "path.simplify": False,
 }
+_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+"""Of drawing; those of labels stand between tags, and stay as they are."""
 _FONTS = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif"
 
 
@@ -63,7 +65,7 @@ def render(canvas: Canvas) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found.group()):.2f}", text)
+    text = re.sub(r"<[^>]*>", lambda tag: _NUMBER.sub(lambda found: f"{float(found.group()):.2f}", tag.group()), text)
     text = re.sub(r" ?font-family: [^;\"]*;", "", text).replace("<svg ", f'<svg font-family="{_FONTS}" ', 1)
     used = set(re.findall(r"(?:href=\"|url\()#([^\")]+)", text))
     text = re.sub(r' id="([^"]+)"', lambda found: found.group() if found.group(1) in used else "", text)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from . import machine, words
 from .blocks import Block, Table, Text
+from .cells import gain_cells
 from .paper import BASELINE, METHODS, RIVALS, TABLE1, TABLE1_SD, TABLE1_TASKS, gap, misprinted, true_average
 from .pool import Pool, Pooled, against
-from .statistics import Difference, summarise
+from .statistics import Summary, summarise
 from .study import Task
 from .task_table import task_table
 
@@ -41,6 +42,7 @@ def overview(pool: Pool, methods: Sequence[str], name: str, title: str) -> Table
     headings += ["in the paper, four tasks", "in the paper, same tasks"] if paper else []
     headings += ["average"] if len(pool.tasks) > 1 else []
     headings += [f"{task.label}, {task.metric.label}" for task in pool.tasks]
+    most = max((len(task.values(method)) for task in pool.tasks for method in task.methods), default=0)
     rows, data = [], []
     for method in methods:
         pooled, adjusted = gains.get(method, (Pooled((), {}), None))
@@ -48,16 +50,16 @@ def overview(pool: Pool, methods: Sequence[str], name: str, title: str) -> Table
         printed = gap(method, BASELINE) if method in TABLE1 and method != BASELINE else None
         here = pool.paper_gap(method, BASELINE) if method != BASELINE else None
         row = [f"`{method}`"]
-        row += [words.NOTHING] * 3 if method == BASELINE else _gain_cells(pool, pooled, found, adjusted)
+        row += [words.NOTHING] * 3 if method == BASELINE else gain_cells(pool, pooled, adjusted)
         row += [words.signed(printed), words.signed(here)] if paper else []
-        row += [words.mean_sd(average, nothing=_why_no_average(pool, method))] if len(pool.tasks) > 1 else []
-        rows.append([*row, *(_cell(task, method) for task in pool.tasks)])
+        row += [_counted(average, _why_no_average(pool, method), most)] if len(pool.tasks) > 1 else []
+        rows.append([*row, *(_cell(task, method, most) for task in pool.tasks)])
         numbers = machine.summary(average) | machine.gain(found, adjusted)
         numbers |= {"paper_gain": machine.rounded(printed), "paper_gain_same_tasks": machine.rounded(here)}
         data.append({"method": method, "tasks": " ".join(pooled.tasks)} | numbers)
     tested = sum(pooled.difference is not None for pooled, _ in gains.values())
     lost = words.left_out({method: pooled.lost for method, (pooled, _) in gains.items()})
-    parts = (_note(pool, tested), lost, IN_THE_PAPER if paper else "")
+    parts = (_note(most, tested), lost, IN_THE_PAPER if paper else "")
     return Table(name, title, headings, rows, data, " ".join(part for part in parts if part))
 
 
@@ -84,9 +86,8 @@ def misprints() -> Text:
     return Text(MISPRINTS)
 
 
-def _note(pool: Pool, tested: int) -> str:
-    seeds = {len(task.values(method)) for task in pool.tasks for method in task.methods}
-    count = f"n = {words.plural(max(seeds, default=0), 'seed')} unless a cell says otherwise; "
+def _note(most: int, tested: int) -> str:
+    count = f"n = {words.plural(most, 'seed')} unless a cell says otherwise; "
     return (
         f"Test metrics in points, mean ± sd over seeds; {count}of each seed the trial and the epoch that the "
         "validation part chose. Gain: the mean over tasks, paired over seeds (n). p: paired t-test, Holm's "
@@ -101,18 +102,12 @@ def _why_no_average(pool: Pool, method: str) -> str:
     return words.NO_COMMON if len(run) == len(pool.tasks) else "not run on all"
 
 
-def _gain_cells(pool: Pool, pooled: Pooled, found: Difference | None, adjusted: float | None) -> list[str]:
-    few = "" if len(pooled.tasks) in (0, len(pool.tasks)) else f" ({', '.join(pooled.tasks)})"
-    return [
-        words.difference(found, nothing=pooled.nothing),
-        f"{found.n}{few}" if found else words.NOTHING,
-        words.p_value(adjusted),
-    ]
-
-
-def _cell(task: Task, method: str) -> str:
+def _cell(task: Task, method: str, most: int) -> str:
     found = summarise(list(task.values(method).values()))
     nothing = words.NO_RESULT if method in task.methods else words.NOT_RUN
-    text = words.mean_sd(found, task.metric.digits, nothing)
-    most = max((len(task.values(other)) for other in task.methods), default=0)
+    return _counted(found, nothing, most, task.metric.digits)
+
+
+def _counted(found: Summary | None, nothing: str, most: int, digits: int = 2) -> str:
+    text = words.mean_sd(found, digits, nothing)
     return f"{text} (n = {found.n})" if found and found.n != most else text

@@ -58,7 +58,7 @@ def chosen_values(groups: Groups) -> str:
 
 def about_task(task: Task) -> str:
     """Model and sizes."""
-    rows = max((run.data_rows for run in task.records), key=len)
+    rows = max((run.data_rows for run in task.shown), key=len)
     sizes = ", ".join(f"{count:,} {part}" for part, count in rows.items())
     return f"{task.model}, {sizes} rows" if sizes else task.model
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..artifacts import write_text
+from ..errors import RunError
 from .content import make_report
 from .files import csv_text, latex_text, markdown_text
 from .notes import read_notes
@@ -21,11 +22,13 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     """Write `results.md`, `results.html` and the folder `results` into `out`; the same runs give the same bytes.
 
     Raises:
-        RunError: there are no runs below the folders, or one, or their notes, cannot be read.
+        RunError: there are no runs below the folders, one or their notes cannot be read, or two names are too alike.
         OSError: something cannot be written.
     """
     paths = [Path(folder) for folder in folders]
     report = make_report(read_study(paths), read_notes(paths))
+    _require_names_apart([table.name for table in report.tables])
+    _require_names_apart([figure.name for figure in report.figures])
     texts = {f"{table.name}.csv": csv_text(table) for table in report.tables}
     texts |= {f"{table.name}.tex": latex_text(table) for table in report.tables}
     texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
@@ -40,6 +43,15 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     write_text(target / f"{NAME}.html", page_text(report, NAME))
     write_text(target / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
     return target / f"{NAME}.md"
+
+
+def _require_names_apart(names: Sequence[str]) -> None:
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise RunError(
+            f"several tables or figures would be written as {', '.join(double)}: give sweeps names, and models last "
+            "parts of their names, that differ in more than case and marks."
+        )
 
 
 def _written_before(folder: Path) -> set[str]:

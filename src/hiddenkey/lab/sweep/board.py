@@ -184,7 +184,7 @@ class Board:
         if time.monotonic() - self._looked < self._storage.get_heartbeat_interval():
             return
         self._looked = time.monotonic()
-        study = optuna.load_study(study_name=self.plan.name, storage=self._storage)
+        study = insist(lambda: optuna.load_study(study_name=self.plan.name, storage=self._storage))
         with no_warnings():
             insist(lambda: fail_stale_trials(study))
 

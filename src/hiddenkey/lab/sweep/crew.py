@@ -153,7 +153,9 @@ def bury_dead(board: Board) -> None:
 
 
 def _machine() -> str:
-    return f"{socket.gethostname()}-{uuid.getnode():x}"
+    node = uuid.getnode()
+    drawn = node >> 40 & 1  # without a network card: another number in every process
+    return f"{socket.gethostname()}-{0 if drawn else node:x}"
 
 
 def is_alive(pid: int) -> bool:
