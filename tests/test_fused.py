@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hiddenkey
 from hiddenkey import causal, cells, flash, fused
 from hiddenkey.attend import attend, reference
 from hiddenkey.masks import Mask
@@ -243,3 +244,18 @@ def test_a_bias_from_its_bits(dtype):
     wanted = torch.where(left, 0.0, -torch.inf).to(dtype).expand(2, 4, 3, 5)
     assert cells._bias(left, query, key).dtype == dtype
     assert torch.equal(cells._bias(left, query, key), wanted)
+
+
+@pytest.mark.parametrize("recipe", ("logits:column@0.4", "logits:element@0.4"))
+def test_tensors_that_lie_apart_in_memory(recipe):
+    """The kernel takes the last axis for neighbours in memory: (…, 3) of one projection is none."""
+    apart = torch.randn(2, LENGTH, 4, 8, 3).permute(4, 0, 2, 1, 3)
+    keep = torch.rand(2, 4, 1 if "column" in recipe else LENGTH, LENGTH) > 0.4
+    results = []
+    for tensors in (apart, apart.contiguous()):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        output = hiddenkey.attention(*leaves, recipe, is_causal=True, keep=keep)
+        results.append((output, *torch.autograd.grad(output.square().sum(), leaves)))
+    assert apart[0].stride(-1) == 3
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

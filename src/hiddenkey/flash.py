@@ -15,9 +15,14 @@ NAME = "_scaled_dot_product_flash_attention_for_cpu"
 ARGUMENTS = ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"]
 
 
-def available(query: Tensor, value: Tensor) -> bool:
-    """Whether the kernel is there, takes these arguments and these shapes."""
+def available(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel is there, takes these arguments and these shapes, and reads them as they lie.
+
+    It takes neighbours along the last axis for neighbours in memory, without a look.
+    """
     fits = query.shape[-1] == value.shape[-1] and query.shape[2] <= value.shape[2]
+    fits = fits and query.shape[0] == key.shape[0] == value.shape[0]
+    fits = fits and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
     return fits and query.device.type == "cpu" and not torch.compiler.is_compiling() and _has_kernel()
 
 

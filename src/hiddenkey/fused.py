@@ -37,7 +37,7 @@ def attend_keys(
     if mask.full is None and bias is None:
         if not mask.causal:
             return _unmasked(query, key, value, keep, mask, scale)
-        if flash.available(query, value):
+        if flash.available(query, key, value):
             kept, keys = _kept(keep, mask)
             return causal.attend_causal(query, key, value, kept, keys, scale)
     elif query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] <= SMALL:
@@ -56,7 +56,7 @@ def attend_cells(
 ) -> Tensor:
     """The same with a keep mask per query and key: (B, Hkv or H, Q, K). The weights are never built."""
     query, key, value = _as_autocast(query, key, value)
-    if bias is None and flash.available(query, value):
+    if bias is None and flash.available(query, key, value):
         return cells.attend_parts(query, key, value, keep, mask, scale)
     visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
     allowed = guard(spread(keep, query.shape[1]), visible)

@@ -9,10 +9,13 @@ import pytest
 import torch
 import transformers
 
-from hiddenkey.hf.structure import counts_items, find_transformer
+import hiddenkey
+from hiddenkey.hf.own_loss import counts_items
+from hiddenkey.hf.structure import find_transformer
 from hiddenkey.hf.views import second_view
 
 from .test_trainer import one_window
+from .tiny import CLASSES, batch, make
 from .tools import assert_same_gradients
 
 
@@ -61,3 +64,39 @@ def test_a_classifier_whose_task_loss_is_a_sum_over_labels(
 def test_which_models_divide_by_the_number_of_labels(name: str, counts: bool):
     kind = getattr(transformers, name)
     assert counts_items(kind.__new__(kind)) is counts
+
+
+REGRESSION, SEVERAL, ONE = "regression", "multi_label_classification", "single_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"), [(REGRESSION, True), (SEVERAL, True), (SEVERAL, False), (ONE, True), (ONE, False)]
+)
+def test_an_image_classifier_gives_its_share_whatever_it_learns(problem: str, told: bool):
+    """Its loss is given the number of items, and only that of one class each divides by it.
+
+    What it learns stands in the configuration, or is seen in the first labels.
+    """
+    inputs = batch("vit")
+    if problem != ONE:
+        inputs["labels"] = torch.rand(3, CLASSES).round()
+    count = inputs["labels"].numel()
+    plain, model = (make("vit", problem_type=problem if told else None).train() for _ in range(2))
+    with hiddenkey.attach(plain, "hiddenkey-@0"):
+        mean = plain(**inputs).loss
+    hiddenkey.attach(model, "hiddenkey-@0")
+    found = hiddenkey.consistency_step(model, inputs, num_items=torch.tensor(4 * count))
+    torch.testing.assert_close(found.total, mean / 4)
+
+
+def test_a_batch_without_a_label_adds_nothing():
+    """Of an accumulated window its share is 0, and so is its gradient; a mean over nothing would be NaN."""
+    model = transformers.BertForTokenClassification(make("bert").config).train()
+    hiddenkey.attach(model, "hiddenkey-@0.2")
+    inputs = batch("bert") | {"labels": torch.full((3, 12), -100)}
+    found = hiddenkey.consistency_step(model, inputs, num_items=torch.tensor(10))
+    found.total.backward()
+    assert found.total == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    inputs["labels"][0, 1] = 1
+    assert hiddenkey.consistency_step(model, inputs, num_items=torch.tensor(10)).total > 0

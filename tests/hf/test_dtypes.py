@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import hiddenkey
+from hiddenkey.consistency import CONSISTENCIES
+from hiddenkey.hf.token_loss import Share, _sweep_kl
 
-from .tiny import BATCH, ENCODERS, FAMILIES, LENGTH, batch, make
+from .tiny import BATCH, ENCODERS, FAMILIES, LENGTH, VOCABULARY, batch, make
 from .tools import ALL, attached, inputs_for, logits_of, lora
 
 HARSH = "logits[:]:column@0.8 + weights[:]:element@0.8 + hidden[:]:element@0.3"
@@ -87,3 +89,19 @@ def test_the_dtype_of_the_output_is_the_models(family):
     for dtype in DTYPES:
         model = attached(family, ALL).to(dtype)
         assert logits_of(model, inputs_for(family, "right")).dtype == dtype
+
+
+def test_the_loss_in_chunks_is_no_less_exact_under_autocast():
+    """The head's product is of half precision there; what is summed over the vocabulary is not."""
+    torch.manual_seed(0)
+    first, second = (torch.randn(20, VOCABULARY) for _ in range(2))
+    labels, share = torch.randint(VOCABULARY, (20,)), Share(1.0, 0.01, 1)
+    found = []
+    for enabled in (False, True):
+        z1, z2 = first.clone(), second.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            sums = _sweep_kl(z1, z2, labels, CONSISTENCIES["kl"], share)
+        found.append((*sums, z1))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hiddenkey
-from hiddenkey.hf.structure import shifts_labels
+from hiddenkey.hf.own_loss import shifts_labels
 from hiddenkey.hf.views import count_labels
 
 from ..models.shrink import shrink

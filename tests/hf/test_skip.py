@@ -71,3 +71,13 @@ def test_all_tokens_dropped_gives_zero():
         model.model.layers[3].mlp.register_forward_hook(lambda m, a, output: found.append(output))
         model(**batch("llama")).loss.backward()
     assert (found[0] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", ("column", "element"))
+def test_no_draw_is_kept_after_its_use(pattern):
+    """Under activation checkpointing it would hold the memory that the recomputation saves."""
+    model = make("llama")
+    with hiddenkey.attach(model, f"hidden[:]:{pattern}@0.4") as attachment:
+        model(**batch("llama")).loss.backward()
+        assert skipping(attachment)
+        assert all(site.keep is None and site.rows is None for site in skipping(attachment))

@@ -268,3 +268,75 @@ def test_nothing_is_left_on_the_model_inside():
     with hiddenkey.attach(model, TIED):
         pass
     model.get_base_model()(**batch("bert")).loss.backward()
+
+
+def test_ctrl_c_in_a_softmax_of_the_models_own_leaves_no_drop_behind():
+    """torch calls no hook after it."""
+    model = make("mpnet")
+    attachment = hiddenkey.attach(model, "hiddenkey-[:]@0.5")
+    plain = make("mpnet").eval()(**batch("mpnet")).logits
+    inside = next(module for name, module in model.named_modules() if name.endswith("attention.attn.o"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for end in (lambda: None, attachment.detach):
+        handle = inside.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.train()(**batch("mpnet"))
+        handle.remove()
+        end()
+        assert torch.equal(model.eval()(**batch("mpnet")).logits, plain)
+    assert torch.equal(make("mpnet").eval()(**batch("mpnet")).logits, plain)
+
+
+def test_the_doctor_looks_at_the_adapter_that_was_set_after_attach():
+    model = lora(make("llama"), ["q_proj"])
+    hiddenkey.attach(model, "hiddenkey-[:]@0.3")
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    diagnosis = hiddenkey.doctor(model.train(), rounds=1, size=3, length=12)
+    assert diagnosis.ok, str(diagnosis)
+
+
+def test_a_cache_in_the_batch_is_refused():
+    model = make("llama")
+    hiddenkey.attach(model, "hiddenkey@0.3")
+    cache = model.eval()(**batch("llama", labels=False), use_cache=True).past_key_values
+    with pytest.raises(hiddenkey.UserError, match="would write into its past_key_values"):
+        hiddenkey.consistency_step(model.train(), {**batch("llama"), "past_key_values": cache})
+
+
+def test_an_attach_that_fails_half_way_leaves_nothing(monkeypatch):
+    model = make("bert")
+    config, plain = model.config._attn_implementation, make("bert").train()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+
+    def refuse(*_):
+        raise hiddenkey.PlanError("not here")
+
+    for name in ("our_name", "saved_copies"):
+        with monkeypatch.context() as patch, pytest.raises(hiddenkey.PlanError, match="not here"):
+            patch.setattr(f"hiddenkey.hf.attach.{name}", refuse if name == "our_name" else Once(refuse))
+            hiddenkey.attach(model, "hiddenkey-[:]@0.5")
+        assert hiddenkey.find_attachment(model) is None
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+        assert model.config._attn_implementation == config
+        assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == rates
+        outputs = []
+        for each in (model.train(), plain):
+            torch.manual_seed(0)  # its own dropouts are on
+            outputs.append(each(**batch("bert")).logits)
+        assert torch.equal(*outputs)
+
+
+class Once:
+    """Fails at the first call, and finds nothing at others."""
+
+    def __init__(self, refuse):
+        self.refuse, self.calls = refuse, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        return self.refuse() if self.calls == 1 else []

@@ -11,20 +11,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..axes.pattern import PATTERNS
 from ..drop import Tally
 from ..errors import AttachError
 from ..recipe import Recipe
 from .backend import SITE, our_name, read_eager, restore_backend, wrapped_name
 from .code import uses_interface
-from .dropouts import give_back, silence
+from .documents import Notes
+from .dropouts import Silenced, give_back, silence
 from .intact import problems, replicated, silent_sites, warn_of_silence, warn_of_switches
 from .plan import Plan, Site, plan
-from .sites import AttentionSite, Documents, StreamSite
+from .sites import AttentionSite, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
 from .strays import remove_strays, saved_copies, silenced_in
-from .structure import Layer, find_transformer
+from .structure import find_transformer
 from .switch import SWITCHES, DropSwitch
 from .watch import Watch
 
@@ -91,11 +91,24 @@ class Attachment:
         self.sites: list[tuple[str, AttentionSite | StreamSite]] = []
         self.handles: list[tuple[str, RemovableHandle]] = []
         self.hooked: dict[str, nn.Module] = {}
-        self._documents: dict[str, Documents] = {}
+        self._notes = Notes(model, plan.structure, self.handles)
         self.renamed: list[Any] = []
+        self.softmaxes: list[OwnSoftmax] = []
         self.seen = False
+        self._silenced: Silenced = ()
+        self._copies: list[nn.Module] = []
         live = [site for site in plan.sites if site.drop.p > 0]
         self._switches = {drop: DropSwitch(drop) for drop in dict.fromkeys(site.drop for site in live)}
+        try:
+            self._put_on(live)
+        except BaseException:
+            self._take_off()
+            raise
+        setattr(model, MARK, self)
+        ATTACHED.add(self)
+
+    def _put_on(self, live: list[Site]) -> None:
+        model, plan = self.model, self.plan
         for site in live:
             if site.side != "attention":
                 self._attach_stream(site)
@@ -118,8 +131,6 @@ class Attachment:
             )
             self.handles += [(path, hook) for hook in hooks]
         self._watch_inside()
-        setattr(model, MARK, self)
-        ATTACHED.add(self)
 
     @property
     def recipe(self) -> Recipe:
@@ -158,6 +169,10 @@ class Attachment:
             return
         delattr(self.model, MARK)
         ATTACHED.discard(self)
+        self._take_off()
+
+    def _take_off(self) -> None:
+        self.end_softmaxes()
         for _, handle in self.handles:
             handle.remove()
         remove_strays(self.model, ATTACHED)
@@ -167,6 +182,11 @@ class Attachment:
                 restore_backend(config)
         later = [pair for pair in saved_copies(self.model) if pair[1] not in self._copies]
         give_back([*self._silenced, *silenced_in(later, self._silenced)])
+
+    def end_softmaxes(self) -> None:
+        """Leave every softmax of a forward that was interrupted; none is at work before a forward of the model."""
+        for own in reversed(self.softmaxes):
+            own.end()
 
     def __enter__(self) -> Attachment:
         return self
@@ -198,6 +218,7 @@ class Attachment:
             self._rename_backend(module.config)
         else:
             own = OwnSoftmax(site)
+            self.softmaxes.append(own)
             self.hooked[path] = module
             self.handles.append((path, module.register_forward_pre_hook(own.before)))
             self.handles.append((path, module.register_forward_hook(own.after, always_call=True)))
@@ -221,41 +242,9 @@ class Attachment:
             self.handles.append((planned.path, module.register_forward_pre_hook(site.before, with_kwargs=True)))
 
     def _stream_site(self, planned: Site, module: nn.Module) -> StreamSite:
-        documents = self._documents_of(planned)
+        documents = self._notes.of(planned)
         skips = planned.side == "output" and can_skip(module, planned.drop)
         return (TokenSkip if skips else StreamSite)(self._switches[planned.drop], planned.side, documents)
-
-    def _documents_of(self, site: Site) -> Documents | None:
-        """Who tells the site where documents begin and end: the layer it stands before, or its layer's attention.
-
-        A layer without attention (Mamba) is asked itself.
-        """
-        if not PATTERNS[site.drop.pattern].needs_segments:
-            return None
-        if site.layer is None and site.side == "input" and site.path in self._first_layers():
-            return self._documents_at(site.path, site.path)
-        layer = self._layer(site)
-        if not layer.attentions:
-            return self._documents_at(layer.path, layer.path)
-        return self._documents_at(layer.path + " attention", layer.attentions[0])
-
-    def _documents_at(self, key: str, path: str) -> Documents:
-        if key not in self._documents:
-            self._documents[key] = Documents()
-            module = self.model.get_submodule(path)
-            handle = module.register_forward_pre_hook(self._documents[key].before, with_kwargs=True)
-            self.handles.append((path, handle))
-        return self._documents[key]
-
-    def _first_layers(self) -> list[str]:
-        return [stack.layers[0].path for stack in self.plan.structure.stacks]
-
-    def _layer(self, site: Site) -> Layer:
-        stacks = self.plan.structure.stacks
-        if site.layer is None:
-            return stacks[-1].layers[-1]
-        path, index = site.layer
-        return next(stack for stack in stacks if stack.path == path).layers[index]
 
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""

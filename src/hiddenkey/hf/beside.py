@@ -189,6 +189,7 @@ def _term(
     """The consistency of two views: hidden states (B, T, D) with a head, logits (B, T, V) without."""
     first, second, labels = first[:, :-1], second[:, :-1], compared.labels[:, 1:].to(first.device)
     term = first.new_zeros(())
+    num_items = num_items.to(first.device) if isinstance(num_items, Tensor) else num_items
     for valid, count in compared.groups(num_items):
         rows = valid.to(first.device)
         if head is None:

@@ -17,7 +17,8 @@ from .adapters import adds_to_loss
 from .attach import Attachment
 from .code import config_names_in, written_in
 from .feed_forward import ancestors
-from .structure import LANGUAGE_MODELS, WRAPPERS, find_transformer, reads_lower_keys, takes_the_stock_loss
+from .own_loss import WRAPPERS, takes_the_stock_loss
+from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys
 from .token_loss import Head, Share, TokenLoss
 from .views import IGNORED, Batch
 
@@ -126,7 +127,7 @@ def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
     if states.device != head.weight.device:
         return False
     ours = head.logits(states[:, -1].detach())
-    apart = torch.linalg.vector_norm(ours - logits[:, -1].to(ours.dtype), dim=-1)
+    apart = torch.linalg.vector_norm(ours - logits[:, -1].to(ours), dim=-1)
     return bool((apart <= 1e-2 * torch.linalg.vector_norm(ours, dim=-1)).all())
 
 
@@ -140,10 +141,11 @@ def token_losses(
     num_items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(total, task, consistency) from the hidden states (B, T, D) of two views and the labels (B, T)."""
-    labels = labels[:, 1:]
+    labels = labels[:, 1:].to(first.device)
+    num_items = num_items.to(first.device) if isinstance(num_items, Tensor) else num_items
     valid = labels != IGNORED
     count: Tensor | int = valid.sum().clamp(min=1) if num_items is None else num_items
     states = first[:, :-1][valid], second[:, :-1][valid]
     share = Share(1.0, weight, count)
-    total, task, term = TokenLoss.apply(*states, labels[valid].to(first.device), head, consistency, share)
+    total, task, term = TokenLoss.apply(*states, labels[valid], head, consistency, share)
     return total, task / count, term / count

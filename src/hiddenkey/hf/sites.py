@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,11 +14,10 @@ from ..axes.position import Side
 from ..drop import Tally, drawn_together
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
-from ..masks import Mask, Shape, documents_in, hiding, read_mask
+from ..masks import Mask, Shape, hiding
 from ..recipe import Drop
+from .documents import MASK_ARGUMENTS, Documents
 from .switch import DropSwitch
-
-MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
 
 
 class AttentionSite:
@@ -72,29 +70,6 @@ class AttentionSite:
         return hiding(value)
 
 
-class Documents:
-    """Where documents begin and end in the sequence a layer is working on, read off its attention mask.
-
-    Sits before an attention module, because that is called again when activation checkpointing recomputes the
-    layer; a note of the batch would by then belong to another one.
-    """
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, int] | None = None
-        self.segments: Tensor | None = None
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook with keywords."""
-        if module.training:
-            self.shape, self.segments = documents(module, args, kwargs)
-
-    def view(self, x: Tensor) -> Tensor:
-        """Fold a flat (B·T, D) stream back to (B, T, D)."""
-        if x.dim() == 2 and self.shape is not None and x.shape[0] == self.shape[0] * self.shape[1]:
-            return x.view(*self.shape, -1)
-        return x
-
-
 class StreamSite:
     """One drop at the input or output of a module."""
 
@@ -145,25 +120,3 @@ class StreamSite:
                 "whole layers passes an object of its own between them; leave this position out"
             )
         return drop_stream(x, self.drops[0], self.draw(x))
-
-
-def documents(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[int, int] | None, Tensor | None]:
-    """((B, T), segments) from the arguments of a layer's or an attention module's forward."""
-    parameters = list(inspect.signature(module.forward).parameters)
-    given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-    states = given.get("hidden_states", args[0] if args else None)
-    mask = next((given[name] for name in MASK_ARGUMENTS if given.get(name) is not None), None)
-    if not isinstance(states, Tensor) or states.dim() != 3:
-        return None, None
-    batch, length = states.shape[:2]
-    if mask is not None and not mask.is_floating_point():
-        mask = mask.bool()  # layers without attention are given the padding mask itself, of integers
-    full = read_mask(mask)[0].full
-    if full is not None and full.dim() == 3:
-        return (batch, length), None  # of windows, each of which is a sequence of its own
-    if full is not None and full.dim() == 4:
-        # Keys of a prefix come before those of the sequence.
-        return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]
-    return (batch, length), None if full is None else full.long()

@@ -55,9 +55,14 @@ class TokenSkip(StreamSite):
         return (x.flatten(0, 1).index_select(0, self.rows).unsqueeze(0),), kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook."""
-        if self.rows is None:
-            return super().after(module, args, output)
+        """Forward hook. The draw goes afterwards: with activation checkpointing nobody else needs it."""
+        try:
+            return super().after(module, args, output) if self.rows is None else self._put_back(output)
+        finally:
+            self.rows = self.keep = None
+
+    def _put_back(self, output: Tensor) -> Tensor:
+        assert self.rows is not None
         assert self.shape is not None
         factor = COMPENSATIONS[self.drops[0].compensation].factor
         assert factor is not None

@@ -131,6 +131,13 @@ class OwnSoftmax:
             if output is not None:
                 mode.close()
 
+    def end(self) -> None:
+        """Leave what a forward left behind that ended without its hooks, as Ctrl-C ends one."""
+        while self.active:
+            mode = self.active.pop()
+            if mode is not None:
+                mode.__exit__(None, None, None)
+
 
 def _over_keys(input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:  # noqa: A002
     """Whether a call of softmax is over the last axis of logits per query and key."""

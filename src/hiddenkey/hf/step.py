@@ -13,9 +13,10 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, is_next_token_loss, token_losses
 from .lower import LowerLayers
+from .own_loss import counts_items
 from .random_state import RandomState
 from .ranks import check_wrapper, everywhere
-from .structure import counts_items, find_transformer
+from .structure import find_transformer
 from .token_loss import Head
 from .views import Batch, LastLayer, compared, copied, count_labels, labels_of, second_view, tie, uncached
 
@@ -56,10 +57,11 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
     """The loss that a transformers model computes from the labels in its batch.
 
     Of an accumulated batch it is this batch's share. Most classifiers return the mean over this batch whatever
-    num_items is, so theirs is multiplied by this batch's share of the labels.
+    num_items is, so theirs is multiplied by this batch's share of the labels: of none it is 0.
     """
-    transformer = find_transformer(model)[1]
-    counted = {} if num_items is None or not counts_items(transformer) else {"num_items_in_batch": num_items}
+    transformer, labels = find_transformer(model)[1], batch.get("labels")
+    divides = num_items is not None and counts_items(transformer, labels if isinstance(labels, Tensor) else None)
+    counted = {"num_items_in_batch": num_items} if divides else {}
     outputs = model(**batch, **counted)
     if outputs.get("loss") is None:
         raise UserError(
@@ -67,7 +69,10 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
         )
     if num_items is None or counted:
         return outputs["loss"], outputs
-    return outputs["loss"] * (count_labels(transformer, batch["labels"]) / num_items), outputs
+    count = count_labels(transformer, batch["labels"])
+    if batch["labels"].dim() > 1 and not count:  # a mean over nothing, and so would its gradient be
+        return outputs["logits"].sum() * 0, outputs
+    return outputs["loss"] * (count / num_items), outputs
 
 
 def consistency_step(
@@ -118,6 +123,11 @@ def _losses(
         return StepLoss(loss, loss, None, outputs)
     if batch.get("labels") is None:
         raise UserError(f"the consistency {recipe.consistency!r} needs 'labels' in the batch, got {', '.join(batch)}")
+    if batch.get("past_key_values") is not None:
+        raise UserError(
+            f"the consistency {recipe.consistency!r} takes two views of the batch, and the first would write into "
+            "its past_key_values; give the whole text as input_ids in their place"
+        )
     consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)

@@ -11,9 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .backend import SITE, restore_backend
+from .documents import Documents
 from .dropouts import Silenced
 from .intact import module_at
-from .sites import AttentionSite, Documents, StreamSite
+from .sites import AttentionSite, StreamSite
 from .softmax import OwnSoftmax
 
 if TYPE_CHECKING:

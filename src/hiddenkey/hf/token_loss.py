@@ -142,7 +142,8 @@ def _sweep_kl(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, 
     (p, log_sum1), (q, log_sum2) = _softmax(z1), _softmax(z2)
     task = (log_sum1 - z1.gather(1, labels)).sum()
     d = z1.sub_(z2).sub_(log_sum1 - log_sum2)
-    forth, back = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
+    with torch.autocast(d.device.type, enabled=False):  # which takes a product of vectors for one of half precision
+        forth, back = torch.linalg.vecdot(p, d), -torch.linalg.vecdot(q, d)
     half = share.consistency / 2
     gradient = d.add_(1 - forth[:, None] + share.task / half).mul_(p).sub_(q).mul_(half)
     gradient.scatter_add_(1, labels, p.new_full(labels.shape, -share.task))

@@ -17,8 +17,9 @@ from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import evaluation
+from .own_loss import shifts_labels
 from .pooling import pooled
-from .structure import find_transformer, shifts_labels
+from .structure import find_transformer
 
 Batch = Mapping[str, Any]
 IGNORED = -100

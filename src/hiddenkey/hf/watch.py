@@ -64,11 +64,13 @@ class Watch:
         """Forward pre-hook."""
         if self._modes:  # a compiled forward that failed calls no hook after it
             self._end_reference(module)
+        if not torch.compiler.is_compiling():
+            self.attachment.end_softmaxes()
         if not module.training:
             return
         if torch.is_grad_enabled():
             self.learning = active_adapters(self.attachment.model)
-        elif active_adapters(self.attachment.model) != self.learning:
+        elif not self._aside and active_adapters(self.attachment.model) != self.learning:
             self._begin_reference(module)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

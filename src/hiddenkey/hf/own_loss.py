@@ -1,0 +1,119 @@
+"""What a model's own loss does, read off its code: which labels it compares, and by what it divides their sum."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    ForMaskedLMLoss,
+    ForQuestionAnsweringLoss,
+    ForSequenceClassificationLoss,
+    ForTokenClassification,
+)
+
+from .code import names_in, written_in
+
+# Packages that, around a model or its forward, leave its loss alone, or are known to change it (see `adds_to_loss`).
+WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
+# transformers' losses that divide by the number of items.
+DIVIDED = (ForCausalLMLoss, ForMaskedLMLoss, ForTokenClassification, ForQuestionAnsweringLoss)
+# transformers' losses that compare logits and labels at one place; all others, such as a user's, take the next label.
+IN_PLACE = frozenset(name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss)
+BY_HAND = {"cross_entropy", "CrossEntropyLoss", "nll_loss", "NLLLoss"}
+SHIFT = re.compile(r"\w*labels\[(.* )?1:\]|\w*logits\[(.* )?:-1(, .*)?\]")
+
+
+def counts_items(model: nn.Module, labels: Tensor | None = None) -> bool:
+    """Whether the model divides its summed loss by `num_items_in_batch`: a loss of transformers that is given it.
+
+    Many classifiers call the loss without their keyword arguments, and so take the mean. Of those that pass them on,
+    a regression, a classifier of several yes/no answers and CTC take it all the same. A loss that is set in the place
+    of transformers' is taken to divide.
+    """
+    kind: Any = type(model)
+    if not _passes_keywords_to_loss(kind) or "_loss_function" in vars(model):
+        return _passes_keywords_to_loss(kind)
+    known = getattr(model, "loss_type", None)
+    loss = LOSS_MAPPING.get(known if known in LOSS_MAPPING else "ForCausalLM")
+    if loss is ForSequenceClassificationLoss:
+        return _is_one_of_several(model, labels)
+    return loss in DIVIDED
+
+
+def _is_one_of_several(model: Any, labels: Tensor | None) -> bool:
+    """Whether transformers takes the labels for one class each; it is written into the configuration later."""
+    problem = getattr(model.config, "problem_type", None)
+    if problem is None and labels is not None:
+        return model.config.num_labels > 1 and not labels.is_floating_point()
+    return problem in (None, "single_label_classification")
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the loss compares the logits of a place with the label of the next one, as causal models' do.
+
+    Read off the code: some decoders (Bart's, XLNet) take labels that are shifted already. A loss that is set in the
+    place of transformers' is taken to shift as that does.
+    """
+    transformer: Any = model
+    if transformer.config.is_encoder_decoder:
+        return False
+    for forward in _forwards(type(model)):
+        names = forward.__code__.co_names
+        if "loss_function" in names:
+            return getattr(model, "loss_type", None) not in IN_PLACE
+        if not BY_HAND.isdisjoint(names):
+            return _shifts_by_hand(forward)
+    inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+    return any(shifts_labels(child) for child in inner if "labels" in inspect.signature(child.forward).parameters)
+
+
+def takes_the_stock_loss(model: nn.Module) -> bool:
+    """Whether its forward asks transformers for the loss, and transformers gives the one of next tokens.
+
+    A forward from elsewhere, as of a subclass, may add to that loss or ask for another.
+    """
+    if not written_in(model) <= {"transformers", *WRAPPERS}:
+        return False
+    kind = getattr(model, "loss_type", None)
+    stock = LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM") is ForCausalLMLoss
+    return stock and not hasattr(model, "_loss_function") and "loss_function" in names_in(model)
+
+
+def _forwards(kind: type) -> Iterator[FunctionType]:
+    """The forwards of a class and those it overrides, undecorated."""
+    for parent in kind.__mro__:
+        forward = inspect.unwrap(vars(parent).get("forward", parent))
+        if isinstance(forward, FunctionType):
+            yield forward
+
+
+@cache
+def _shifts_by_hand(forward: FunctionType) -> bool:
+    parts = (node for node in ast.walk(_tree(forward)) if isinstance(node, ast.Subscript))
+    return any(SHIFT.fullmatch(ast.unparse(part)) for part in parts)
+
+
+def _tree(forward: FunctionType) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(forward)))
+
+
+@cache
+def _passes_keywords_to_loss(kind: Any) -> bool:
+    calls = (node for node in ast.walk(_tree(inspect.unwrap(kind.forward))) if isinstance(node, ast.Call))
+    return any(
+        isinstance(call.func, ast.Attribute)
+        and call.func.attr == "loss_function"
+        and any(keyword.arg is None for keyword in call.keywords)
+        for call in calls
+    )
