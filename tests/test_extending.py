@@ -9,7 +9,7 @@ from hiddenkey.axes.pattern import PATTERNS
 from hiddenkey.axes.position import POSITIONS
 from hiddenkey.consistency import CONSISTENCIES
 
-from .hf.tiny import make
+from .hf.tiny import batch, make
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,18 @@ def test_a_pattern_works_at_every_position():
     for drop in ("logits:{}@0.5", "weights:{}@0.5", "weights:{}:rescale@0.5"):
         ours = hiddenkey.attention(query, key, value, drop.format("alternate"))
         assert torch.equal(ours, hiddenkey.attention(query, key, value, drop.format("column"), keep=even))
+
+
+def test_views_share_no_layer_above_a_drop_of_a_position_of_ones_own():
+    """It stands before all layers, in no layer itself: replayed from the first view, both views would be equal."""
+
+    @hiddenkey.register_position("embedded", per_layer=False)
+    def embedded(model):
+        yield "model.embed_tokens", "output"
+
+    model = make("llama").train()
+    hiddenkey.attach(model, "embedded:column@0.4 ~ kl")
+    assert hiddenkey.consistency_step(model, batch("llama")).consistency > 1e-3
 
 
 def test_a_position_in_a_space_that_there_is_not():

@@ -340,3 +340,13 @@ class Once:
     def __call__(self, *arguments):
         self.calls += 1
         return self.refuse() if self.calls == 1 else []
+
+
+def test_attention_weights_that_are_asked_for_do_not_keep_a_model_from_being_saved(tmp_path):
+    model = make("bert", attn_implementation="eager")
+    model.config.output_attentions = True
+    with hiddenkey.attach(model, "hiddenkey-[:]@0.3"):
+        outputs = model.train()(**batch("bert"))
+        assert len(outputs.attentions) == 4
+        model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation == "eager"

@@ -62,7 +62,7 @@ def frozen_head(attachment: Attachment) -> Head | None:
         and getattr(type(head), "forward", None) is nn.Linear.forward
         and _is_plain(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and not any(site.drop.position == "output" for site in attachment.plan.sites)
+        and not any(site.path in attachment.plan.structure.heads for site in attachment.plan.sites)
         and not _cuts_tokens(transformer)
         and not _caps_logits(transformer)
         and not adds_to_loss(attachment.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
+from .plan import Site
 from .structure import find_transformer, reads_lower_keys
 from .views import Batch
 
@@ -35,7 +36,7 @@ class LowerLayers:
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
         draws = plan.adapter_dropouts or plan.restless or late
-        if len(stacks) == 1 and not draws and not any(site.drop.position == "input" for site in live):
+        if len(stacks) == 1 and not draws and not any(_is_below(site, plan.structure.heads) for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
         layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers]
@@ -86,3 +87,8 @@ def detached(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(detached(part) for part in output)
     return output.detach() if isinstance(output, Tensor) else output
+
+
+def _is_below(site: Site, heads: Sequence[str]) -> bool:
+    """Whether the site belongs to no layer and to no head: what enters the layers passes it."""
+    return site.layer is None and site.path not in heads
