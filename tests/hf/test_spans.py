@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForSequenceClassification
 
 import hiddenkey
 
@@ -227,3 +228,26 @@ def test_hidden_outputs_of_dropped_tokens_are_zero_and_the_rest_is_rescaled():
     gone = (seen[1] == 0).all(-1)
     assert gone.sum(-1).tolist() == [4, 3, 2]
     torch.testing.assert_close(seen[1][~gone], seen[0][~gone] / (1 - RATE))
+
+
+@pytest.mark.parametrize("pattern", ("span", "column"))
+def test_a_feed_forward_block_before_the_attention_knows_of_no_documents(pattern):
+    """It would take those of the batch before."""
+    config = Wav2Vec2BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        feature_projection_input_dim=16,
+        classifier_proj_size=16,
+        add_adapter=False,
+    )
+    model = Wav2Vec2BertForSequenceClassification(config).train()
+    hiddenkey.attach(model, f"hidden[:]:{pattern}@0.3")
+    inputs = {"input_features": torch.randn(2, 20, 16), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    for _ in range(2):
+        if pattern == "column":
+            assert model(**inputs).logits.isfinite().all()
+            continue
+        with pytest.raises(hiddenkey.UserError, match="learns in its attention, and that comes later"):
+            model(**inputs)

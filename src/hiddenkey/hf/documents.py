@@ -28,11 +28,13 @@ class Documents:
     def __init__(self) -> None:
         self.shape: tuple[int, int] | None = None
         self.segments: Tensor | None = None
+        self.is_told = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook with keywords."""
         if module.training:
             self.shape, self.segments = documents(module, args, kwargs)
+            self.is_told = True
 
     def view(self, x: Tensor) -> Tensor:
         """Fold a flat (B·T, D) stream back to (B, T, D)."""
