@@ -170,7 +170,7 @@ def test_a_mixed_model():
     moved(model)
     attachment = hiddenkey.attach(model, STEP)
     assert attachment.plan.adapters == ("default", "other")
-    assert {own.name for own in attachment.plan.adapter_dropouts} == {"module_dropout"}
+    assert {own.name for own in attachment.plan.adapter_dropouts} == {"module_dropout.other"}
     reached = step(model, "llama")
     assert any("hada" in name for name in reached)
     assert any("lora" in name for name in reached)
