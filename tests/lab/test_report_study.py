@@ -213,7 +213,7 @@ def test_methods_may_differ_in_what_they_set():
 
 def test_the_pilots_are_not_taken_for_the_study():
     with pytest.raises(RunError, match="in the sweep 'sst2' differ in learning_rate"):
-        read_study([EXPERIMENTS.parent / "results" / "study", EXPERIMENTS.parent / "results" / "pilot"])
+        read_study([EXPERIMENTS.parent / "results" / name / "sst2" for name in ("study", "pilot")])
 
 
 def test_folders_are_read_whole_and_double_records_once(tmp_path: Path):
