@@ -42,13 +42,20 @@ def counts_items(model: nn.Module, labels: Tensor | None = None) -> bool:
     of transformers' is taken to divide.
     """
     kind: Any = type(model)
-    if not _passes_keywords_to_loss(kind) or "_loss_function" in vars(model):
-        return _passes_keywords_to_loss(kind)
-    known = getattr(model, "loss_type", None)
-    loss = LOSS_MAPPING.get(known if known in LOSS_MAPPING else "ForCausalLM")
+    if not _passes_keywords_to_loss(kind):
+        return False
+    loss = _stock_loss(model)
     if loss is ForSequenceClassificationLoss:
         return _is_one_of_several(model, labels)
-    return loss in DIVIDED
+    return loss is None or loss in DIVIDED
+
+
+def _stock_loss(model: nn.Module) -> Any:
+    """The loss that transformers gives the model; None where another was set in its place."""
+    if hasattr(model, "_loss_function"):
+        return None
+    kind = getattr(model, "loss_type", None)
+    return LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM")
 
 
 def _is_one_of_several(model: Any, labels: Tensor | None) -> bool:
@@ -85,9 +92,7 @@ def takes_the_stock_loss(model: nn.Module) -> bool:
     """
     if not written_in(model) <= {"transformers", *WRAPPERS}:
         return False
-    kind = getattr(model, "loss_type", None)
-    stock = LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM") is ForCausalLMLoss
-    return stock and not hasattr(model, "_loss_function") and "loss_function" in names_in(model)
+    return _stock_loss(model) is ForCausalLMLoss and "loss_function" in names_in(model)
 
 
 def _forwards(kind: type) -> Iterator[FunctionType]:
