@@ -18,8 +18,8 @@ def require_one_task(name: str, records: Iterable[RunRecord]) -> None:
     """Raises RunError where the records of a sweep differ in what is learnt or how it is judged."""
     records = list(records)
     axes = {axis for run in records for axis in run.axes}
-    for field in OF_A_TASK:
-        _require_one(name, field, records, free=axes)
+    for field in (field for field in OF_A_TASK if field not in axes):
+        _require_one(f"runs in the sweep {name!r}", field, records)
     if len({(run.task, run.metric) for run in records}) > 1:
         raise RunError(
             f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
@@ -38,8 +38,8 @@ def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunReco
         said = " and ".join(sorted(", ".join(names) or "nothing" for names in varied))
         raise RunError(f"trials of {method} in the sweep {name!r} vary different things: {said}. {_WAY_OUT}")
     free = {*records[0].params, *records[0].axes, *_FREE}
-    for field in {field: None for run in records for field in run.config}:
-        _require_one(name, field, records, free, method)
+    for field in {field: None for run in records for field in run.config if field not in free}:
+        _require_one(f"runs of {method} in the sweep {name!r}", field, records)
     for group in groups:
         planned = max(run.trials for run in group)
         if planned and len(group) > planned:
@@ -48,10 +48,7 @@ def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunReco
             )
 
 
-def _require_one(
-    name: str, field: str, records: Iterable[RunRecord], free: Collection[str], method: str = ""
-) -> None:
+def _require_one(whose: str, field: str, records: Iterable[RunRecord]) -> None:
     values = {str(run.config.get(field, plain(DEFAULTS.get(field)))) for run in records}
-    if field not in free and len(values) > 1:
-        whose = f"runs of {method}" if method else "runs"
-        raise RunError(f"{whose} in the sweep {name!r} differ in {field}: {', '.join(sorted(values))}. {_WAY_OUT}")
+    if len(values) > 1:
+        raise RunError(f"{whose} differ in {field}: {', '.join(sorted(values))}. {_WAY_OUT}")
