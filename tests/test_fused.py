@@ -76,8 +76,8 @@ def assert_equal_paths(tensors, keep, mask, bias=None, scale=None, **tolerance):
 @pytest.mark.parametrize("mask", MASKS)
 def test_cells_in_parts_of_any_size(mask, kv_heads, largest, few, monkeypatch):
     """One head, two heads, two examples at a time; rows mended before the kernel runs, and after it."""
-    monkeypatch.setattr(cells, "LARGEST", largest)
-    monkeypatch.setattr(cells, "FEW", few)
+    monkeypatch.setattr(cells, "PART_CELLS", largest)
+    monkeypatch.setattr(cells, "FIRST_ROWS", few)
     for keep_heads in {kv_heads, 4}:
         tensors, keep = inputs(torch.float64, kv_heads), some_keep("cell", keep_heads)
         before = keep.clone()
@@ -193,7 +193,7 @@ def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "SMALL", 2**22 if small else 0)
         patch.setattr(flash, "_has_kernel", lambda: kernel)
-        patch.setattr(cells, "LARGEST", largest)
+        patch.setattr(cells, "PART_CELLS", largest)
         assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
 
 

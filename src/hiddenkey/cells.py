@@ -17,9 +17,9 @@ from .drop import guard, spread
 from .masks import Mask
 
 # Entries of a part's mask: 8 MiB of float32, in cache; from 32 MiB on, Linux's allocator asks the system every time.
-LARGEST = 2**21
+PART_CELLS = 2**21
 # Causal rows that see so few keys are looked at before the kernel; at p = 0.5 one in 10^9 of the others is empty.
-FEW = 32
+FIRST_ROWS = 32
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Part = tuple[slice, slice, slice]
@@ -80,8 +80,8 @@ def parts(query: Tensor, key: Tensor) -> Iterator[Part]:
     """(examples, heads, key/value heads) of every part: whole examples, or some heads of one."""
     batch, heads, kv_heads = query.shape[0], query.shape[1], key.shape[1]
     cells, group = query.shape[2] * key.shape[2], heads // kv_heads
-    rows = min(max(LARGEST // (cells * heads), 1), batch)
-    groups = kv_heads if rows > 1 else min(max(LARGEST // (cells * group), 1), kv_heads)
+    rows = min(max(PART_CELLS // (cells * heads), 1), batch)
+    groups = kv_heads if rows > 1 else min(max(PART_CELLS // (cells * group), 1), kv_heads)
     for row in range(0, batch, rows):
         for start in range(0, kv_heads, groups):
             stop = min(start + groups, kv_heads)
@@ -95,7 +95,7 @@ def seen_at_first(keep: Tensor, mask: Mask, query: Tensor, key: Tensor) -> Tenso
     left = keep if mask.keys is None else keep & mask.keys[:, None, None]
     if not mask.causal:
         return left
-    few = min(FEW, query.shape[2])
+    few = min(FIRST_ROWS, query.shape[2])
     first = _mend(left[:, :, :few, :few], _first(mask, few), query[:, :, :few], key[:, :, :few])
     if first is None:
         return left

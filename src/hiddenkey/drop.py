@@ -88,7 +88,7 @@ class Tally:
     `draws` follows. A tensor, because a compiled model would be compiled again for every new number.
     """
 
-    LARGEST = 2**16
+    COUNTED = 2**16
 
     def __init__(self) -> None:
         self.counts: Tensor | None = None
@@ -97,7 +97,7 @@ class Tally:
         """Count one draw, of which `together` entries at a time are one; does not wait for the device."""
         if not torch.compiler.is_compiling() and is_recomputing():
             return
-        keep = keep.flatten()[: self.LARGEST]
+        keep = keep.flatten()[: self.COUNTED]
         drawn = torch.full((), keep.numel(), device=keep.device)
         self._sum(torch.stack([drawn - torch.count_nonzero(keep), drawn, drawn * min(together, keep.numel())]))
 

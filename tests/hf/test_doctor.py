@@ -20,7 +20,8 @@ from hiddenkey.draws import random_keep
 from hiddenkey.hf import step
 from hiddenkey.hf.doctor import examine, surroundings
 from hiddenkey.hf.doctor.patient import Patient
-from hiddenkey.hf.doctor.surroundings import check_ranks, random_states
+from hiddenkey.hf.doctor.surroundings import check_ranks
+from hiddenkey.hf.random_state import RandomState
 from hiddenkey.hf.step import consistency_step
 
 from .adapters import batch_for, build
@@ -356,7 +357,7 @@ def test_ranks(others, verdict, monkeypatch):
     """One process plays several; None where another's number or output is the same as this one's."""
     model = attached("bert", "hiddenkey@0.3")
     torch.manual_seed(3)
-    states, mine = random_states(model), drawn_from(3, model)
+    found, mine = RandomState(model), drawn_from(3, model)
 
     def gather(into, value):
         assert value == mine  # from the random states that the doctor found, not from those of its other checks
@@ -366,7 +367,7 @@ def test_ranks(others, verdict, monkeypatch):
     monkeypatch.setattr(distributed, "get_world_size", lambda: len(others) + 1)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
     torch.manual_seed(4)
-    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert")), states)
+    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert")), found)
     assert finding.verdict == verdict
     assert ("torch.manual_seed(seed + rank)" in finding.reason) == (verdict == "wrong")
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForSequenceClassification
 
 import hiddenkey
+from hiddenkey import PlanError
 
+from ..models.shrink import shrink
 from .tiny import DECODERS, LENGTH, batch, make
 from .tools import (
     DOCUMENTS,
@@ -96,6 +99,20 @@ def test_before_a_head_that_takes_one_vector(family):
     model = attached(family, "output:span@0.3")
     with pytest.raises(ValueError, match=r"output:span@0\.3.*needs a sequence of tokens.*element or column"):
         logits_of(model, inputs_for(family, "right"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    (("xlnet", "XLNetModel"), ("xlnet", "XLNetLMHeadModel"), ("fsmt", "FSMTForConditionalGeneration")),
+)
+def test_where_tokens_come_before_the_batch(kind, name):
+    """There the second axis of a stream is the batch: a run of it would not be one of tokens."""
+    model = getattr(transformers, name)._from_config(shrink(kind))
+    for position in ("hidden[:]", "input", "output") if name != "XLNetModel" else ("hidden[:]",):
+        with pytest.raises(PlanError, match=rf"{name}.*\(tokens, batch, features\).*element or column"):
+            hiddenkey.plan(model, f"{position}:span@0.1")
+        hiddenkey.plan(model, f"{position}:column@0.1")
+    hiddenkey.plan(model, "logits[:]:span@0.1")
 
 
 def drawn_by_unequal_stacks(recipe, monkeypatch):

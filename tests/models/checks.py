@@ -183,6 +183,33 @@ def other_backends_are_refused(subject: Subject) -> str | None:
     return None
 
 
+def spans_across_examples_are_refused(subject: Subject) -> str | None:
+    """Where a layer puts out (tokens, batch, features)."""
+    names = [name for name in ("input_ids", "decoder_input_ids") if name in subject.inputs]
+    swapped = {tuple(reversed(subject.inputs[name].shape)) for name in names}
+    across: list[str] = []
+
+    def look(path: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if first.dim() == 3 and first.shape[0] > 2 and tuple(first.shape[:2]) in swapped:
+            across.append(path)
+
+    paths = [site.path for site in subject.sites if site.side == "output"]
+    with hiddenkey.attach(subject.model, "baseline"), contextlib.ExitStack() as stack:
+        for path in paths:
+            module = subject.model.get_submodule(path)
+            hook = module.register_forward_hook(lambda module, args, output, path=path: look(path, output))
+            stack.callback(hook.remove)
+        subject.run()
+    if not across:
+        return None
+    try:
+        hiddenkey.plan(subject.model, "hidden[:]:span@0.1")
+    except hiddenkey.PlanError:
+        return None
+    return f"a span runs across the examples of a batch: {', '.join(patterns(across))}"
+
+
 def _interface_sites(subject: Subject, model: Any) -> list[Any]:
     paths = [site.path for site in subject.sites if site.side == "attention"]
     return [module for module in map(model.get_submodule, paths) if uses_interface(module)]
@@ -211,4 +238,5 @@ CHECKS: tuple[Callable[[Subject], str | None], ...] = (
     detach_gives_everything_back,
     the_eager_backend_drops_too,
     other_backends_are_refused,
+    spans_across_examples_are_refused,
 )

@@ -74,6 +74,13 @@ def test_another_draw_when_checkpointing_recomputes(monkeypatch):
     assert "gradients with activation checkpointing are others" in problems("bert")
 
 
+@pytest.mark.parametrize("kind", ("fsmt", "xlnet"))
+def test_a_span_across_examples(kind, monkeypatch):
+    assert "across the examples" not in problems(kind)
+    monkeypatch.setattr("hiddenkey.hf.plan.passes_tokens_first", lambda module: False)
+    assert "a span runs across the examples of a batch" in problems(kind)
+
+
 @pytest.mark.parametrize("kind", ("bert", "llama"))
 def test_the_plain_library_has_no_problem(kind):
     assert problems(kind) == ""

@@ -8,12 +8,12 @@ import torch
 from scipy.stats import binom, chisquare
 
 from hiddenkey import draws
-from hiddenkey.draws import FEW, generator, random_bytes, random_keep, rare_places
+from hiddenkey.draws import SMALL_DRAW, generator, random_bytes, random_keep, rare_places
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("count", (FEW, FEW + 1, 2**20))
+@pytest.mark.parametrize("count", (SMALL_DRAW, SMALL_DRAW + 1, 2**20))
 @pytest.mark.parametrize("p", (0.003, 0.1, 0.25, 0.999))
 def test_cells_are_kept_at_their_rate_in_every_part(p, count):
     keep = random_keep((4, count // 4), p, CPU)
@@ -22,7 +22,7 @@ def test_cells_are_kept_at_their_rate_in_every_part(p, count):
         assert low <= int(part.sum()) <= high
 
 
-@pytest.mark.parametrize("shape", ((3, 5), (2, FEW)))
+@pytest.mark.parametrize("shape", ((3, 5), (2, SMALL_DRAW)))
 def test_draws_follow_torchs_own_seed(shape):
     torch.manual_seed(3)
     first, other = random_keep(shape, 0.3, CPU), random_keep(shape, 0.3, CPU)

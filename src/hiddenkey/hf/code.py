@@ -43,7 +43,9 @@ CLOSED_CALLS = {
     "multi_head_attention_forward": ONE_CALL,
     "XSoftmax": "its softmax is a function of its own with its own gradient",
 }
-SOFTMAX = ("softmax", "Softmax", "scaled_dot_product_attention")
+SOFTMAX_NAMES = ("softmax", "Softmax", "scaled_dot_product_attention")
+# Parts of models that pass (T, B, D) between their layers, where all others pass (B, T, D).
+TOKENS_FIRST = frozenset({"XLNetModel", "FSMTEncoder", "FSMTDecoder"})
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -62,7 +64,7 @@ def uses_own_softmax(module: nn.Module) -> bool:
     """Whether it is an attention class whose forward calls softmax, or torch's attention, itself."""
     if not ATTENTION.search(type(module).__name__) or closed_because(module):
         return False
-    return not names_in(module).isdisjoint(SOFTMAX)
+    return not names_in(module).isdisjoint(SOFTMAX_NAMES)
 
 
 def closed_because(module: nn.Module) -> str | None:
@@ -73,6 +75,11 @@ def closed_because(module: nn.Module) -> str | None:
     if not ATTENTION.search(type(module).__name__):
         return None
     return next((reason for name, reason in CLOSED_CALLS.items() if name in names_in(module)), None)
+
+
+def passes_tokens_first(module: nn.Module) -> bool:
+    """Whether tokens are the first axis of what the module passes between its layers, and examples the second."""
+    return not TOKENS_FIRST.isdisjoint(parent.__name__ for parent in type(module).__mro__)
 
 
 def names_in(module: nn.Module) -> frozenset[str]:

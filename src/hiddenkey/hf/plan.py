@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..axes.pattern import PATTERNS
 from ..axes.position import POSITIONS, Side
 from ..drop import space_of
 from ..errors import PlanError
 from ..recipe import Drop, Recipe, parse
 from .adapters import adapters, restless
 from .backend import check_backend
-from .code import closed_because
+from .code import closed_because, passes_tokens_first
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
+from .feed_forward import ancestors
 from .plan_text import describe
 from .structure import Layer, Stack, Structure, find_transformer, read
 
@@ -65,6 +67,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     name = type(find_transformer(model)[1]).__name__
     for drop in recipe.drops:
         _check_open(drop, structure, model, name)
+        _check_axes(drop, structure, model, name)
     sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, name))
     _check_overlap(sites)
     for site in sites:
@@ -118,6 +121,18 @@ def _check_open(drop: Drop, structure: Structure, model: nn.Module, name: str) -
                     f"'{drop}' can't work in {name}: {path} is a {kind}, and {reason}; leave "
                     f"{drop.position!r} out of the recipe, or choose layers without it"
                 )
+
+
+def _check_axes(drop: Drop, structure: Structure, model: nn.Module, name: str) -> None:
+    """Refuse runs of tokens where they would run across the examples of a batch."""
+    if space_of(drop) != "stream" or not PATTERNS[drop.pattern].needs_segments:
+        return
+    around = {path for stack in structure.stacks for path in (*ancestors(stack.path), "")}
+    if any(passes_tokens_first(model.get_submodule(path)) for path in around):
+        raise PlanError(
+            f"'{drop}' can't work in {name}: it passes (tokens, batch, features) between its layers, where "
+            f"{drop.pattern!r} would run across the batch; use the pattern element or column"
+        )
 
 
 def _layers(drop: Drop, stack: Stack) -> Iterator[tuple[int, Layer]]:

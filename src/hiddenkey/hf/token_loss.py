@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..consistency import Consistency, bidirectional
 
 # Logits of a chunk, enough for the head's matrix product, and of a few tokens of it, which stay in the cache.
-CHUNK = 224 * 49152
-FEW = 16 * 49152
+CHUNK_LOGITS = 224 * 49152
+CACHED_LOGITS = 16 * 49152
 TOKENS = range(16, 225)
 
 
@@ -101,12 +101,12 @@ def scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
 
 def chunk_size(vocabulary: int) -> int:
     """How many tokens go through the head at a time."""
-    return min(max(CHUNK // vocabulary, TOKENS[0]), TOKENS[-1])
+    return min(max(CHUNK_LOGITS // vocabulary, TOKENS[0]), TOKENS[-1])
 
 
 def few_tokens(vocabulary: int, device: torch.device) -> int:
     """How many tokens of a chunk go through the losses at a time: all of them where calls cost more than memory."""
-    return max(FEW // vocabulary, 1) if device.type == "cpu" else TOKENS[-1]
+    return max(CACHED_LOGITS // vocabulary, 1) if device.type == "cpu" else TOKENS[-1]
 
 
 def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, share: Share) -> Sums:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
 from ..attach import Attachment, attach, find_attachment
+from ..random_state import RandomState
 from ..structure import find_transformer
 from ..views import uncached
 from .backward import check_consistency, check_reach, check_recompute
@@ -28,7 +29,6 @@ from .surroundings import (
     check_mode,
     check_other_dropouts,
     check_ranks,
-    random_states,
 )
 
 Check = Callable[[Patient], Iterator[Finding]]
@@ -92,7 +92,7 @@ def _examine(
     size: int,
     length: int,
 ) -> Diagnosis:
-    states = random_states(model)
+    random_state = RandomState(model)
     with preserved(model), fresh_counts(attachment), warnings_hidden():
         if batches is None:
             batches = make_batches(find_transformer(model)[1], 2, size, length)
@@ -100,11 +100,11 @@ def _examine(
             raise UserError("batches is empty; give at least one batch, or None to have some made")
         # As training runs it: with a cache, transformers does not look for packed documents in the positions.
         patient = Patient(model, attachment, [uncached(model, batch) for batch in batches])
-        findings = tuple(_findings(patient, states, rounds))
+        findings = tuple(_findings(patient, random_state, rounds))
     return Diagnosis(str(attachment.recipe), attachment.plan.model, findings)
 
 
-def _findings(patient: Patient, states: dict[str, Any], rounds: int) -> Iterator[Finding]:
+def _findings(patient: Patient, random_state: RandomState, rounds: int) -> Iterator[Finding]:
     attached = list(check_attached(patient))
     yield from attached
     yield from check_mode(patient)
@@ -116,7 +116,7 @@ def _findings(patient: Patient, states: dict[str, Any], rounds: int) -> Iterator
     yield from check_rates(patient, rounds)
     for check in CHECKS:
         yield from check(patient)
-    yield from check_ranks(patient, states)
+    yield from check_ranks(patient, random_state)
     yield from check_cost(patient)
 
 

@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from ...errors import UserError
 from ..adapters import restless
 from ..dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from ..intact import module_at, problems, some
+from ..random_state import RandomState
 from ..step import consistency_step
 from .diagnosis import Finding
 from .patient import SEED, Patient, loss_of, main_output
@@ -81,15 +82,15 @@ def check_keys(patient: Patient) -> Iterator[Finding]:
         yield Finding("adapter keys", "ok" if same else "wrong", reason)
 
 
-def check_ranks(patient: Patient, states: dict[str, Any]) -> Iterator[Finding]:
-    """Processes that share the data draw different masks. states: the random states the doctor found."""
+def check_ranks(patient: Patient, random_state: RandomState) -> Iterator[Finding]:
+    """Processes that share the data draw different masks. random_state: what the doctor found."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield Finding("ranks", "skipped", "one process: torch.distributed is not initialised")
         return
-    restore_random(states)
+    random_state.restore()
     with torch.no_grad():
         output = main_output(patient.model(**patient.batch)).double()
-    restore_random(states)
+    random_state.restore()
     # Of other data the outputs differ under the same masks too, so the generator itself is asked as well.
     number = torch.rand((), dtype=torch.float64, device=next(patient.model.parameters()).device)
     seen: list[Any] = [None] * distributed.get_world_size()
@@ -100,24 +101,6 @@ def check_ranks(patient: Patient, states: dict[str, Any]) -> Iterator[Finding]:
     if same:
         reason += ": give every data-parallel rank its own seed, torch.manual_seed(seed + rank)"
     yield Finding("ranks", "wrong" if same else "ok", reason)
-
-
-def random_states(model: nn.Module) -> dict[str, Any]:
-    """The states of torch's generators of the CPU and the model's first device."""
-    device = next(model.parameters()).device
-    states: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[str(device)] = torch.get_device_module(device).get_rng_state(device)
-    return states
-
-
-def restore_random(states: dict[str, Any]) -> None:
-    """Set them again."""
-    for name, state in states.items():
-        if name == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(torch.device(name)).set_rng_state(state, torch.device(name))
 
 
 def check_cost(patient: Patient) -> Iterator[Finding]:

@@ -84,10 +84,8 @@ def _check(plan: SweepPlan) -> None:
 
 
 def _check_dtypes(plan: SweepPlan) -> None:
-    from ..quiet import quieten
     from .check import check_dtypes
 
-    quieten()
     check_dtypes(plan)
 
 
