@@ -300,9 +300,13 @@ run.train(TrainConfig(**fields))
 """
 
 
-@pytest.mark.parametrize(("stop_at", "moment"), [(5, "step"), (6, "save")])
-def test_killed_run_continues_to_the_same_bits(config: TrainConfig, tmp_path: Path, stop_at: int, moment: str):
-    config = replace(config, epochs=3, save_steps=2)
+@pytest.mark.parametrize(
+    ("stop_at", "moment", "grouped"), [(5, "step", False), (6, "save", False), (5, "step", True)]
+)
+def test_killed_run_continues_to_the_same_bits(
+    config: TrainConfig, tmp_path: Path, stop_at: int, moment: str, grouped: bool
+):
+    config = replace(config, epochs=3, save_steps=2, group_by_length=grouped)
     whole = run.train(replace(config, out=str(tmp_path / "whole")))
     command = [sys.executable, "-c", _KILLED_RUN, str(stop_at), moment, json.dumps(config.to_dict())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -93,6 +93,8 @@ class TrainConfig:
     """Examples per forward pass and device."""
     eval_batch_size: int = 64
     """Examples per forward pass and device in evaluation."""
+    group_by_length: bool = False
+    """Put training rows of like length into one batch: less padding, so less time; the order stays random."""
     gradient_accumulation: int = 1
     """Forward passes per optimiser step."""
     weight_decay: float = 0.1

@@ -31,12 +31,14 @@ from .artifacts import (
 from .callbacks import EarlyStopping, Interrupts, LossGuard, ProgressBar, Schedule, StepClock
 from .checked import Checked, check_run, tell_of_cuts
 from .checkpoints import is_last, last_checkpoint, unmark
+from .columns import values
 from .config import Keep, TrainConfig
 from .errors import LabError, RunError
 from .generation import generation_scores
 from .interrupts import postponed
 from .lock import hold
 from .models import load_model
+from .order import ByLength
 from .settings import require_one_device, training_arguments
 from .testing import final_scores, load_weights
 
@@ -115,7 +117,15 @@ def written(what: str) -> Iterator[None]:
 
 
 class _Trainer(hiddenkey.DropTrainer):
-    """Tells of checkpoints that cannot be written or changed since, and evaluates without label smoothing."""
+    """Tells of checkpoints that cannot be written or changed since, and evaluates without label smoothing.
+
+    order: of the training rows; None: the Trainer's own.
+    """
+
+    order: ByLength | None = None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self.order or super()._get_train_sampler(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         unmark(Path(self.args.output_dir), self.state.global_step)
@@ -150,6 +160,9 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: Checked, console: C
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=[Interrupts(), LossGuard(), StepClock(), Schedule(config.save_steps)],
     )
+    if config.group_by_length:
+        lengths = [len(ids) for ids in values(checked.train, "input_ids")]
+        trainer.order = ByLength(lengths, config.batch_size, config.seed)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console, config.recipe))
     if config.patience:

@@ -18,7 +18,7 @@ _FREE = (
     *("out", "overwrite", "recipe", "learning_rate", "epochs", "max_steps", "batch_size", "eval_batch_size"),
     *("gradient_accumulation", "weight_decay", "warmup", "scheduler", "max_grad_norm", "label_smoothing", "seed"),
     *("data_seed", "keep", "patience", "dtype", "save_steps", "log_steps", "lora_r", "lora_alpha", "lora_dropout"),
-    *("gradient_checkpointing", "train_eval_size"),
+    *("gradient_checkpointing", "train_eval_size", "group_by_length"),
 )
 
 
