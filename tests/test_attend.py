@@ -38,6 +38,37 @@ def test_without_drops_it_is_sdpa(drop, kv_heads, mask):
     assert_same(ours, F.scaled_dot_product_attention(*inputs, **kwargs), inputs)
 
 
+@pytest.mark.parametrize("mask", SDPA_MASKS)
+@pytest.mark.parametrize("kv_heads", (4, 2))
+@pytest.mark.parametrize("drop", ("logits:column@0.5", "weights:element@0.5 + logits:span@0.5", "hiddenkey@0.5"))
+def test_outside_of_training_it_is_sdpa(drop, kv_heads, mask):
+    inputs = qkv(heads=4, kv_heads=kv_heads)
+    kwargs = {**SDPA_MASKS[mask], "enable_gqa": kv_heads < 4}
+    before = torch.get_rng_state()
+    ours = hiddenkey.attention(*inputs, drop, **kwargs, training=False)
+    assert_same(ours, F.scaled_dot_product_attention(*inputs, **kwargs), inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    assert not torch.allclose(ours, hiddenkey.attention(*inputs, drop, **kwargs))
+
+
+@pytest.mark.parametrize("hidden", (False, -100.0, -torch.inf, torch.finfo(torch.float32).min))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_outside_of_training_a_mask_means_what_it_means_inside(hidden, dtype):
+    """A row that sees nothing is zero, and what hides by -100 hides; a mask of float32 serves every dtype."""
+    query, key, value = (x.detach().to(dtype) for x in qkv())
+    value[:, :, 1] = 1e6
+    mask = torch.zeros(5, 5) if hidden is not False else torch.ones(5, 5, dtype=torch.bool)
+    mask[2], mask[:, 1] = hidden, hidden
+    inside = hiddenkey.attention(query, key, value, "logits:column@0", attn_mask=mask)
+    outside = hiddenkey.attention(query, key, value, "logits:column@0.5", attn_mask=mask, training=False)
+    assert (outside[:, :, 2] == 0).all()
+    torch.testing.assert_close(outside, inside, rtol=1e-2, atol=1e-2)
+    assert outside.abs().max() < 100
+    with pytest.raises(ValueError, match="fit together"):
+        hiddenkey.attention(query, key[:1], value, "logits:column@0.5", training=False)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_queries_and_keys_of_different_lengths(causal):
     inputs = qkv(queries=3, keys=6)

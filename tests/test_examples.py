@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftConfig
 from transformers import Trainer
 
@@ -18,6 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "sample_texts")
 CLASSIFIERS = ("trainer", "accelerate_loop")
 NEEDS = {"sft": "trl", "dpo": "trl", "lightning_loop": "pytorch_lightning"}
+OWN = "own_model"
 RECIPE = "hiddenkey@0.3"
 
 
@@ -37,7 +39,7 @@ def load(monkeypatch):
 
 
 def test_there_is_one_for_every_trainer():
-    assert NAMES == ["accelerate_loop", "dpo", "lightning_loop", "plain_loop", "sft", "trainer"]
+    assert NAMES == ["accelerate_loop", "dpo", "lightning_loop", "own_model", "plain_loop", "sft", "trainer"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,7 +47,7 @@ def test_it_fits_on_a_screen(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 66
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != OWN])
 def test_an_example(name, load, tmp_path, capsys):
     example = load(name)
     model = (save_bert if name in CLASSIFIERS else save_llama)(tmp_path / "model")
@@ -63,6 +65,26 @@ def test_an_example(name, load, tmp_path, capsys):
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert hiddenkey.load_recipe(tmp_path / "out") == hiddenkey.parse(RECIPE)
+
+
+def test_a_model_of_ones_own(load, capsys):
+    """It learns, drops in training alone, and its padding changes nothing."""
+    example = load(OWN)
+    torch.manual_seed(0)
+    model = example.main(recipe=RECIPE, steps=160)
+    printed = re.findall(r"task ([\d.]+), consistency ([\d.]+)", capsys.readouterr().out)
+    assert float(printed[-1][0]) < 0.35 < float(printed[0][0])
+    assert all(float(consistency) > 0 for _, consistency in printed)
+    words, valid = torch.randint(example.WORDS, (64, example.LENGTH)), torch.arange(example.LENGTH) < 9
+    valid = valid.expand(64, -1)
+    logits = model(words, valid)
+    assert torch.equal(logits, model(words, valid))
+    assert torch.allclose(logits, model(torch.where(valid, words, 0), valid))
+    classes = words[:, :9].remainder(2).sum(1) > 4
+    assert (logits.argmax(-1) == classes).float().mean() > 0.8
+    model.train()
+    assert not torch.allclose(logits, model(words, valid))
+    assert not torch.equal(model(words, valid), model(words, valid))
 
 
 def find(done):

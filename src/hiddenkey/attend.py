@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
@@ -29,6 +30,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     keep: Tensor | None = None,
+    training: bool = True,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` with structured drops.
 
@@ -38,6 +40,7 @@ def attention(
     attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K); of zeros and one number of -50
     or less it hides, whatever a draw leaves.
     keep: bool, broadcastable to (B, Hkv or H, Q, K), True = kept; replaces the draw of the only drop.
+    training: False: nothing drops, as in `torch.nn.functional.dropout`; give a module's own `self.training`.
 
     One draw is made per example and key/value head. A row that a draw would empty keeps all it can see, and a
     row that can see nothing gives zeros. Raises ValueError for a recipe without such drops and for bad shapes.
@@ -47,6 +50,8 @@ def attention(
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = hiding(attn_mask)
     mask, bias = read_mask(attn_mask, causal=is_causal)
+    if not training:
+        return _undropped(query, key, value, mask, bias, scale)
     shape = (query.shape[0], key.shape[1], query.shape[2], key.shape[2])
     keeps = draw_keeps(drops, shape, query.device, mask) if keep is None else [_full_rank(keep, shape)]
     return attend(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
@@ -132,6 +137,19 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
         if space_of(drop) == "weights":
             weights = compensate(drop, weights * guard(keep, allowed))
     return weights * alive
+
+
+def _undropped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """torch's own function with the mask as it was read."""
+    seen = mask.full
+    if seen is not None and bias is not None:
+        seen = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, is_causal=mask.causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _full_rank(keep: Tensor, shape: Shape) -> Tensor:
