@@ -1,5 +1,6 @@
 """TRL's DPOTrainer: drops in the policy, none in the reference, the policy's two views compared at the completions.
 
+pip install '.[trl]'
 python examples/dpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 """
 

@@ -1,5 +1,6 @@
 """TRL's SFTTrainer: completions, packed, with drops and a consistency.
 
+pip install '.[trl]'
 python examples/sft.py --model HuggingFaceTB/SmolLM2-135M
 """
 

@@ -1,5 +1,6 @@
 """transformers' Trainer: a classifier with drops and a consistency.
 
+pip install '.[lab]'
 python examples/trainer.py --model FacebookAI/roberta-base
 """
 
