@@ -285,3 +285,57 @@ def test_bad_input(case):
         hiddenkey.attention(*inputs, drop, **kwargs)
     for word in words:
         assert word in str(caught.value)
+
+
+def tensors(dtype=torch.float32, queries=5, keys=5, batch=2, heads=4):
+    return [torch.ones(batch, heads, length, 8, dtype=dtype) for length in (queries, keys, keys)]
+
+
+@pytest.mark.parametrize(
+    "recipe", ("logits:column@0.1", "logits:span@0.1", "logits:element@0.1", "weights:element@0.1")
+)
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(
+    "sizes", ({"queries": 0}, {"queries": 0, "keys": 0}, {"keys": 0}, {"batch": 0}, {"heads": 0}), ids=str
+)
+def test_nothing_to_attend_to(recipe, causal, sizes):
+    """torch's kernels divide by such lengths, and the process would die."""
+    inputs = [x.requires_grad_() for x in tensors(**sizes)]
+    out = hiddenkey.attention(*inputs, recipe, is_causal=causal)
+    wanted = {"batch": 2, "heads": 4, "queries": 5, **sizes}
+    assert out.shape == (wanted["batch"], wanted["heads"], wanted["queries"], 8)
+    assert (out == 0).all()
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape and (x.grad == 0).all() for x in inputs)
+
+
+@pytest.mark.parametrize("recipe", ("logits:column@0.1", "logits:element@0.1", "weights:element@0.1"))
+def test_kinds_that_no_kernel_may_see(recipe):
+    query, key, value = tensors()
+    for inputs, said in (
+        (tensors(torch.int64), "floating point"),
+        ((query, key.double(), value), "one dtype"),
+        ((query, key.to("meta"), value), "one device"),
+        ((query, key, value.to("meta")), "one device"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            hiddenkey.attention(*inputs, recipe)
+    for options, said in (
+        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool, device="meta")}, "one device"),
+        ({"keep": torch.ones(5, dtype=torch.bool, device="meta")}, "one device"),
+        ({"scale": 0.0}, "scale must be more than 0"),
+        ({"scale": -1.0}, "scale must be more than 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            hiddenkey.attention(query, key, value, recipe, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        hiddenkey.attention(query, key.bfloat16(), value, recipe)
+
+
+def test_what_is_no_number_in_a_mask_is_seen():
+    query, key, value = tensors()
+    mask = torch.zeros(5, 5)
+    mask[1, 2] = torch.nan
+    out = hiddenkey.attention(query, key, value, "logits:column@0", attn_mask=mask)
+    assert out[:, :, 1].isnan().all()
+    assert out[:, :, 2:].isfinite().all()

@@ -135,3 +135,9 @@ def test_bad_tensors(case):
         StructuredDropout("hidden:span@0.1")(*inputs)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bool))
+def test_whole_numbers_cannot_be_rescaled(dtype):
+    with pytest.raises(ValueError, match=f"floating point.*{dtype}"):
+        hiddenkey.StructuredDropout("hidden:element@0.3")(torch.ones(1, 3, 4, dtype=dtype))

@@ -192,3 +192,37 @@ def test_a_consistency(both):
     assert (second.grad is not None) == both
     with pytest.raises(hiddenkey.RecipeError, match="Did you mean 'cosine'"):
         hiddenkey.parse("hiddenkey@0.1 ~ cosin")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    (
+        lambda grid: torch.ones(grid.shape),
+        lambda grid: torch.ones((*grid.lead, grid.places), dtype=torch.bool),
+        lambda grid: torch.ones((*grid.shape[:-1], 7), dtype=torch.bool),
+    ),
+    ids=("floats", "not laid", "another size"),
+)
+def test_a_pattern_that_draws_no_mask(mask):
+    @hiddenkey.register_pattern("wrong")
+    def wrong(grid, p):
+        return mask(grid)
+
+    with pytest.raises(hiddenkey.UserError, match=r"'wrong' must draw a bool mask.*grid\.lay"):
+        hiddenkey.StructuredDropout("hidden:wrong@0.5")(torch.ones(2, 6, 3))
+
+
+def test_a_position_with_a_side_that_there_is_not():
+    @hiddenkey.register_position("wrong")
+    def wrong(layer):
+        yield layer.path, "ouput"
+
+    with pytest.raises(hiddenkey.PlanError, match=r"'ouput'.*attention, input, output"):
+        hiddenkey.plan(make("llama"), "wrong:element@0.1")
+
+
+@pytest.mark.parametrize("function", (lambda a, b: (a - b).square(), lambda a, b: (a - b).square().mean()))
+def test_a_consistency_that_gives_no_value_per_row(function):
+    hiddenkey.register_consistency("wrong")(function)
+    with pytest.raises(ValueError, match=r"'wrong' must give one value per row, \(2, 6\)"):
+        hiddenkey.consistency_loss("wrong", *torch.randn(2, 2, 6, 3))

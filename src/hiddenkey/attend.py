@@ -43,10 +43,14 @@ def attention(
     training: False: nothing drops, as in `torch.nn.functional.dropout`; give a module's own `self.training`.
 
     One draw is made per example and key/value head. A row that a draw would empty keeps all it can see, and a
-    row that can see nothing gives zeros. Raises ValueError for a recipe without such drops and for bad shapes.
+    row that can see nothing gives zeros. Raises ValueError for a recipe without such drops and for tensors that do
+    not fit together in shape, dtype or device.
     """
     drops = select(drop, ("logits", "weights"), "attention")
     _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)
+    _check_kinds(query, key, value, attn_mask, keep, scale)
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        return value.new_zeros((*query.shape[:3], value.shape[3])) + 0 * (query.sum() + key.sum() + value.sum())
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = hiding(attn_mask)
     mask, bias = read_mask(attn_mask, causal=is_causal)
@@ -155,6 +159,23 @@ def _undropped(
 def _full_rank(keep: Tensor, shape: Shape) -> Tensor:
     keep = keep.view((1,) * (4 - keep.dim()) + tuple(keep.shape))
     return keep.expand(shape[0], -1, -1, shape[3])
+
+
+def _check_kinds(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keep: Tensor | None, scale: float | None
+) -> None:
+    """What the kernels below take for granted: they read memory, and do not ask whose."""
+    inputs = (query, key, value)
+    dtypes = ", ".join(str(x.dtype) for x in inputs)
+    if not all(x.is_floating_point() for x in inputs):
+        raise ValueError(f"query, key and value must be floating point, got {dtypes}")
+    if len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"query, key and value must have one dtype, got {dtypes}")
+    devices = {x.device for x in (*inputs, mask, keep) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be more than 0, got {scale}")
 
 
 def _check(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -13,6 +15,7 @@ import hiddenkey
 
 from .lab.bench.config import BenchConfig
 from .lab.config import TrainConfig
+from .lab.errors import ConfigError
 from .lab.sweep.config import SweepConfig
 
 INTERRUPTED = 130
@@ -173,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         RUNNERS[type(command)](command)
+    except BrokenPipeError:  # of `hiddenkey plan … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nStopped.{_way_on(command)}\n")
         sys.exit(INTERRUPTED)
@@ -194,6 +199,8 @@ def _parse(arguments: list[str]) -> Any:
         from .lab.config_file import read_fields
 
         defaults |= read_fields(arguments.pop(1))
+    elif arguments[:1] == ["train"]:
+        _require_file_first(arguments[1:])
     train = tyro.conf.subcommand("train", default=TrainConfig(**defaults))
     commands = (
         Annotated[TrainConfig, train]
@@ -210,6 +217,12 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _require_file_first(arguments: list[str]) -> None:
+    for before, word in pairwise(arguments):
+        if word.endswith((".yaml", ".yml")) and not before.startswith("-"):
+            raise ConfigError(f"{word}: the file comes first, as in hiddenkey train {word} --seed 1.")
 
 
 def _way_on(command: Any) -> str:

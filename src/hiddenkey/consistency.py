@@ -102,6 +102,7 @@ def consistency_loss(
     first, second: logits (…, V), the view that is trained and the other one; predictions for `mse`.
     valid: bool (…), rows that count; None: all. Without any valid row the loss is 0.
     reduction: `mean` over valid rows, `sum` over them, or `none`: (…), 0 where not valid.
+    A class that both views exclude by minus infinity gives NaN; exclude it by a number such as -1e4.
 
     Gradient flows into `first`, and into `second` only where the consistency says both (`kl-rdrop`).
     Raises ValueError for an unknown name, unequal shapes, a `valid` that does not fit, another reduction.
@@ -129,6 +130,11 @@ def consistency_loss(
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     second = second if consistency.both else second.detach()
     values = consistency.divergence(first.to(dtype), second.to(dtype))
+    if values.shape != first.shape[:-1]:
+        raise ValueError(
+            f"the function of {name!r} must give one value per row, {tuple(first.shape[:-1])}, but gave "
+            f"{tuple(values.shape)} for logits of {tuple(first.shape)}"
+        )
     if reduction == "none":
         return values if valid is None else values.new_zeros(rows).masked_scatter(valid, values)
     return values.sum() / max(values.numel(), 1) if reduction == "mean" else values.sum()

@@ -11,13 +11,22 @@ from .axes.compensation import COMPENSATIONS
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
 from .axes.position import POSITIONS, Space
-from .errors import RecipeError
+from .errors import RecipeError, UserError
 from .recipe import Drop, Recipe, parse
 
 
 def draw(drop: Drop, grid: Grid) -> Tensor:
-    """A keep mask (True = kept) that broadcasts to `grid.shape`."""
-    return PATTERNS[drop.pattern].draw(grid, drop.p)
+    """A keep mask (True = kept) that broadcasts to `grid.shape`.
+
+    Raises UserError where the pattern's function gave something else.
+    """
+    keep = PATTERNS[drop.pattern].draw(grid, drop.p)
+    if keep.dtype != torch.bool or keep.dim() != len(grid.shape) or not broadcasts(keep.shape, grid.shape):
+        raise UserError(
+            f"the pattern {drop.pattern!r} must draw a bool mask that broadcasts to {grid.shape}, but drew "
+            f"{keep.dtype} of shape {tuple(keep.shape)}; use grid.lay for one over places"
+        )
+    return keep
 
 
 def compensate(drop: Drop, erased: Tensor) -> Tensor:

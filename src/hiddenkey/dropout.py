@@ -77,6 +77,8 @@ class StructuredDropout(nn.Module):
         """
         if x.dim() != 3:
             raise ValueError(f"StructuredDropout takes a (B, T, D) tensor, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"StructuredDropout takes a floating point tensor, got {x.dtype}")
         if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2]):
             raise ValueError(
                 f"valid must be bool of shape {tuple(x.shape[:2])}, got {valid.dtype} of shape {tuple(valid.shape)}"

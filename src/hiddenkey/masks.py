@@ -51,7 +51,7 @@ def read_mask(mask: Tensor | None, *, causal: bool = False) -> tuple[Mask, Tenso
         return Mask(causal=causal), None
     if mask.dtype == torch.bool:
         return Mask(full=mask), None
-    visible = mask > torch.finfo(mask.dtype).min / 2
+    visible = ~(mask <= torch.finfo(mask.dtype).min / 2)  # NaN hides nothing, and is seen
     return Mask(full=visible), mask.masked_fill(~visible, 0)
 
 

@@ -193,3 +193,27 @@ def test_the_way_out_that_is_told_works_on_what_peft_gives_back():
         hiddenkey.attach(inner, "hiddenkey@0.1")
     hiddenkey.find_attachment(inner).detach()
     hiddenkey.attach(inner, "hiddenkey@0.1").detach()
+
+
+def test_a_batch_that_is_no_mapping():
+    model = make("llama").train()
+    with hiddenkey.attach(model, "hiddenkey@0.3"), pytest.raises(UserError, match=r"mapping.*'labels'.*tuple"):
+        hiddenkey.consistency_step(model, (batch("llama")["input_ids"],))
+
+
+def test_model_and_recipe_exchanged():
+    with pytest.raises(hiddenkey.AttachError, match="a model and a recipe, in this order; the first is a str"):
+        hiddenkey.attach("hiddenkey@0.1", make("llama"))
+
+
+@pytest.mark.parametrize("recipe", ("hiddenkey@0.3", "hiddenkey-@0.3"))
+def test_an_adapter_that_was_loaded_to_be_used(recipe):
+    """PEFT freezes it: torch would say that something does not require grad."""
+    model = lora(decoder("Llama")(), ["q_proj"]).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with hiddenkey.attach(model, recipe):
+        with pytest.raises(UserError, match="is_trainable=True"):
+            hiddenkey.consistency_step(model, batch("llama"))
+        with torch.no_grad():
+            assert hiddenkey.consistency_step(model, batch("llama")).total > 0

@@ -41,6 +41,8 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
 
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"attach takes a model and a recipe, in this order; the first is a {type(model).__name__}")
     model = uncompiled(model)
     earlier = _attached_to(model)
     if earlier is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import nn
 
@@ -100,6 +101,11 @@ def _check_sides(sites: list[Site]) -> None:
     """Refuse a position whose function yields places of another space than the position's."""
     for site in sites:
         space = space_of(site.drop)
+        if site.side not in get_args(Side):
+            raise PlanError(
+                f"the position {site.drop.position!r} yields the side {site.side!r} of {site.path}; it is one of "
+                f"{', '.join(get_args(Side))}"
+            )
         if (space == "stream") == (site.side == "attention"):
             wanted = "'input' or 'output'" if space == "stream" else "'attention'"
             raise PlanError(

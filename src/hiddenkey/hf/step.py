@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..consistency import CONSISTENCIES, Consistency
@@ -99,11 +100,19 @@ def consistency_step(
     both views through DistributedDataParallel and reentrant checkpoints; RuntimeError where the model was changed
     after attach, so that a drop would be lost.
     """
+    if not isinstance(batch, Mapping):
+        raise UserError(f"a batch is a mapping of the model's arguments, with 'labels'; got a {type(batch).__name__}")
     attachment = find_attachment(model)
     if attachment is None:
         raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     with attachment.watch.step():
-        return _losses(attachment, model, _named(model, batch), num_items, task_loss, scale)
+        losses = _losses(attachment, model, _named(model, batch), num_items, task_loss, scale)
+    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "nothing in this model can be trained; an adapter that goes on is loaded with "
+            "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    return losses
 
 
 def _named(model: nn.Module, batch: Batch) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +18,10 @@ from .errors import RunError
 RESULT = "result.json"
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 GENERATIONS = "generations.jsonl"
+# As `hiddenkey.hf.saving` names it, which takes seconds to import.
+_RECIPE_FILE = "hiddenkey.json"
 _FREE_BYTES = 64 * 2**20
 
 # A folder may be moved, and overwrite says nothing about the run.
@@ -119,7 +123,10 @@ def read_result(folder: Path) -> RunResult | None:
         return RunResult(**{**found, "folder": str(folder)})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in fields(RunResult))
-        raise RunError(f"{path} is not a result of this version ({error}); it should hold: {names}.") from error
+        raise RunError(
+            f"{path} is not a result of this version ({error}); it should hold: {names}. Give another folder with "
+            "--out, or --overwrite to delete that run."
+        ) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -138,15 +145,16 @@ def make_folder(folder: Path) -> None:
 
 
 def open_folder(config: TrainConfig) -> RunResult | None:
-    """The earlier state of the same run in its folder, where there is one.
+    """The earlier state of the same run in its folder, where there is one; with `overwrite` there is none.
 
     Raises:
-        RunError: the disk is full, or another run lies there.
+        RunError: the disk is full, or another run lies there, or with `overwrite` something that no run wrote.
     """
     folder = Path(config.out)
     require_space(folder, _FREE_BYTES)
     if config.overwrite:
-        _clear(folder)
+        _require_ours(folder)
+        return None
     earlier = read_result(folder)
     if earlier is not None:
         _require_same(earlier.config, config)
@@ -168,13 +176,24 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    # Only what a run writes: the folder may hold other files.
+def clear(folder: Path) -> None:
+    """Delete what an earlier run has written, and nothing else."""
     (folder / RESULT).unlink(missing_ok=True)
     (folder / GENERATIONS).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
+
+
+def _require_ours(folder: Path) -> None:
+    adapter = folder / ADAPTER
+    ours = not adapter.exists() or (adapter / _RECIPE_FILE).exists()
+    others = [path for path in (folder / CHECKPOINTS).glob("*") if not CHECKPOINT.fullmatch(path.name)]
+    if not ours or others:
+        raise RunError(
+            f"--overwrite would delete {others[0] if others else adapter}, which no run of hiddenkey wrote. Move it "
+            "away or give another folder with --out."
+        )
 
 
 def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:

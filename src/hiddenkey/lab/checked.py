@@ -15,6 +15,7 @@ from rich.console import Console
 import hiddenkey
 
 from ..consistency import CONSISTENCIES
+from ..hf.structure import read
 from ..recipe import Recipe, parse
 from .columns import values
 from .config import TrainConfig
@@ -77,6 +78,7 @@ def check_run(config: TrainConfig, recipe: Recipe) -> Checked:
     refuse_smoothing(examples.task, config.label_smoothing)
     skeleton, tokenizer = check_structure(config, examples, task, [recipe])
     train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
+    _require_known(train_rows, tokenizer, config.model)
     validation = task.tokenise(examples.validation, tokenizer, config.max_length)
     test = None
     if examples.test is not None:
@@ -97,10 +99,33 @@ def check_structure(
     """
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
     find_targets(skeleton, config.target_modules)
+    if examples.task == "causal-lm":
+        _require_causal(skeleton, config.model)
     for recipe in map(parse, recipes):
         _refuse_consistency(recipe, examples.task)
         hiddenkey.plan(skeleton, recipe)
     return skeleton, load_tokenizer(config, skeleton)
+
+
+def _require_causal(skeleton: Any, name: str) -> None:
+    # transformers puts a language model's head on an encoder too, which then reads what it is to write.
+    stacks = [stack for stack in read(skeleton).stacks if any(layer.attentions for layer in stack.layers)]
+    if stacks and not any(stack.causal for stack in stacks):
+        raise ConfigError(
+            f"{name} is an encoder ({type(skeleton).__name__}): each place sees the tokens after it, so it cannot "
+            "learn to write. Give a causal language model, or data with labels."
+        )
+
+
+def _require_known(rows: Dataset, tokenizer: Any, name: str) -> None:
+    """Refuse texts of which the tokenizer knows less than half."""
+    tokens = [token for ids in values(rows, "input_ids") for token in ids if token not in tokenizer.all_special_ids]
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in values(rows, "input_ids"))
+    if tokenizer.unk_token_id is not None and unknown > len(tokens):
+        raise ConfigError(
+            f"The tokenizer of {name} does not know {unknown} of {unknown + len(tokens)} tokens of the training "
+            "data; it is not that of these texts, or not that of the model."
+        )
 
 
 def _refuse_consistency(recipe: Recipe, task: str) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .artifacts import write_text
+from .artifacts import CHECKPOINT, write_text
 from .errors import RunError
 
 _MARK = "complete"
 _STATE = "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def mark_complete(folder: Path, step: int) -> None:
@@ -37,7 +35,7 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
     """
     whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        found = _NAME.fullmatch(path.name)
+        found = CHECKPOINT.fullmatch(path.name)
         if found and (path / _MARK).exists():
             whole[int(found[1])] = path
         else:

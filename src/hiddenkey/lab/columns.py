@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ TEXTS = (
     ("text",),
 )
 LABELS = ("label", "labels", "score", "target", "Quality")
+# Up to so many different numbers may be classes that a table program has given a ".0".
+_FEW_CLASSES = 20
 # Says of a row of WebNLG's test part whether training had its category.
 SEEN = "seen"
 
@@ -61,6 +64,8 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
         return Columns("causal-lm", (config.prompt_column,), config.completion_column)
     labelled = bool(config.text_columns or config.label_column)
     pair = None if labelled else _first(PROMPT_COMPLETION, rows)
+    if pair and pair[0] == "instruction":
+        _refuse_input(rows)
     if config.task == "causal-lm":
         if pair is None:
             raise _not_found("prompt and completion", "--prompt-column and --completion-column", rows)
@@ -73,6 +78,16 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
     if pair and config.task == "auto":
         return Columns("causal-lm", pair[:1], pair[1])
     raise _not_found("text and label", "--text-columns and --label-column", rows)
+
+
+def _refuse_input(rows: Dataset) -> None:
+    # Alpaca's third column is a part of the prompt in the rows that have one.
+    filled = sum(bool(text) for text in values(rows, "input")) if "input" in rows.column_names else 0
+    if filled:
+        raise DataError(
+            f"The column 'input' holds text in {filled} rows, and is not read beside 'instruction': put both into "
+            "one column and name that with --prompt-column."
+        )
 
 
 def require_columns(rows: Dataset, names: list[str], part: str) -> None:
@@ -89,12 +104,26 @@ def _first(candidates: tuple[tuple[str, ...], ...], rows: Dataset) -> tuple[str,
 
 def _task_of(rows: Dataset, label: str) -> TaskName:
     feature = rows.features[label]
-    return "regression" if getattr(feature, "dtype", "").startswith("float") else "classification"
+    if not getattr(feature, "dtype", "").startswith("float"):
+        return "classification"
+    found = sorted({value for value in values(rows, label) if value is not None and value == value})
+    if len(found) <= _FEW_CLASSES and all(value.is_integer() for value in found):
+        raise DataError(
+            f"Column {label!r} holds whole numbers, written as {', '.join(map(str, found))}: classes or scores? "
+            "Say --task classification or --task regression."
+        )
+    return "regression"
 
 
 def _not_found(what: str, flags: str, rows: Dataset) -> DataError:
     has = ", ".join(rows.column_names)
     return DataError(
-        f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}. Where these are data, "
-        "the file has no header line: give --column-names."
+        f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}."
+        f"{_guess(rows.column_names)}"
     )
+
+
+def _guess(names: list[str]) -> str:
+    if len(names) == 1 and re.search(r"[;\t]", names[0]):
+        return " They look like one line with other separators: a .csv has commas, a .tsv tabs."
+    return " Where these are data, the file (.csv, .tsv) has no header line: give --column-names."

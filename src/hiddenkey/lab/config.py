@@ -149,6 +149,8 @@ class TrainConfig:
         # A shell expands `--out ~/run`, but neither `--out=~/run` nor YAML does.
         for name in _PATHS:
             object.__setattr__(self, name, expanded(getattr(self, name)))
+        if isinstance(self.separator, str):  # a shell hands '\n' on as two characters
+            object.__setattr__(self, "separator", self.separator.replace("\\n", "\n").replace("\\t", "\t"))
 
     def check(self) -> None:
         """Check every value on its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import yaml
 from .config import FIELD_TYPES, convert
 from .errors import ConfigError
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class _Loader(yaml.SafeLoader):
     """YAML, in which a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises ConstructorError where a key stands twice."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        """A mapping. Raises ConstructorError where a key stands twice; what `<<` merges in gives way."""
+        own = [key for key, _ in node.value if key.tag != _MERGE]
+        keys = [self.construct_object(key, deep=True) for key in own]
         for index, key in enumerate(keys):
             if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} stands twice", node.value[index][0].start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", own[index].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -35,7 +37,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     try:
         return _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
 
 
@@ -56,5 +58,10 @@ def read_fields(path: str | Path) -> dict[str, Any]:
 
 
 def _unknown(name: str) -> str:
-    nearest = difflib.get_close_matches(name, FIELD_TYPES, n=1, cutoff=0)
-    return f"unknown name {name!r}; did you mean {nearest[0]!r}? Allowed: {', '.join(FIELD_TYPES)}."
+    return f"unknown name {name!r}{hint(name, FIELD_TYPES)} Allowed: {', '.join(FIELD_TYPES)}."
+
+
+def hint(name: str, allowed: Iterable[str]) -> str:
+    """The end of a sentence: the name that was meant, where one is near."""
+    nearest = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."

@@ -23,7 +23,7 @@ class Examples:
 
     Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt`,
     `completion`, and `seen` where the rows say whether training has their kind. `label_names` are the classes in the
-    order of their numbers, empty for the other tasks.
+    order of their numbers, empty for the other tasks. columns: where they came from; unread: the other columns.
     """
 
     task: TaskName
@@ -31,6 +31,18 @@ class Examples:
     validation: Dataset
     test: Dataset | None = None
     label_names: tuple[str, ...] = ()
+    columns: Columns | None = None
+    unread: tuple[str, ...] = ()
+
+
+def describe(examples: Examples) -> str:
+    """One line on what is learnt from which columns."""
+    columns, names = examples.columns, examples.label_names
+    if columns is None:
+        return examples.task
+    classes = f" ({', '.join(names[:_SHOWN_ROWS])}{', …' if len(names) > _SHOWN_ROWS else ''})" if names else ""
+    unread = f"; not read: {', '.join(examples.unread)}" if examples.unread else ""
+    return f"{examples.task}: {columns.label!r}{classes} from {' and '.join(map(repr, columns.texts))}{unread}."
 
 
 def load_examples(config: TrainConfig) -> Examples:
@@ -58,14 +70,19 @@ def load_examples(config: TrainConfig) -> Examples:
         validation=_normalise(validation, columns, names, "validation data"),
         test=None if source.test is None else _test_part(source.test, columns, names, config.test_size),
         label_names=names,
+        columns=columns,
+        unread=tuple(name for name in source.train.column_names if name not in (*columns.texts, columns.label, SEEN)),
     )
 
 
 def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     if len(rows) == 0:
         raise DataError(f"The {part} has no rows.")
-    for name in (*columns.texts, *([columns.label] if columns.task == "causal-lm" else [])):
-        _require_texts(rows.features[name], name, part)
+    written = columns.task == "causal-lm"
+    for name in (*columns.texts, *([columns.label] if written else [])):
+        _require_texts(rows.features[name], name, part, lists=written)
+    if not written and isinstance(rows.features[columns.label], (List, LargeList)):
+        raise DataError(f"Column {columns.label!r} of the {part} holds lists; a row has one label here, not several.")
     for name in columns.texts:
         _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if v is None])
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
@@ -74,14 +91,15 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
 
 
-def _require_texts(feature: Any, name: str, part: str) -> None:
+def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
     """Texts, or lists of them; a number is one too, but a date is no longer what stood in the file."""
-    inner = feature.feature if isinstance(feature, (List, LargeList)) else feature
+    inner = feature.feature if lists and isinstance(feature, (List, LargeList)) else feature
     dtype = getattr(inner, "dtype", None)
-    if not isinstance(inner, (Value, ClassLabel)) or re.match("timestamp|date|time|duration", str(dtype)):
+    dates = re.match("timestamp|date|time|duration", str(dtype))
+    if not isinstance(inner, (Value, ClassLabel)) or dates or "binary" in str(dtype):
+        way_out = " Save the file as .csv, whose texts stay as they are." if dates else ""
         raise DataError(
-            f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts. Where it "
-            "holds dates, save the file as .csv, whose texts stay as they are."
+            f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.{way_out}"
         )
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -32,22 +35,30 @@ QUERY_AND_VALUE = (
 )
 
 
-def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
+_TOKENIZER = re.compile(r"tokenizer|tokenization|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|tiktoken)$")
+
+
+def load_tokenizer(config: TrainConfig, model: Any) -> Any:
     """The tokenizer of the model, with a pad token and room for `max_length`.
 
     Raises:
         OSError: no such tokenizer.
         ConfigError: it cannot be read, no token can pad, or the model takes fewer tokens than `max_length`.
     """
+    _require_tokenizer(config.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"The tokenizer of {config.model} cannot be read: {error}") from error
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise ConfigError(f"The tokenizer of {config.model} has no pad, eos or unk token; add a pad token to it.")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
+        raise ConfigError(
+            f"The tokenizer of {config.model} has no pad, eos or unk token among the {rows} that the model knows; "
+            "name one of them as pad_token in its tokenizer_config.json."
+        )
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     limit = min(value for value in limits if value is not None)
     if config.max_length > limit:
@@ -55,6 +66,15 @@ def load_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
             f"max_length = {config.max_length}, but {config.model} takes {limit}; give {limit} or less."
         )
     return tokenizer
+
+
+def _require_tokenizer(model: str) -> None:
+    # transformers makes one up, of special tokens alone, to which every word is unknown.
+    folder = Path(model)
+    if folder.is_dir() and not any(_TOKENIZER.match(path.name) for path in folder.iterdir()):
+        raise ConfigError(
+            f"{model} holds no tokenizer; put the files of the pretrained model's there (tokenizer.json)."
+        )
 
 
 def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:
@@ -68,18 +88,37 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
 
     Raises:
         OSError: no such model.
-        ConfigError: no module to put LoRA on.
+        ConfigError: no module to put LoRA on, or weights that cannot be read or do not fit.
     """
-    model, loading = getattr(transformers, task.model_class).from_pretrained(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        **model_options(config, task),
-    )
+    try:
+        model, loading = getattr(transformers, task.model_class).from_pretrained(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other classes is drawn anew, as one that is not there
+            **model_options(config, task),
+        )
+    except SafetensorError as error:
+        raise ConfigError(
+            f"The weights of {config.model} cannot be read: {error}. Where git left a pointer in their place, fetch "
+            "them with git lfs pull."
+        ) from error
     # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
     model.config.pad_token_id = tokenizer.pad_token_id
-    return add_lora(model, config, task.peft_type, loading["missing_keys"])
+    return add_lora(model, config, task.peft_type, {*loading["missing_keys"], *_other_sizes(model, loading, config)})
+
+
+def _other_sizes(model: Any, loading: dict[str, Any], config: TrainConfig) -> set[str]:
+    """What the checkpoint has in another size, which is allowed for a classifier alone."""
+    keys = {entry[0] if isinstance(entry, tuple) else entry for entry in loading["mismatched_keys"]}
+    writes = model.get_output_embeddings() is not None
+    wrong = sorted(key for key in keys if writes or key.startswith(f"{model.base_model_prefix}."))
+    if wrong:
+        raise ConfigError(
+            f"The weights of {config.model} have other sizes than its configuration says: {', '.join(wrong)}."
+        )
+    return keys
 
 
 def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_keys: set[str]) -> PeftModel:

@@ -22,6 +22,7 @@ from .adapter import save_adapter
 from .artifacts import (
     CHECKPOINTS,
     RunResult,
+    clear,
     make_folder,
     open_folder,
     require_same_data,
@@ -33,6 +34,7 @@ from .checked import Checked, check_run, tell_of_cuts
 from .checkpoints import is_last, last_checkpoint, unmark
 from .columns import values
 from .config import Keep, TrainConfig
+from .data import describe
 from .errors import LabError, RunError
 from .generation import generation_scores
 from .interrupts import postponed
@@ -78,8 +80,11 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     checked = check_run(config, recipe)
     if earlier is not None:
         require_same_data(earlier, checked.digest)
+    console.print(describe(checked.examples), highlight=False, soft_wrap=True, markup=False)
     tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
+    if config.overwrite:
+        clear(Path(config.out))
     with postponed():
         result = _first_record(config, recipe, checked, trainer)
         write_result(result)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import glob
 import re
+import tempfile
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,6 +48,8 @@ def read_source(config: TrainConfig) -> Source:
         there = parts_of_folder(path)
     elif path.suffix.lower() in FORMATS:
         there = {"train": (str(path.resolve()),)}
+    elif path.exists():
+        raise DataError(f"{path} is of no format that is read; these are: {', '.join(FORMATS)}.")
     else:
         hub = _load_hub(config)
         there = {name: (name,) for name in hub}
@@ -78,8 +82,14 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
     for file in files if FORMATS[suffix] == "csv" else ():
         options = _csv_options(file, config)
     names = [str(file.resolve()) for file in files]
+    if config.column_names and FORMATS[suffix] != "csv":
+        raise DataError(f"column_names are for .csv and .tsv files; {names[0]} names its columns itself.")
+    patterns = {"train": [glob.escape(name) for name in names]}
     try:
-        return load_dataset(FORMATS[suffix], data_files={"train": names}, split="train", **options)
+        # `datasets` would give out what it read before from a file of this name and time, whatever stands in it now.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            reader: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
+            return load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
     except (DatasetGenerationError, ValueError) as error:
         # `datasets` says so of a file with a header and no rows as well.
         raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {error.__cause__ or error}") from error
@@ -95,6 +105,7 @@ def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
     if file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(first)):
         names = names or _COLA_COLUMNS
     if names:
+        _require_no_header(file, names, first)
         options["names"] = list(names)
     _require_names(file, names or tuple(first), first if names else _row(file, 1, options))
     # Texts stay as they are: 007 and 7.50 are no numbers.
@@ -114,7 +125,20 @@ def _row(file: Path, number: int, options: dict[str, Any]) -> list[str]:
         csv.field_size_limit(limit)
 
 
+def _require_no_header(file: Path, names: tuple[str, ...], first: list[str]) -> None:
+    if [name.strip().lower() for name in first] == [name.lower() for name in names]:
+        raise DataError(f"{file} has a header line, {', '.join(first)}; leave out column_names.")
+    if len(names) > len(first):
+        raise DataError(
+            f"column_names holds {len(names)} names, but the first row of {file} has {len(first)} fields: "
+            f"{', '.join(map(repr, first))}."
+        )
+
+
 def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{file} has two columns named {', '.join(map(repr, twice))}; rename one of them.")
     # pandas would take the first column for numbers of rows, and shift all others.
     if len(row) > len(names):
         raise DataError(

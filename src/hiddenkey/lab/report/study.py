@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RunError
-from ..sweep.record import RunRecord, method_key, read_record
+from ..sweep.record import RUNS, RunRecord, method_key, read_record
 from .alike import require_one_plan, require_one_task
 from .metrics import Metric, metric
 from .paper import DECODERS, PRINTED_METRICS, PRINTED_TEXT_METRICS, TASK_LABELS, rank_of, task_key
@@ -198,7 +198,7 @@ def read_study(folders: Iterable[Path]) -> list[Task]:
         RunError: there is no record, one cannot be read, or records of one name are not of one task.
     """
     folders = list(folders)
-    found_in = {folder: list(folder.rglob("runs/*.json")) for folder in folders}
+    found_in = {folder: _records_below(folder) for folder in folders}
     empty = [str(folder) for folder, records in found_in.items() if not records]
     if empty or not folders:
         raise RunError(f"no runs below {', '.join(empty)}: looked for runs/*.json. Run `hiddenkey sweep` first.")
@@ -206,9 +206,18 @@ def read_study(folders: Iterable[Path]) -> list[Task]:
     by_sweep: dict[str, dict[str, RunRecord]] = defaultdict(dict)
     for path in paths:
         record = read_record(path)
-        by_sweep[record.sweep][record.id] = record
+        other = by_sweep[record.sweep].setdefault(record.id, record)
+        if other != record:
+            raise RunError(
+                f"{path} and another record below {', '.join(map(str, folders))} are of one run, {record.id}, and "
+                "differ; give the folder of one of them."
+            )
     tasks = [make_task(name, list(records.values())) for name, records in by_sweep.items()]
     return sorted(tasks, key=_place)
+
+
+def _records_below(folder: Path) -> list[Path]:
+    return list(folder.glob("*.json")) if folder.resolve().name == RUNS else list(folder.rglob(f"{RUNS}/*.json"))
 
 
 def make_task(name: str, records: list[RunRecord]) -> Task:

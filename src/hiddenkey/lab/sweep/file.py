@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from ..config import FIELD_TYPES, OF_A_TASK, expanded
-from ..config_file import read_yaml
+from ..config_file import hint, read_yaml
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
 
@@ -91,9 +90,8 @@ def _known(where: str, given: Any, allowed: tuple[str, ...], required: tuple[str
     prefix = f"{where}: " if where else ""
     for name in given:
         if name not in allowed:
-            nearest = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0)[0]
             raise ConfigError(
-                f"{prefix}unknown name {name!r}; did you mean {nearest!r}? Allowed: {', '.join(allowed)}."
+                f"{prefix}unknown name {name!r}{hint(str(name), allowed)} Allowed: {', '.join(allowed)}."
             )
     missing = [name for name in required if name not in given]
     if missing:
@@ -157,6 +155,8 @@ def _axis(where: str, names: list[str], given: Any) -> tuple[Values, ...]:
         raise ConfigError(f"{where} = {given!r} is not allowed: it is a list of one or more values.")
     if len(names) > 1 and not all(isinstance(entry, list) and len(entry) == len(names) for entry in given):
         raise ConfigError(f"{where} = {given!r} is not allowed: it is a list of lists of {len(names)} values.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: a field stands in it twice; name every field once.")
     entries = given if len(names) > 1 else [[entry] for entry in given]
     points = tuple(_fields(where, dict(zip(names, entry, strict=True))) for entry in entries)
     for index, point in enumerate(points):
@@ -230,8 +230,10 @@ def _check_names(where: str, method: Method) -> None:
     for name in method.space:
         if (name in open_names) == (name in FIELD_TYPES):
             what = "both a field and in the recipe" if name in open_names else "neither a field nor in the recipe"
-            nearest = difflib.get_close_matches(name, [*FIELD_TYPES, *open_names], n=1, cutoff=0)[0]
-            raise ConfigError(f"{where}.grid: {name} is {what}; did you mean {nearest!r}?")
+            way = hint(name, [*FIELD_TYPES, *open_names])
+            raise ConfigError(
+                f"{where}.grid: {name} is {what}{way} Write {{{name}}} where the recipe needs its value."
+            )
 
 
 def _check_size(where: str, method: Method, sweep: SweepFile) -> None:

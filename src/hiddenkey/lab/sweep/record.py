@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import hiddenkey
 
@@ -139,9 +139,23 @@ def read_record(path: Path) -> RunRecord:
         ) from error
 
 
+_HINTS = get_type_hints(RunRecord)
+# A whole number may stand for a float, and JSON writes it so.
+_KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), dict: dict, list: list, bool: bool}
+
+
 def make_record(found: dict[str, Any]) -> RunRecord:
-    """A record from its plain values. Raises TypeError where names are missing or unknown."""
-    return RunRecord(**found)
+    """A record from its plain values. Raises TypeError where names are missing or unknown, or of another kind."""
+    record = RunRecord(**found)
+    for name, hint in _HINTS.items():
+        value = getattr(record, name)
+        kind = get_origin(hint) or hint
+        if kind in _KINDS and (not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool)):
+            raise TypeError(f"{name} is {value!r}")
+    absent = [name for name in ("seed", "data_seed", "model") if name not in record.config]
+    if absent:
+        raise TypeError(f"config has no {absent[0]}")
+    return record
 
 
 def _short(value: Any) -> str:

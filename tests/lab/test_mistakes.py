@@ -1,0 +1,242 @@
+"""Mistakes that would go on in silence, or end in a library's traceback: each is told, and in time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+
+from hiddenkey.lab import run
+from hiddenkey.lab.artifacts import read_result
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.config_file import read_fields
+from hiddenkey.lab.data import describe, load_examples
+from hiddenkey.lab.errors import ConfigError, DataError, RunError
+
+from . import tiny
+from .test_run import config  # noqa: F401
+
+ROWS = "text,label\n" + "".join(
+    f"the film was {word},{i % 2}\n" for i, word in enumerate([*tiny.GOOD, *tiny.BAD] * 3)
+)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+class TestOverwrite:
+    def test_nothing_is_deleted_before_the_checks(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        config = replace(config, epochs=1)
+        run.train(config)
+        before = contents(Path(config.out))
+        wrong = replace(config, overwrite=True, data=str(tmp_path / "typo.csv"))
+        with pytest.raises(OSError, match=r"typo\.csv"):
+            run.train(wrong)
+        with pytest.raises(ConfigError, match="no linear layer"):
+            run.train(replace(config, overwrite=True, target_modules=("nothing",)))
+        assert contents(Path(config.out)) == before
+
+    def test_what_no_run_wrote_stays(self, config: TrainConfig):  # noqa: F811
+        for name in ("checkpoints", "adapter"):
+            mine = Path(config.out) / name / "mine.pt"
+            mine.parent.mkdir(parents=True)
+            mine.write_text("x")
+            with pytest.raises(RunError, match=f"would delete .*{name}.*no run of hiddenkey wrote"):
+                run.train(replace(config, overwrite=True))
+            assert mine.read_text() == "x"
+            shutil.rmtree(mine.parent)
+
+    def test_an_earlier_run_is_replaced(self, config: TrainConfig):  # noqa: F811
+        run.train(replace(config, epochs=1))
+        result = run.train(replace(config, epochs=2, overwrite=True))
+        assert len(result.epochs) == 2
+        found = read_result(Path(config.out))
+        assert found is not None
+        assert found.config["epochs"] == 2
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", ("data[1].csv", "da?a.csv", "da*a.csv", "x[1]/train.csv"))
+    def test_a_name_is_no_pattern(self, config: TrainConfig, tmp_path: Path, name: str):  # noqa: F811
+        for path, word in ((name, "fine"), ("data1.csv", "WRONG"), ("dada.csv", "WRONG"), ("x1/train.csv", "WRONG")):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text(ROWS.replace("film", word))
+        data = str(tmp_path / name) if "/" not in name else str((tmp_path / name).parent)
+        examples = load_examples(replace(config, data=data))
+        assert all("fine" in text and "WRONG" not in text for text in examples.train["first"])
+
+    def test_what_stands_in_it_now_is_read(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        path = tmp_path / "data.csv"
+        for word in ("film", "play"):
+            path.write_text(ROWS.replace("film", word))
+            os.utime(path, (1e9, 1e9))
+            assert all(word in text for text in load_examples(replace(config, data=str(path))).train["first"])
+
+    def test_rows_are_shuffled_and_chosen_after_their_cache_is_gone(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        (tmp_path / "data.csv").write_text(ROWS)
+        examples = load_examples(replace(config, data=str(tmp_path / "data.csv"), train_size=8))
+        assert len(examples.train.shuffle(seed=1).map(lambda row: {"n": len(row["first"])}).filter(bool)) == 8
+
+    @pytest.mark.parametrize("name", ("data.txt", "data.xlsx", "data.csv.gz", "data"))
+    def test_another_format(self, config: TrainConfig, tmp_path: Path, name: str):  # noqa: F811
+        (tmp_path / name).write_text(ROWS)
+        with pytest.raises(DataError, match=r"no format that is read.*\.csv"):
+            load_examples(replace(config, data=str(tmp_path / name)))
+
+
+def load(config: TrainConfig, tmp_path: Path, name: str, text: str, **fields: object):  # noqa: F811
+    (tmp_path / name).write_text(text)
+    return load_examples(replace(config, data=str(tmp_path / name), **fields))
+
+
+def copied(model: str | Path, tmp_path: Path) -> str:
+    return shutil.copytree(model, tmp_path / "own-model", dirs_exist_ok=True).as_posix()
+
+
+SENTENCES = [{"text": ["a", "b"], "label": i % 2} for i in range(12)]
+SEVERAL = [{"text": "a", "label": [i % 2, 2]} for i in range(12)]
+FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
+ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "done"} for i in range(12)]
+MISTAKES = {
+    "two columns of one name": ("d.csv", ROWS.replace("text,label", "label,label"), {}, "two columns named 'label'"),
+    "names for a file that has them": ("d.csv", ROWS, {"column_names": ("text", "label")}, "has a header line"),
+    "more names than fields": ("d.csv", ROWS[11:], {"column_names": ("text", "label", "x")}, "3 names, .* 2 fields"),
+    "names for JSON": ("d.jsonl", '{"text": "a", "label": 0}', {"column_names": ("a", "b")}, "for .csv and .tsv"),
+    "Alpaca's third column": ("d.json", json.dumps(ALPACA), {}, "'input' holds text in 6 rows"),
+    "lists as texts": ("d.json", json.dumps(SENTENCES), {}, "not as texts"),
+    "several labels": ("d.json", json.dumps(SEVERAL), {}, "holds lists"),
+    "classes as floats": ("d.csv", FLOATS, {}, "0.0, 1.0: classes or scores"),
+    "semicolons": ("d.csv", ROWS.replace(",", ";"), {}, "other separators"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_data(case: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
+    name, text, fields, said = MISTAKES[case]
+    with pytest.raises(DataError, match=said):
+        load(config, tmp_path, name, text, **fields)
+
+
+def test_bytes_are_no_texts(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    Dataset.from_list([{"text": b"good", "label": i % 2} for i in range(12)]).to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="read as binary, not as texts"):
+        load_examples(replace(config, data=str(tmp_path / "d.parquet")))
+
+
+def test_floats_may_be_either(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    assert load(config, tmp_path, "d.csv", FLOATS, task="classification").label_names == ("0", "1")
+    assert load(config, tmp_path, "d.csv", FLOATS, task="regression").task == "regression"
+    assert load(config, tmp_path, "d.csv", ROWS.replace(",1", ",1.5").replace(",0", ",0.0")).task == "regression"
+
+
+def test_alpaca_without_inputs(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    rows = json.dumps([row | {"input": ""} for row in ALPACA])
+    assert load(config, tmp_path, "d.json", rows).task == "causal-lm"
+
+
+def test_what_is_learnt_is_said(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # noqa: F811
+    text = ROWS.replace("text,label", "id,text,label").replace("the film", "7,the film")
+    (tmp_path / "d.csv").write_text(text)
+    line = "classification: 'label' (0, 1) from 'text'; not read: id."
+    assert describe(load(config, tmp_path, "d.csv", text)) == line
+    run.train(replace(config, data=str(tmp_path / "d.csv"), max_steps=1))
+    assert line in capsys.readouterr().err
+
+
+class TestModels:
+    def test_a_folder_without_a_tokenizer(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        config = replace(config, model=copied(config.model, tmp_path))
+        for path in Path(config.model).glob("*token*"):
+            path.unlink()
+        with pytest.raises(ConfigError, match="holds no tokenizer"):
+            run.train(config)
+
+    def test_a_tokenizer_of_other_texts(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        (tmp_path / "d.csv").write_text(
+            "text,label\n" + "".join(f"ein ganz anderer Satz,{i % 2}\n" for i in range(12))
+        )
+        with pytest.raises(ConfigError, match=r"does not know \d+ of \d+ tokens"):
+            run.train(replace(config, data=str(tmp_path / "d.csv")))
+
+    def test_an_encoder_cannot_write(self, config: TrainConfig, pairs: Path):  # noqa: F811
+        with pytest.raises(ConfigError, match="is an encoder"):
+            run.train(replace(config, data=str(pairs)))
+
+    def test_a_head_for_other_classes_is_drawn_anew(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=5)
+        model.save_pretrained(tmp_path / "five")
+        AutoTokenizer.from_pretrained(config.model).save_pretrained(tmp_path / "five")
+        result = run.train(replace(config, model=str(tmp_path / "five"), max_steps=1))
+        assert result.load_options["num_labels"] == 2
+        names = list(json.loads((Path(config.out) / "adapter/adapter_config.json").read_text())["modules_to_save"])
+        assert "classifier" in names
+
+    def test_a_pad_token_that_the_model_does_not_know(
+        self,
+        config: TrainConfig,  # noqa: F811
+        llama: Path,
+        sentences: Path,
+        tmp_path: Path,
+    ):
+        model = copied(llama, tmp_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+        tokenizer.save_pretrained(model)
+        run.train(replace(config, model=model, data=str(sentences), max_steps=1))
+        saved = AutoTokenizer.from_pretrained(Path(config.out) / "adapter")
+        assert saved.pad_token == saved.eos_token
+
+    def test_weights_that_are_a_pointer(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        config = replace(config, model=copied(config.model, tmp_path))
+        (Path(config.model) / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        )
+        with pytest.raises(ConfigError, match=r"cannot be read.*git lfs pull"):
+            run.train(config)
+
+    def test_folders_of_something_else(self, config: TrainConfig):  # noqa: F811
+        run.train(replace(config, max_steps=1))
+        for folder, kind in ((config.out, "a run"), (f"{config.out}/adapter", "a PEFT adapter")):
+            with pytest.raises(ConfigError, match=f"is the folder of {kind}"):
+                run.train(replace(config, model=folder, out=f"{config.out}-2"))
+        with pytest.raises(ConfigError, match="there is no such folder"):
+            run.train(replace(config, model="./nowhere", out=f"{config.out}-2"))
+
+
+class TestYaml:
+    def test_merge_keys(self, tmp_path: Path):
+        text = "model: &m {lora_r: 4}\n"
+        path = tmp_path / "run.yaml"
+        path.write_text("base: &b {seed: 1, lora_r: 4}\nrun:\n  <<: *b\n  seed: 2\n" + text.replace("model", "other"))
+        from hiddenkey.lab.config_file import read_yaml
+
+        assert read_yaml(path)["run"] == {"seed": 2, "lora_r": 4} == yaml.safe_load(path.read_text())["run"]
+        path.write_text("run: {seed: 1, seed: 2}")
+        with pytest.raises(ConfigError, match="'seed' stands twice"):
+            read_yaml(path)
+
+    def test_a_date_that_there_is_not(self, tmp_path: Path):
+        (tmp_path / "run.yaml").write_text("out: 2025-02-30")
+        with pytest.raises(ConfigError, match=r"run\.yaml.*day is out of range"):
+            read_fields(tmp_path / "run.yaml")
+
+    @pytest.mark.parametrize(
+        ("name", "meant"), (("learning_rat", "; did you mean 'learning_rate'?"), ("zzz", ". Allowed"))
+    )
+    def test_only_a_near_name_is_guessed(self, tmp_path: Path, name: str, meant: str):
+        (tmp_path / "run.yaml").write_text(f"{name}: 1")
+        with pytest.raises(ConfigError) as caught:
+            read_fields(tmp_path / "run.yaml")
+        assert meant in str(caught.value)
+
+
+def test_a_separator_from_a_shell():
+    assert TrainConfig(model="m", data="d", out="o", separator="\\n\\t->").separator == "\n\t->"
