@@ -81,6 +81,7 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         (["train", "gone.yaml"], "gone.yaml"),
         (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
         (["train", "--modle", "BERT"], "--modle"),
+        (["train", "--seed", "1", "run.yaml"], "run.yaml: the file comes first"),
         (["trane"], "trane"),
         ([], "train"),
     ],
@@ -95,6 +96,16 @@ def test_mistakes_exit_with_2_and_no_traceback(
     assert stop.value.code == 2
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(bert: Path):
+    command = [*PROGRAM, "plan", str(bert), "hiddenkey@0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_train_from_yaml_with_flags_on_top(

@@ -125,6 +125,12 @@ def test_data(case: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
         load(config, tmp_path, name, text, **fields)
 
 
+def test_another_encoding(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    (tmp_path / "d.csv").write_bytes(ROWS.replace("film", "Fähre").encode("latin-1"))
+    with pytest.raises(DataError, match=r"d\.csv cannot be read.*Save it as UTF-8"):
+        load_examples(replace(config, data=str(tmp_path / "d.csv")))
+
+
 def test_bytes_are_no_texts(config: TrainConfig, tmp_path: Path):  # noqa: F811
     Dataset.from_list([{"text": b"good", "label": i % 2} for i in range(12)]).to_parquet(tmp_path / "d.parquet")
     with pytest.raises(DataError, match="read as binary, not as texts"):

@@ -225,6 +225,43 @@ def test_folders_are_read_whole_and_double_records_once(tmp_path: Path):
     assert [len(task.records) for task in tasks] == [18, 18]
 
 
+def test_one_run_with_two_contents_is_told(tmp_path: Path):
+    records = make_records(SMALL)
+    write_records(records, tmp_path / "one")
+    other = records[0].test | {"best": {"accuracy": 0.1}}
+    write_records([replace(records[0], test=other), *records[1:]], tmp_path / "two")
+    with pytest.raises(RunError, match=f"of one run, {records[0].id}, and differ"):
+        read_study([tmp_path / "one", tmp_path / "two"])
+
+
+def test_the_folder_of_the_records_itself(tmp_path: Path):
+    write_records(make_records(SMALL), tmp_path / "sst2")
+    (runs,) = tmp_path.rglob("runs")
+    assert len(read_study([runs])[0].records) == 18
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        {"config": {"lora_r": 8}},
+        {"config": []},
+        {"params": None},
+        {"trial": None},
+        {"trial": "1"},
+        {"seconds": "12"},
+        {"lower_is_better": 1},
+        {"task": 3},
+    ),
+    ids=str,
+)
+def test_a_record_of_another_kind_is_told(tmp_path: Path, changes: dict[str, object]):
+    write_records(make_records(SMALL), tmp_path / "sst2")
+    path = sorted(tmp_path.rglob("runs/*.json"))[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RunError, match=f"{path.name} is not a record of this version"):
+        read_study([tmp_path])
+
+
 def test_a_folder_without_runs_beside_one_with_is_told(tmp_path: Path):
     write_records(make_records(SMALL), tmp_path / "sst2")
     with pytest.raises(RunError, match=r"no runs below .*typo: looked"):

@@ -92,7 +92,9 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
             return load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
     except (DatasetGenerationError, ValueError) as error:
         # `datasets` says so of a file with a header and no rows as well.
-        raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {error.__cause__ or error}") from error
+        cause = error.__cause__ or error
+        way_out = " Save it as UTF-8." if isinstance(cause, UnicodeError) else ""
+        raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {cause}{way_out}") from error
 
 
 def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
