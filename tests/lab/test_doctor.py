@@ -85,4 +85,4 @@ def test_the_commands_of_the_page_parse():
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
     (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [line.split("#")[0].strip() for line in block.splitlines()]
-    assert [_parse(shlex.split(line)[1:]).model for line in lines] == ["MODEL"] * 3
+    assert [_parse(shlex.split(line)[1:]).model for line in lines] == ["MODEL"] * 5

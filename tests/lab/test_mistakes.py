@@ -213,7 +213,7 @@ class TestModels:
         for folder, kind in ((config.out, "a run"), (f"{config.out}/adapter", "a PEFT adapter")):
             with pytest.raises(ConfigError, match=f"is the folder of {kind}"):
                 run.train(replace(config, model=folder, out=f"{config.out}-2"))
-        with pytest.raises(ConfigError, match="there is no such folder"):
+        with pytest.raises(FileNotFoundError, match="there is no such folder"):
             run.train(replace(config, model="./nowhere", out=f"{config.out}-2"))
 
 

@@ -44,14 +44,13 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (ValueError, ImportError) as error:
-        option = " Here that option is --trust-remote-code." if "trust_remote_code" in str(error) else ""
-        raise ConfigError(f"{name} cannot be read: {error}{option}") from error
+        raise ConfigError(f"{name} cannot be read: {error} Here that option is --trust-remote-code.") from error
 
 
 def _refuse_other_folders(name: str) -> None:
     folder = Path(name)
     if name.startswith((".", "/")) and not folder.exists():
-        raise ConfigError(f"model = {name!r}: there is no such folder.")
+        raise FileNotFoundError(f"model = {name!r}: there is no such folder.")
     if (folder / "config.json").exists():
         return
     for kind, file in (("a PEFT adapter", "adapter_config.json"), ("a run", "result.json")):
