@@ -225,6 +225,7 @@ def test_the_page_is_the_same_every_time(results: Path, tmp_path: Path):
     first = page.read_text(), figure.read_bytes()
     assert "| `hiddenkey-@0.1` step, MiniLM 32 x 128 padded | ≤ 1.03 |" in first[0]
     assert "Not measured." in first[0]
+    assert all(f"- {entry.name}: {entry.what}\n" in first[0] for entry in [row("plain"), row("hiddenkey-@0.1")])
     performance.write_page(config)
     assert (page.read_text(), figure.read_bytes()) == first
 

@@ -93,7 +93,13 @@ def source_section(records: Records, out: str) -> str:
 def record_section(record: Record, figures: str) -> str:
     """The figure of one result and the tables of its cases."""
     tables = "\n\n".join(case_table(case) for case in record.cases)
-    return f"## {record.title}\n\n![{record.title}]({figures}/{record.name}.png)\n\n{tables}"
+    return f"## {record.title}\n\n![{record.title}]({figures}/{record.name}.png)\n\n{legend(record)}\n\n{tables}"
+
+
+def legend(record: Record) -> str:
+    """What each provider does, once."""
+    told = dict.fromkeys((row.name, row.what) for case in record.cases for row in case.rows)
+    return "\n".join(f"- {name}: {what}" for name, what in told)
 
 
 def case_table(case: Case) -> str:
