@@ -332,6 +332,20 @@ def test_kinds_that_no_kernel_may_see(recipe):
         hiddenkey.attention(query, key.bfloat16(), value, recipe)
 
 
+@pytest.mark.parametrize("mask", (torch.tensor(True), torch.tensor([True, False, True, True, True]), torch.zeros(5)))
+def test_outside_of_training_a_mask_may_have_few_dimensions(mask):
+    query, key, value = (torch.randn_like(x) for x in tensors())
+    inside = hiddenkey.attention(query, key, value, "logits:column@0", attn_mask=mask)
+    outside = hiddenkey.attention(query, key, value, "logits:column@0.5", attn_mask=mask, training=False)
+    torch.testing.assert_close(outside, inside)
+
+
+def test_nothing_to_see_in_half_precision_is_no_nan():
+    query = torch.full((2, 4, 500, 64), 100.0, dtype=torch.float16)
+    empty = torch.ones(2, 4, 0, 64, dtype=torch.float16)
+    assert (hiddenkey.attention(query, empty, empty, "logits:column@0.1") == 0).all()
+
+
 def test_what_is_no_number_in_a_mask_is_seen():
     query, key, value = tensors()
     mask = torch.zeros(5, 5)

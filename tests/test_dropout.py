@@ -137,6 +137,12 @@ def test_bad_tensors(case):
         assert word in str(caught.value)
 
 
+def test_it_exports_with_dynamic_lengths():
+    module = hiddenkey.StructuredDropout("hidden:element@0.3").train()
+    x = torch.ones(2, 6, 3)
+    torch.export.export(module, (x,), dynamic_shapes=({1: torch.export.Dim("length")},), strict=False)
+
+
 @pytest.mark.parametrize("dtype", (torch.int64, torch.bool))
 def test_whole_numbers_cannot_be_rescaled(dtype):
     with pytest.raises(ValueError, match=f"floating point.*{dtype}"):

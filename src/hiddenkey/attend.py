@@ -50,7 +50,8 @@ def attention(
     _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)
     _check_kinds(query, key, value, attn_mask, keep, scale)
     if 0 in (*query.shape, *key.shape, *value.shape):
-        return value.new_zeros((*query.shape[:3], value.shape[3])) + 0 * (query.sum() + key.sum() + value.sum())
+        none = sum(x.flatten()[:0].sum() for x in (query, key, value))  # 0, with a gradient
+        return value.new_zeros((*query.shape[:3], value.shape[3])) + none
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = hiding(attn_mask)
     mask, bias = read_mask(attn_mask, causal=is_causal)
@@ -150,7 +151,9 @@ def _undropped(
     seen = mask.full
     if seen is not None and bias is not None:
         seen = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
-    grouped = query.shape[1] != key.shape[1]
+    if seen is not None:
+        seen = seen.view((1,) * (4 - seen.dim()) + tuple(seen.shape))
+    grouped = bool(query.shape[1] != key.shape[1])
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=seen, is_causal=mask.causal, scale=scale, enable_gqa=grouped
     )

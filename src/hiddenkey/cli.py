@@ -176,8 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command = _parse(arguments)
         RUNNERS[type(command)](command)
-    except BrokenPipeError:  # of `hiddenkey plan … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_with_the_reader()
     except KeyboardInterrupt:
         sys.stderr.write(f"\nStopped.{_way_on(command)}\n")
         sys.exit(INTERRUPTED)
@@ -217,6 +218,17 @@ def _parse(arguments: list[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def _end_with_the_reader() -> None:
+    """Where nobody reads our output any more (`hiddenkey plan … | head`), end without a word; tell of other pipes."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return
+    sys.stderr.write("hiddenkey: a pipe to another process broke\n")
+    sys.exit(USER_ERROR)
 
 
 def _require_file_first(arguments: list[str]) -> None:

@@ -59,7 +59,7 @@ def spread(keep: Tensor, heads: int) -> Tensor:
 
 def broadcasts(shape: torch.Size, wanted: Sequence[int | tuple[int, ...]]) -> bool:
     """Whether a tensor of this shape broadcasts to the wanted one; a tuple holds the sizes allowed on an axis."""
-    sizes = [(size,) if isinstance(size, int) else size for size in wanted]
+    sizes = [size if isinstance(size, tuple) else (size,) for size in wanted]
     pairs = zip(reversed(shape), reversed(sizes), strict=False)
     return len(shape) <= len(sizes) and all(size == 1 or size in allowed for size, allowed in pairs)
 

@@ -206,6 +206,17 @@ def test_model_and_recipe_exchanged():
         hiddenkey.attach("hiddenkey@0.1", make("llama"))
 
 
+def test_what_learns_may_lie_outside_of_the_model():
+    model = make("llama").train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inputs = batch("llama")
+    prompt = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    with hiddenkey.attach(model, "hiddenkey@0.3"):
+        hiddenkey.consistency_step(model, {**inputs, "inputs_embeds": prompt}).total.backward()
+    assert prompt.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("recipe", ("hiddenkey@0.3", "hiddenkey-@0.3"))
 def test_an_adapter_that_was_loaded_to_be_used(recipe):
     """PEFT freezes it: torch would say that something does not require grad."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,12 +101,25 @@ def test_mistakes_exit_with_2_and_no_traceback(
 
 def test_a_pipe_that_is_closed_early_is_no_error(bert: Path):
     command = [*PROGRAM, "plan", str(bert), "hiddenkey@0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, **pipes) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 0
+
+
+def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def broken(command: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(cli.RUNNERS, cli.PlanCommand, broken)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "model", "hiddenkey@0.1"])
+    assert stop.value.code == 2
+    assert "a pipe to another process broke" in capsys.readouterr().err
 
 
 def test_train_from_yaml_with_flags_on_top(

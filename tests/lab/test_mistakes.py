@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from hiddenkey.lab import run
+from hiddenkey.lab import checked, run
 from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_fields
 from hiddenkey.lab.data import describe, load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
+from hiddenkey.lab.models import load_tokenizer
+from hiddenkey.lab.skeleton import build_skeleton
 
+from ..models.shrink import shrink
 from . import tiny
 from .test_run import config  # noqa: F401
 
@@ -143,6 +148,18 @@ def test_floats_may_be_either(config: TrainConfig, tmp_path: Path):  # noqa: F81
     assert load(config, tmp_path, "d.csv", ROWS.replace(",1", ",1.5").replace(",0", ",0.0")).task == "regression"
 
 
+def test_columns_without_a_name_are_not_read(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    text = ROWS.replace("text,label\n", "text,label,,\n").replace("\nthe", ",,\nthe").replace("label,,,,", "label,,")
+    assert len(load(config, tmp_path, "d.csv", text.rstrip("\n") + ",,\n").label_names) == 2
+
+
+def test_labels_beside_alpacas_columns(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    rows = [row | {"text": "the film", "label": i % 2} for i, row in enumerate(ALPACA)]
+    assert load(config, tmp_path, "d.json", json.dumps(rows)).task == "classification"
+    with pytest.raises(DataError, match="'input' holds text"):
+        load(config, tmp_path, "d.json", json.dumps(rows), task="causal-lm")
+
+
 def test_alpaca_without_inputs(config: TrainConfig, tmp_path: Path):  # noqa: F811
     rows = json.dumps([row | {"input": ""} for row in ALPACA])
     assert load(config, tmp_path, "d.json", rows).task == "causal-lm"
@@ -175,6 +192,47 @@ class TestModels:
     def test_an_encoder_cannot_write(self, config: TrainConfig, pairs: Path):  # noqa: F811
         with pytest.raises(ConfigError, match="is an encoder"):
             run.train(replace(config, data=str(pairs)))
+
+    @pytest.mark.parametrize(
+        ("kind", "name", "writes"),
+        (
+            ("bert", "BertLMHeadModel", False),
+            ("xlnet", "XLNetLMHeadModel", False),
+            ("xlm", "XLMWithLMHeadModel", False),
+            ("big_bird", "BigBirdForCausalLM", False),
+            ("bert", "BertLMHeadModel", True),
+            ("rembert", "RemBertForCausalLM", True),
+            ("roformer", "RoFormerForCausalLM", True),
+            ("mvp", "MvpForCausalLM", True),
+            ("bart", "BartForCausalLM", True),
+            ("llama", "LlamaForCausalLM", True),
+            ("bloom", "BloomForCausalLM", True),
+            ("mamba", "MambaForCausalLM", True),
+            ("jamba", "JambaForCausalLM", True),
+        ),
+    )
+    def test_which_models_write(self, kind: str, name: str, writes: bool):
+        shrunk = shrink(kind)
+        if writes and kind in ("bert", "rembert", "roformer"):
+            shrunk.is_decoder = True
+        model = getattr(transformers, name)._from_config(shrunk)
+        with nullcontext() if writes else pytest.raises(ConfigError, match="is an encoder"):
+            checked._require_causal(model, "it")
+
+    def test_models_without_a_table_of_tokens(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        """CANINE reads characters: its tokenizer needs no file, its embedding is made of hashes."""
+        canine = transformers.CanineConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=512,
+        )
+        transformers.CanineForSequenceClassification(canine).save_pretrained(tmp_path / "canine")
+        assert not list((tmp_path / "canine").glob("*token*"))
+        skeleton = build_skeleton(str(tmp_path / "canine"), "AutoModelForSequenceClassification")
+        found = load_tokenizer(replace(config, model=str(tmp_path / "canine")), skeleton)
+        assert found.pad_token_id == 0
 
     def test_a_head_for_other_classes_is_drawn_anew(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
         model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=5)
@@ -225,6 +283,8 @@ class TestYaml:
         from hiddenkey.lab.config_file import read_yaml
 
         assert read_yaml(path)["run"] == {"seed": 2, "lora_r": 4} == yaml.safe_load(path.read_text())["run"]
+        path.write_text("a: &a {seed: 1}\nx: &b {<<: *a, seed: 2}\nc: {<<: *b}\n")
+        assert read_yaml(path)["c"] == {"seed": 2}
         path.write_text("run: {seed: 1, seed: 2}")
         with pytest.raises(ConfigError, match="'seed' stands twice"):
             read_yaml(path)

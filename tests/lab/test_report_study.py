@@ -232,6 +232,13 @@ def test_one_run_with_two_contents_is_told(tmp_path: Path):
     write_records([replace(records[0], test=other), *records[1:]], tmp_path / "two")
     with pytest.raises(RunError, match=f"of one run, {records[0].id}, and differ"):
         read_study([tmp_path / "one", tmp_path / "two"])
+    write_records([replace(run, seconds=run.seconds + 1) for run in records], tmp_path / "again")
+    assert len(read_study([tmp_path / "one", tmp_path / "again"])[0].records) == 18  # made twice, to the same end
+
+
+def test_a_folder_of_sweeps_may_be_called_runs_too(tmp_path: Path):
+    write_records(make_records(SMALL), tmp_path / "runs" / "sst2")
+    assert len(read_study([tmp_path / "runs"])[0].records) == 18
 
 
 def test_the_folder_of_the_records_itself(tmp_path: Path):

@@ -136,8 +136,8 @@ def _check_axes(drop: Drop, structure: Structure, model: nn.Module, name: str) -
     around = {path for stack in structure.stacks for path in (*ancestors(stack.path), "")}
     if any(passes_tokens_first(model.get_submodule(path)) for path in around):
         raise PlanError(
-            f"'{drop}' can't work in {name}: it passes (tokens, batch, features) between its layers, where "
-            f"{drop.pattern!r} would run across the batch; use the pattern element or column"
+            f"'{drop}' can't work in {name}: it passes (tokens, batch, features) between its layers, so that runs of "
+            "tokens would run across the batch or into the padding; use the pattern element or column"
         )
 
 

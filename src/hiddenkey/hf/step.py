@@ -107,7 +107,8 @@ def consistency_step(
         raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     with attachment.watch.step():
         losses = _losses(attachment, model, _named(model, batch), num_items, task_loss, scale)
-    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in model.parameters()):
+    learns = losses.total.requires_grad or not torch.is_grad_enabled()
+    if not learns and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "nothing in this model can be trained; an adapter that goes on is loaded with "
             "PeftModel.from_pretrained(model, folder, is_trainable=True)"

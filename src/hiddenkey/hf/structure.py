@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
 )
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LM,
 )
 
 from ..errors import PlanError
@@ -20,6 +20,7 @@ from .adapters import modules as all_modules
 from .code import MIXER, closed_because, uses_interface, uses_own_softmax
 from .feed_forward import ancestors, feed_forwards, join
 
+MASKED = frozenset(MASKED_LM)
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 LISTS = (nn.ModuleList, nn.Sequential)
 

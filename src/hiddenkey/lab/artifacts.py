@@ -178,17 +178,19 @@ def require_space(folder: Path, needed: int) -> None:
 
 def clear(folder: Path) -> None:
     """Delete what an earlier run has written, and nothing else."""
-    (folder / RESULT).unlink(missing_ok=True)
-    (folder / GENERATIONS).unlink(missing_ok=True)
     for name in (ADAPTER, CHECKPOINTS):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
+    (folder / GENERATIONS).unlink(missing_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)  # the last: it says whose all this is
 
 
 def _require_ours(folder: Path) -> None:
     adapter = folder / ADAPTER
-    ours = not adapter.exists() or (adapter / _RECIPE_FILE).exists()
-    others = [path for path in (folder / CHECKPOINTS).glob("*") if not CHECKPOINT.fullmatch(path.name)]
+    # A kill while an adapter was deleted or written leaves a part of it beside the run's result.
+    ours = not adapter.exists() or (adapter / _RECIPE_FILE).exists() or (folder / RESULT).exists()
+    there = (path for path in (folder / CHECKPOINTS).glob("*") if not path.name.startswith("."))
+    others = [path for path in there if not CHECKPOINT.fullmatch(path.name)]
     if not ours or others:
         raise RunError(
             f"--overwrite would delete {others[0] if others else adapter}, which no run of hiddenkey wrote. Move it "

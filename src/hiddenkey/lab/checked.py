@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +17,7 @@ from rich.console import Console
 import hiddenkey
 
 from ..consistency import CONSISTENCIES
-from ..hf.structure import read
+from ..hf.structure import MASKED, read
 from ..recipe import Recipe, parse
 from .columns import values
 from .config import TrainConfig
@@ -109,8 +111,12 @@ def check_structure(
 
 def _require_causal(skeleton: Any, name: str) -> None:
     # transformers puts a language model's head on an encoder too, which then reads what it is to write.
-    stacks = [stack for stack in read(skeleton).stacks if any(layer.attentions for layer in stack.layers)]
-    if stacks and not any(stack.causal for stack in stacks):
+    config = skeleton.config
+    paths = [path for stack in read(skeleton).stacks for layer in stack.layers for path in layer.attentions]
+    said = {getattr(skeleton.get_submodule(path), "is_causal", None) for path in paths}
+    both_ways = config.model_type in (*MASKED, "xlnet") or said == {False}
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or True in said
+    if both_ways and not decodes:
         raise ConfigError(
             f"{name} is an encoder ({type(skeleton).__name__}): each place sees the tokens after it, so it cannot "
             "learn to write. Give a causal language model, or data with labels."
@@ -119,11 +125,14 @@ def _require_causal(skeleton: Any, name: str) -> None:
 
 def _require_known(rows: Dataset, tokenizer: Any, name: str) -> None:
     """Refuse texts of which the tokenizer knows less than half."""
-    tokens = [token for ids in values(rows, "input_ids") for token in ids if token not in tokenizer.all_special_ids]
-    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in values(rows, "input_ids"))
-    if tokenizer.unk_token_id is not None and unknown > len(tokens):
+    if tokenizer.unk_token_id is None:
+        return
+    special, counts = set(tokenizer.all_special_ids), Counter(chain.from_iterable(values(rows, "input_ids")))
+    unknown = counts[tokenizer.unk_token_id]
+    known = sum(count for token, count in counts.items() if token not in special)
+    if unknown > max(known, len(rows)):
         raise ConfigError(
-            f"The tokenizer of {name} does not know {unknown} of {unknown + len(tokens)} tokens of the training "
+            f"The tokenizer of {name} does not know {unknown} of {unknown + known} tokens of the training "
             "data; it is not that of these texts, or not that of the model."
         )
 

@@ -64,30 +64,30 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
         return Columns("causal-lm", (config.prompt_column,), config.completion_column)
     labelled = bool(config.text_columns or config.label_column)
     pair = None if labelled else _first(PROMPT_COMPLETION, rows)
-    if pair and pair[0] == "instruction":
-        _refuse_input(rows)
     if config.task == "causal-lm":
         if pair is None:
             raise _not_found("prompt and completion", "--prompt-column and --completion-column", rows)
-        return Columns("causal-lm", pair[:1], pair[1])
+        return _written(pair, rows)
     texts = config.text_columns or _first(TEXTS, rows)
     label = config.label_column or next((name for name in LABELS if name in rows.column_names), "")
     if texts and label:
         task = config.task if config.task != "auto" else _task_of(rows, label)
         return Columns(task, texts, label)
     if pair and config.task == "auto":
-        return Columns("causal-lm", pair[:1], pair[1])
+        return _written(pair, rows)
     raise _not_found("text and label", "--text-columns and --label-column", rows)
 
 
-def _refuse_input(rows: Dataset) -> None:
+def _written(pair: tuple[str, ...], rows: Dataset) -> Columns:
     # Alpaca's third column is a part of the prompt in the rows that have one.
-    filled = sum(bool(text) for text in values(rows, "input")) if "input" in rows.column_names else 0
+    third = pair[0] == "instruction" and "input" in rows.column_names
+    filled = sum(map(bool, values(rows, "input"))) if third else 0
     if filled:
         raise DataError(
             f"The column 'input' holds text in {filled} rows, and is not read beside 'instruction': put both into "
             "one column and name that with --prompt-column."
         )
+    return Columns("causal-lm", pair[:1], pair[1])
 
 
 def require_columns(rows: Dataset, names: list[str], part: str) -> None:

@@ -58,7 +58,7 @@ class TrainConfig:
     completion_column: str = ""
     """Column of the completion of causal-lm data; a list makes one example per text, an empty one none."""
     separator: str = "\n"
-    """What stands between prompt and completion."""
+    """What stands between prompt and completion; a backslash with n or t is a line break or a tab."""
     column_names: tuple[str, ...] = ()
     """Column names of a .csv or .tsv file without a header line."""
     train_size: int = 0

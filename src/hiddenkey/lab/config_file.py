@@ -15,17 +15,19 @@ from .errors import ConfigError
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, in which a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping. Raises ConstructorError where a key stands twice; what `<<` merges in gives way."""
-        own = [key for key, _ in node.value if key.tag != _MERGE]
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", own[index].start_mark)
-        return super().construct_mapping(node, deep)
+def _require_unique(node: Any, seen: set[int]) -> None:
+    """Raises ConstructorError where a key stands twice in a mapping, before `<<` merges others in."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    keys: set[tuple[str, str]] = set()
+    for entry in node.value:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+            if (key.tag, key.value) in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            keys.add((key.tag, key.value))
+        _require_unique(value, seen)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -36,7 +38,10 @@ def read_yaml(path: str | Path) -> Any:
         OSError: the file cannot be read.
     """
     try:
-        return _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        _require_unique(node, set())
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,18 +46,18 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
         OSError: no such tokenizer.
         ConfigError: it cannot be read, no token can pad, or the model takes fewer tokens than `max_length`.
     """
-    _require_tokenizer(config.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"The tokenizer of {config.model} cannot be read: {error}") from error
+    _require_tokenizer(config.model, tokenizer)
     tokenizer.padding_side = "right"
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _embedded(model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         raise ConfigError(
-            f"The tokenizer of {config.model} has no pad, eos or unk token among the {rows} that the model knows; "
+            f"The tokenizer of {config.model} has no pad, eos or unk token that the model knows; "
             "name one of them as pad_token in its tokenizer_config.json."
         )
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
@@ -68,10 +69,19 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
     return tokenizer
 
 
-def _require_tokenizer(model: str) -> None:
+def _embedded(model: Any) -> float:
+    """How many tokens the model has a vector for; some make vectors otherwise (CANINE, Perceiver)."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        return math.inf
+
+
+def _require_tokenizer(model: str, tokenizer: Any) -> None:
     # transformers makes one up, of special tokens alone, to which every word is unknown.
     folder = Path(model)
-    if folder.is_dir() and not any(_TOKENIZER.match(path.name) for path in folder.iterdir()):
+    needs_files = bool(getattr(tokenizer, "vocab_files_names", {}))
+    if needs_files and folder.is_dir() and not any(_TOKENIZER.match(path.name) for path in folder.iterdir()):
         raise ConfigError(
             f"{model} holds no tokenizer; put the files of the pretrained model's there (tokenizer.json)."
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
 from .columns import LABELS, SEEN
@@ -87,7 +88,8 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
     patterns = {"train": [glob.escape(name) for name in names]}
     try:
         # `datasets` would give out what it read before from a file of this name and time, whatever stands in it now.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        Path(HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=HF_DATASETS_CACHE, ignore_cleanup_errors=True) as cache:
             reader: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
             return load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
     except (DatasetGenerationError, ValueError) as error:
@@ -138,7 +140,7 @@ def _require_no_header(file: Path, names: tuple[str, ...], first: list[str]) -> 
 
 
 def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted({name for name in names if names.count(name) > 1 and name.strip()})
     if twice:
         raise DataError(f"{file} has two columns named {', '.join(map(repr, twice))}; rename one of them.")
     # pandas would take the first column for numbers of rows, and shift all others.

@@ -207,7 +207,7 @@ def read_study(folders: Iterable[Path]) -> list[Task]:
     for path in paths:
         record = read_record(path)
         other = by_sweep[record.sweep].setdefault(record.id, record)
-        if other != record:
+        if (other.best, other.last, other.test) != (record.best, record.last, record.test):
             raise RunError(
                 f"{path} and another record below {', '.join(map(str, folders))} are of one run, {record.id}, and "
                 "differ; give the folder of one of them."
@@ -217,7 +217,8 @@ def read_study(folders: Iterable[Path]) -> list[Task]:
 
 
 def _records_below(folder: Path) -> list[Path]:
-    return list(folder.glob("*.json")) if folder.resolve().name == RUNS else list(folder.rglob(f"{RUNS}/*.json"))
+    found = list(folder.rglob(f"{RUNS}/*.json"))
+    return found or (list(folder.glob("*.json")) if folder.resolve().name == RUNS else [])
 
 
 def make_task(name: str, records: list[RunRecord]) -> Task:
