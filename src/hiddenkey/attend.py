@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .axes.grid import Grid
 from .axes.pattern import PATTERNS
 from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
-from .fused import attend_cells, attend_keys
-from .masks import Mask, Shape, hiding, read_mask
+from .fused import attend_cells, attend_keys, undropped
+from .masks import Mask, Shape, hiding, over_cells, read_mask
 from .recipe import Drop, Recipe
 
 
@@ -56,7 +55,7 @@ def attention(
         attn_mask = hiding(attn_mask)
     mask, bias = read_mask(attn_mask, causal=is_causal)
     if not training:
-        return _undropped(query, key, value, mask, bias, scale)
+        return undropped(query, key, value, mask, bias, scale)
     shape = (query.shape[0], key.shape[1], query.shape[2], key.shape[2])
     keeps = draw_keeps(drops, shape, query.device, mask) if keep is None else [_full_rank(keep, shape)]
     return attend(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
@@ -144,24 +143,8 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
     return weights * alive
 
 
-def _undropped(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
-) -> Tensor:
-    """torch's own function with the mask as it was read."""
-    seen = mask.full
-    if seen is not None and bias is not None:
-        seen = bias.to(query.dtype).masked_fill(~seen, -torch.inf)
-    if seen is not None:
-        seen = seen.view((1,) * (4 - seen.dim()) + tuple(seen.shape))
-    grouped = bool(query.shape[1] != key.shape[1])
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen, is_causal=mask.causal, scale=scale, enable_gqa=grouped
-    )
-
-
 def _full_rank(keep: Tensor, shape: Shape) -> Tensor:
-    keep = keep.view((1,) * (4 - keep.dim()) + tuple(keep.shape))
-    return keep.expand(shape[0], -1, -1, shape[3])
+    return over_cells(keep).expand(shape[0], -1, -1, shape[3])
 
 
 def _check_kinds(
@@ -169,11 +152,11 @@ def _check_kinds(
 ) -> None:
     """What the kernels below take for granted: they read memory, and do not ask whose."""
     inputs = (query, key, value)
-    dtypes = ", ".join(str(x.dtype) for x in inputs)
-    if not all(x.is_floating_point() for x in inputs):
-        raise ValueError(f"query, key and value must be floating point, got {dtypes}")
-    if len({x.dtype for x in inputs}) > 1 and not torch.is_autocast_enabled(query.device.type):
-        raise ValueError(f"query, key and value must have one dtype, got {dtypes}")
+    dtypes = [x.dtype for x in inputs]
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"query, key and value must be floating point, got {', '.join(map(str, dtypes))}")
+    if len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"query, key and value must have one dtype, got {', '.join(map(str, dtypes))}")
     devices = {x.device for x in (*inputs, mask, keep) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")

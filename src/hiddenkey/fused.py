@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import causal, cells, flash
 from .drop import guard, spread
-from .masks import Mask
+from .masks import Mask, over_cells
 
 # Flash kernels on CUDA want head sizes in multiples of 8.
 FEATURES = 8
@@ -62,8 +62,15 @@ def attend_cells(
     allowed = guard(spread(keep, query.shape[1]), visible)
     if bias is not None:
         allowed = torch.where(allowed, bias.to(query.dtype), -torch.inf)
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale, enable_gqa=grouped)
+    return _sdpa(query, key, value, allowed, scale)
+
+
+def undropped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """The same with nothing dropped."""
+    seen = _dense(mask, bias, query)
+    return _sdpa(query, key, value, None if seen is None else over_cells(seen), scale, mask.causal)
 
 
 def _unmasked(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, scale: float | None) -> Tensor:
@@ -71,8 +78,7 @@ def _unmasked(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mas
     # All rows of a head see the same keys, so they are all emptied or none is.
     visible = kept | (keys & ~kept.any(-1, keepdim=True))
     bias = _over_queries(torch.where(visible, 0.0, -torch.inf), query)
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=grouped)
+    return _sdpa(query, key, value, bias, scale)
 
 
 def folded(
@@ -91,16 +97,18 @@ def folded(
         key, value = (x.repeat_interleave(shift.shape[1] // x.shape[1], dim=1) for x in (key, value))
     extra = F.pad(shift.transpose(-1, -2).expand(*key.shape[:-1], 1), (0, FEATURES - 1)).to(key.dtype)
     query = torch.cat([query, F.pad(query.new_full((*query.shape[:-1], 1), 1 / scale), (0, FEATURES - 1))], -1)
-    output = F.scaled_dot_product_attention(
-        query,
-        torch.cat([key, extra], -1),
-        F.pad(value, (0, max(query.shape[-1] - value.shape[-1], 0))),
-        attn_mask=_dense(mask, bias, query),
-        is_causal=mask.causal,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    wide = F.pad(value, (0, max(query.shape[-1] - value.shape[-1], 0)))
+    output = _sdpa(query, torch.cat([key, extra], -1), wide, _dense(mask, bias, query), scale, mask.causal)
     return output[..., : value.shape[-1]]
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
+) -> Tensor:
+    grouped = bool(query.shape[1] != key.shape[1])  # of symbolic sizes it would be no bool
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 def _shift(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -55,6 +55,11 @@ def read_mask(mask: Tensor | None, *, causal: bool = False) -> tuple[Mask, Tenso
     return Mask(full=visible), mask.masked_fill(~visible, 0)
 
 
+def over_cells(mask: Tensor) -> Tensor:
+    """A mask that broadcasts to (B, H, Q, K), with all four axes."""
+    return mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
 def hiding(mask: Tensor) -> Tensor:
     """An additive mask of any shape; where it holds nothing but zeros and one number of -50 or less, with the lowest
     number of its dtype in the place of that, which hides for certain.

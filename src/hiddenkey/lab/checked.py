@@ -49,6 +49,11 @@ class Checked:
         return {name: len(rows) for name, rows in parts.items() if rows is not None}
 
     @cached_property
+    def train_lengths(self) -> list[int]:
+        """Tokens of every training row."""
+        return _lengths(self.train)
+
+    @cached_property
     def digest(self) -> str:
         """A short hash of all rows, part by part."""
         found = hashlib.sha256()
@@ -147,7 +152,7 @@ def _refuse_consistency(recipe: Recipe, task: str) -> None:
 
 def tell_of_cuts(checked: Checked, max_length: int, console: Console) -> None:
     """Say how many training rows may have been cut."""
-    full = sum(len(ids) == max_length for ids in values(checked.train, "input_ids"))
+    full = checked.train_lengths.count(max_length)
     if full:
         total = len(checked.train)
         console.print(
@@ -155,7 +160,11 @@ def tell_of_cuts(checked: Checked, max_length: int, console: Console) -> None:
         )
 
 
+def _lengths(rows: Dataset) -> list[int]:
+    return [len(ids) for ids in values(rows, "input_ids")]
+
+
 def _by_length(rows: Dataset) -> Dataset:
     # Evaluation does not mind the order, and rows of like length need little padding.
-    lengths = [len(ids) for ids in values(rows, "input_ids")]
+    lengths = _lengths(rows)
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))

@@ -29,17 +29,15 @@ class Examples:
     task: TaskName
     train: Dataset
     validation: Dataset
-    test: Dataset | None = None
-    label_names: tuple[str, ...] = ()
-    columns: Columns | None = None
-    unread: tuple[str, ...] = ()
+    test: Dataset | None
+    label_names: tuple[str, ...]
+    columns: Columns
+    unread: tuple[str, ...]
 
 
 def describe(examples: Examples) -> str:
     """One line on what is learnt from which columns."""
     columns, names = examples.columns, examples.label_names
-    if columns is None:
-        return examples.task
     classes = f" ({', '.join(names[:_SHOWN_ROWS])}{', …' if len(names) > _SHOWN_ROWS else ''})" if names else ""
     unread = f"; not read: {', '.join(examples.unread)}" if examples.unread else ""
     return f"{examples.task}: {columns.label!r}{classes} from {' and '.join(map(repr, columns.texts))}{unread}."

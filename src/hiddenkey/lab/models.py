@@ -34,8 +34,7 @@ QUERY_AND_VALUE = (
     ("Wqkv",),
     ("in_proj",),
 )
-
-
+# How the files of tokenizers are called, at their beginning.
 _TOKENIZER = re.compile(r"tokenizer|tokenization|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|tiktoken)$")
 
 

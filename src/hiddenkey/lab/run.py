@@ -32,7 +32,6 @@ from .artifacts import (
 from .callbacks import EarlyStopping, Interrupts, LossGuard, ProgressBar, Schedule, StepClock
 from .checked import Checked, check_run, tell_of_cuts
 from .checkpoints import is_last, last_checkpoint, unmark
-from .columns import values
 from .config import Keep, TrainConfig
 from .data import describe
 from .errors import LabError, RunError
@@ -166,8 +165,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: Checked, console: C
         callbacks=[Interrupts(), LossGuard(), StepClock(), Schedule(config.save_steps)],
     )
     if config.group_by_length:
-        lengths = [len(ids) for ids in values(checked.train, "input_ids")]
-        trainer.order = ByLength(lengths, config.batch_size, config.seed)
+        trainer.order = ByLength(checked.train_lengths, config.batch_size, config.seed)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(console, config.recipe))
     if config.patience:

@@ -130,7 +130,9 @@ def read_record(path: Path) -> RunRecord:
         RunError: a file that this version did not write.
     """
     try:
-        return make_record(json.loads(path.read_text(encoding="utf-8")))
+        record = make_record(json.loads(path.read_text(encoding="utf-8")))
+        _require_kinds(record)
+        return record
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         names = ", ".join(entry.name for entry in fields(RunRecord))
         raise RunError(
@@ -145,8 +147,12 @@ _KINDS: dict[Any, Any] = {str: str, int: int, float: (int, float), dict: dict, l
 
 
 def make_record(found: dict[str, Any]) -> RunRecord:
-    """A record from its plain values. Raises TypeError where names are missing or unknown, or of another kind."""
-    record = RunRecord(**found)
+    """A record from its plain values. Raises TypeError where names are missing or unknown."""
+    return RunRecord(**found)
+
+
+def _require_kinds(record: RunRecord) -> None:
+    """Raises TypeError where a file that somebody may have changed holds another kind of value."""
     for name, hint in _HINTS.items():
         value = getattr(record, name)
         kind = get_origin(hint) or hint
@@ -155,7 +161,6 @@ def make_record(found: dict[str, Any]) -> RunRecord:
     absent = [name for name in ("seed", "data_seed", "model") if name not in record.config]
     if absent:
         raise TypeError(f"config has no {absent[0]}")
-    return record
 
 
 def _short(value: Any) -> str:
