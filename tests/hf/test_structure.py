@@ -8,6 +8,7 @@ from torch import nn
 import hiddenkey
 from hiddenkey.hf.structure import read
 
+from ..models.shrink import shrink
 from .tiny import DECODERS, DEPTH, FAMILIES, decoder, make
 from .tools import PATHS, lora, sites_of
 
@@ -129,6 +130,38 @@ def test_experts_drop_at_the_block_that_adds_them_up():
         out = block(torch.randn(1, 3, 16))
         assert (out[0] if isinstance(out, tuple) else out).shape == (1, 3, 16)
         assert any("expert" in name for name, _ in block.named_children())
+
+
+@pytest.mark.parametrize(
+    ("name", "decodes", "causal"),
+    (
+        ("LlamaForCausalLM", False, True),
+        ("BloomForCausalLM", False, True),
+        ("RwkvForCausalLM", False, True),
+        ("BertModel", False, False),
+        ("BertLMHeadModel", True, True),
+        ("RemBertForCausalLM", False, False),
+        ("RemBertForCausalLM", True, True),
+        ("RoFormerForCausalLM", True, True),
+        ("MvpForCausalLM", False, True),
+        ("XLMWithLMHeadModel", False, False),
+        ("XLNetLMHeadModel", False, False),
+        ("DebertaV2Model", False, False),
+    ),
+)
+def test_decoders_drop_in_their_latter_half(name, decodes, causal):
+    kind = getattr(transformers, name)
+    config = shrink(kind.config_class.model_type)
+    config.is_decoder = decodes
+    (stack,) = read(kind._from_config(config)).stacks
+    assert (stack.causal, stack.latter_half) == (causal, causal)
+
+
+@pytest.mark.parametrize("kind", ("t5", "bart", "bigbird_pegasus", "mvp"))
+def test_a_pair_has_no_latter_half(kind):
+    model = transformers.AutoModelForSeq2SeqLM.from_config(shrink(kind))
+    assert not any(stack.latter_half for stack in read(model).stacks)
+    assert not read(model).stacks[0].causal
 
 
 def test_not_a_transformers_model():

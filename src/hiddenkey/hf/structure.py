@@ -20,7 +20,8 @@ from .adapters import modules as all_modules
 from .code import MIXER, closed_because, uses_interface, uses_own_softmax
 from .feed_forward import ancestors, feed_forwards, join
 
-MASKED = frozenset(MASKED_LM)
+# What sees the whole text unless its configuration says that it decodes; XLNet does so without a permutation.
+BOTH_WAYS = frozenset({*MASKED_LM, "xlnet"})
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -163,19 +164,22 @@ class _Reader:
 
 
 def _stack(path: str, layers: list[Layer], modules: dict[str, nn.Module], is_pair: bool) -> Stack:
-    causal = any(_is_causal(attention, modules) for layer in layers for attention in layer.attentions)
+    attentions = [attention for layer in layers for attention in layer.attentions]
+    own = [] if is_pair else [path]
+    causal = any(_is_causal(module, modules) for module in attentions or own)
     return Stack(path, tuple(layers), causal, causal and not is_pair)
 
 
-def _is_causal(attention: str, modules: dict[str, nn.Module]) -> bool:
-    """What the attention says of itself, else what the model type of the configuration around it is for."""
-    own = getattr(modules[attention], "is_causal", None)
+def _is_causal(path: str, modules: dict[str, nn.Module]) -> bool:
+    """What the module says of itself, else what the configuration around it is for."""
+    own = getattr(modules[path], "is_causal", None)
     if own is not None:
         return bool(own)
-    around = (modules[path] for path in (attention, *ancestors(attention), "") if path in modules)
+    around = (modules[above] for above in (path, *ancestors(path), "") if above in modules)
     config = next((module.config for module in around if hasattr(module, "config")), None)
     kind = getattr(config, "model_type", None)
-    return kind in CAUSAL and kind not in MASKED
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    return kind in CAUSAL and (kind not in BOTH_WAYS or bool(decodes))
 
 
 def _heads(transformer: PreTrainedModel) -> Iterator[str]:

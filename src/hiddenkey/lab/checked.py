@@ -17,7 +17,7 @@ from rich.console import Console
 import hiddenkey
 
 from ..consistency import CONSISTENCIES
-from ..hf.structure import MASKED, read
+from ..hf.structure import read
 from ..recipe import Recipe, parse
 from .columns import values
 from .config import TrainConfig
@@ -116,12 +116,8 @@ def check_structure(
 
 def _require_causal(skeleton: Any, name: str) -> None:
     # transformers puts a language model's head on an encoder too, which then reads what it is to write.
-    config = skeleton.config
-    paths = [path for stack in read(skeleton).stacks for layer in stack.layers for path in layer.attentions]
-    said = {getattr(skeleton.get_submodule(path), "is_causal", None) for path in paths}
-    both_ways = config.model_type in (*MASKED, "xlnet") or said == {False}
-    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False) or True in said
-    if both_ways and not decodes:
+    stacks = read(skeleton).stacks
+    if stacks and not any(stack.causal for stack in stacks):
         raise ConfigError(
             f"{name} is an encoder ({type(skeleton).__name__}): each place sees the tokens after it, so it cannot "
             "learn to write. Give a causal language model, or data with labels."
