@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 from hiddenkey.cli import main
 from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report import generation, headline, how, rivals, small_tables, table1, words
-from hiddenkey.lab.report.blocks import Report, Section, Table, Text
+from hiddenkey.lab.report.blocks import Figures, Report, Section, Table, Text
 from hiddenkey.lab.report.claims import CLAIMS, verdict
 from hiddenkey.lab.report.files import latex_text, markdown_text
 from hiddenkey.lab.report.page import page_text
@@ -152,8 +152,26 @@ def test_the_first_lines_answer(docs: Path):
     top = text[: text.index("## Claims")]
     assert "**HiddenKey helps.**" in top
     assert re.search(r"\*\*\+[12]\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\] points\*\* \(95 % interval, n = 5 seeds, p ", top)
-    assert "The paper reports +1.4" in top
+    assert "The paper reports +1.42 points as the mean of its four tasks, +1.20 as that of the tasks run here" in top
+    assert re.search(r"- By task: SST-2 \+[12]\.\d\d \[.*\], CoLA \+[12]\.\d\d \[", top)
+    texts = "Generated texts, E2E with SmolLM2-135M: `hiddenkey` over LoRA alone"
+    assert re.search(texts + r" .*\] in BLEU and .*\] in NLL, n = 5; positive is better", top)
     assert "times the baseline's" in top
+
+
+def test_on_the_papers_own_tasks_its_gain_stands_once(tmp_path: Path):
+    worlds = [replace(SEVERAL, task=task) for task in ("rte", "mrpc", "sst2")]
+    worlds.append(replace(SEVERAL, task="stsb", metric="pearson", kind="regression"))
+    records = [replace(one, id=f"{one.sweep}-{one.id}") for world in worlds for one in make_records(world)]
+    assert "The paper reports +1.42 points as the mean of its four tasks, with RoBERTa" in told(
+        tmp_path / "study", records, tmp_path
+    )
+
+
+def test_texts_alone_are_told_of(tmp_path: Path):
+    world = World(task="e2e", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2))
+    text = told(tmp_path / "study", make_records(world), tmp_path)
+    assert "- Generated texts, E2E with all-MiniLM-L6-v2: `hiddenkey` over LoRA alone" in text
 
 
 MAIN = next(claim for claim in CLAIMS if claim.main)
@@ -338,8 +356,11 @@ def test_unequal_numbers_of_trials_are_not_called_equal(tmp_path: Path):
     fewer = [one for one in records if one.trial == 0 or one.method != "baseline"]
     alike, unlike = (told(tmp_path / name, runs, tmp_path) for name, runs in (("all", records), ("few", fewer)))
     assert "both tuned with the same number of trials" in alike
-    assert "Every method, the baseline included, had the same number of trials." in alike
+    values = "other values of `learning_rate` for `baseline`, of `p` for `hiddenkey`"
+    assert f"Every method, the baseline included, had the same number of trials ({values})." in alike
+    assert "same number of trials (`hiddenkey` over `p`, LoRA alone over `learning_rate`)" in alike
     assert "the same number of trials" not in unlike
+    assert "different numbers of trials (other values of `p` for `hiddenkey`), which favours" in unlike
     assert "tuned with different numbers of trials (SST-2: 3 against 1)" in unlike
     assert "The methods had different numbers of trials" in unlike
 
@@ -379,8 +400,9 @@ def test_equally_good_trials_are_counted():
 
     values = {1: (0.8, 0.8, 0.7), 2: (0.7, 0.7, 0.8), 3: (0.8, 0.8, 0.8)}
     records = [with_validation(one, values[one.axes["seed"]][one.trial]) for one in make_records(SEVERAL)]
-    tied = "Where trials were equally good in validation, 4 of 6 choices, the first counts."
-    assert tied in how.how([make_task("sst2", records)]).text
+    tied = "Where trials were equally good in validation (4 of 6 choices on SST-2) the first in the file counts."
+    without = make_task("rte", make_records(replace(SEVERAL, task="rte")))
+    assert tied in how.how([make_task("sst2", records), without]).text
     assert "equally good" not in how.how([make_task("sst2", [one for one in records if one.axes["seed"] == 2])]).text
 
 
@@ -459,6 +481,74 @@ def test_webnlg_has_its_three_parts():
     assert (row["BLEU, seen"], row["TER, unseen"]) == ("60.00 ± 0.00", "40.00 ± 0.00")
     paper = dict(zip(table.headings, table.rows[-1], strict=True))
     assert (paper["BLEU, all"], paper["BLEU, seen"], paper["TER, unseen"]) == ("55.27", "62.49", "45.20")
+
+
+def test_what_chose_the_texts_is_compared_too():
+    """By hand: BLEU and NLL of the trial with the lowest validation NLL, seed by seed."""
+    world = World(task="e2e", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+    records = make_records(world)
+
+    def result(method, seed, metric):
+        trials = [one for one in records if one.method == method and one.axes["seed"] == seed]
+        return min(trials, key=lambda one: one.best["validation_nll"]).test["best"][metric]
+
+    table = next(block for block in generation.blocks([make_task("e2e", records)]) if isinstance(block, Table))
+    assert table.headings[-4:] == ["gain in BLEU [95 %]", "p (Holm)", "gain in NLL [95 %]", "p (Holm)"]
+    assert "NLL: lower is better. Trial and epoch were chosen by the NLL of the validation part" in table.note
+    row = table.data[1]
+    for metric, sign in (("bleu", 100), ("nll", -1)):
+        gains = [sign * (result("hiddenkey", seed, metric) - result("baseline", seed, metric)) for seed in (1, 2, 3)]
+        assert row[f"{metric}_gain_mean"] == pytest.approx(np.mean(gains), abs=1e-5)
+        assert row[f"{metric}_pairs"] == 3
+    values = [100 * result("hiddenkey", seed, "bleu") for seed in (1, 2, 3)]
+    assert (row["n"], row["all_bleu"]) == (3, pytest.approx(np.mean(values), abs=1e-5))
+    assert row["all_bleu_sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+
+
+def test_seeds_that_a_table_of_texts_lacks_are_named():
+    world = World(task="e2e", metric="nll", kind="causal-lm", methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
+    records = [one for one in make_records(world) if (one.method, one.axes["seed"]) != ("hiddenkey", 2)]
+    note = next(block.note for block in generation.blocks([make_task("e2e", records)]) if isinstance(block, Table))
+    assert "as a task or a side has no result of them: 2 (`hiddenkey`)." in note
+
+
+def test_whether_there_was_overfitting_in_texts_is_told():
+    """The lowest validation NLL is of the second of three epochs in one run of two, whose test NLL then rises."""
+
+    def bent(one, values, test):
+        epochs = [{"epoch": float(i), "step": i * 8, "validation_nll": nll} for i, nll in enumerate(values, 1)]
+        best = min(epochs, key=lambda row: row["validation_nll"])
+        return replace(one, epochs=epochs, best=best, last=epochs[-1], test=test)
+
+    world = World(task="e2e", metric="nll", kind="causal-lm", methods=("baseline",), seeds=(1, 2))
+    first, second = (one for one in make_records(world) if one.trial == 0)
+    records = [
+        bent(first, (3.0, 2.0, 2.5), {"best": {"nll": 2.2, "bleu": 0.1}, "last": {"nll": 2.4}}),
+        bent(second, (3.0, 2.0, 1.5), {"best": {"nll": 1.6, "bleu": 0.1}, "last": {"nll": 1.6}}),
+    ]
+    found = generation.blocks([make_task("e2e", records)])
+    text = next(block.text for block in found if isinstance(block, Text))
+    assert text.startswith("E2E: in 1 of 2 runs the best epoch came before the last one.")
+    assert "The chosen runs of LoRA alone lose +0.100 [" in text
+    assert text.endswith(" in test NLL from their best epoch to their last, n = 2.")
+    assert any(isinstance(block, Figures) and block.long for block in found)
+
+
+def test_every_run_has_the_number_that_the_tables_are_of(docs: Path):
+    runs = rows_of(docs, "runs")
+    assert {(row["sweep"], row["result_metric"]) for row in runs} == {
+        ("sst2", "accuracy"),
+        ("cola", "matthews"),
+        ("e2e", "bleu"),
+    }
+    table = {row["method"]: row for row in rows_of(docs, "generation-e2e")}
+    for method in ("baseline", "hiddenkey"):
+        of = [row for row in runs if (row["sweep"], row["method"]) == ("e2e", method)]
+        seeds = {row["axes"] for row in of}
+        best = [
+            min((r for r in of if r["axes"] == seed), key=lambda r: float(r["validation_best"])) for seed in seeds
+        ]
+        assert np.mean([float(row["result"]) for row in best]) == pytest.approx(float(table[method]["all_bleu"]))
 
 
 def test_the_page_needs_no_network_and_holds_together(docs: Path):

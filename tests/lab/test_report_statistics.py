@@ -63,6 +63,12 @@ def test_two_pairs_have_no_bootstrap():
     assert bootstrap(np.array([0.1, 0.3])) == (None, None)
 
 
+def test_two_pairs_have_no_effect_size():
+    """Hedges' correction of two pairs is 1 - 3 / 3."""
+    assert describe([1.0, 2.0]).hedges is None
+    assert describe([1.0, 2.0, 3.0]).hedges == pytest.approx(2 * (1 - 3 / 7))
+
+
 def test_sign_flips_are_exact():
     assert sign_flip(np.array([0.3, 0.1, 0.2, 0.5, 0.4])) == 2 / 32
     reference = stats.permutation_test(

@@ -28,6 +28,7 @@ from hiddenkey.lab.report.paper import (
 from hiddenkey.lab.report.pool import findings, pools
 from hiddenkey.lab.report.rivals import early_stopping
 from hiddenkey.lab.report.study import make_task, read_study
+from hiddenkey.lab.report.task_table import about_task
 from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
 from hiddenkey.lab.sweep.file import read_sweep
 from hiddenkey.lab.sweep.record import method_key
@@ -422,6 +423,24 @@ def test_what_failed_or_was_not_tried_on_the_other_task_is_counted():
     row = next(row for row in transfer_table(pool).rows if row[0] == "`hiddenkey`")
     assert row[-1] == "not tried there \N{MULTIPLICATION SIGN}2, failed there \N{MULTIPLICATION SIGN}1"
     assert f"Left out: {row[-1]}." in transfer_words(pool).text
+
+
+def test_a_seed_that_either_task_lacks_is_counted_in_both_directions():
+    source = make_records(replace(SMALL, task="rte"))
+    lacking = [one for one in source if one.method != "hiddenkey" or one.axes["seed"] != 2]
+    pool = pools([make_task("rte", lacking), make_task("sst2", make_records(SMALL))])[0]
+    row = next(row for row in transfer_table(pool).rows if row[0] == "`hiddenkey`")
+    assert row[-1] == "no whole set of trials \N{MULTIPLICATION SIGN}2"
+
+
+def test_the_size_of_a_part_that_differs_from_seed_to_seed():
+    runs = [run(seed=seed, data_rows={"train": 98 + 2 * seed, "test": 409}) for seed in (1, 3)]
+    assert about_task(make_task("sst2", runs)).endswith(", 100 to 104 train, 409 test rows")
+
+
+def test_texts_are_of_as_many_prompts_as_were_asked_for():
+    runs = [replace(one, task="causal-lm", config=one.config | {"test_size": 50}) for one in (run(), run(seed=2))]
+    assert about_task(make_task("e2e", runs)).endswith("872 test rows of 50 prompts")
 
 
 @pytest.mark.parametrize(

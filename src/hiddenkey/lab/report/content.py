@@ -19,7 +19,7 @@ def make_report(tasks: Sequence[Task], notes: Sequence[str] = ()) -> Report:
     main = found[0] if found else None
     claims = findings(main)
     sections = [
-        Section("Does it help?", headline.blocks(main, claims)),
+        Section("Does it help?", headline.blocks(main, claims, tasks)),
         Section("Claims", claims_table.blocks(claims, main)),
         Section("Table 1", _table1(found, tasks)),
         Section("Rate, rank and training", [*_figures(found), *conditions.blocks(tasks)]),

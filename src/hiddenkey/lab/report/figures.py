@@ -17,6 +17,11 @@ from .style import LAST
 TRAINED = (BASELINE, "dropkey column", "hiddencut element", HIDDENKEY_MINUS, HIDDENKEY)
 WHISKERS = "Mean and sd over seeds; differences are paired, so surer than the sd suggests."
 
+BAND = (
+    "Black line and grey band: the baseline, ± sd, of each seed the trial that validation chose, where a point is a "
+    "single trial. In the validation figure the line is of the rows that chose it, which flatters it."
+)
+
 
 def gains(pool: Pool, suffix: str = "") -> list[Block]:
     """Every method's gain over the baseline."""
@@ -39,7 +44,9 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
 
 
 def _where(pool: Pool, pooled: Pooled) -> str:
-    return "" if len(pooled.tasks) == len(pool.tasks) else f" ({', '.join(pooled.tasks)} alone)"
+    few, of = len(pooled.tasks), len(pool.tasks)
+    named = f"{', '.join(pooled.tasks)} alone" if few < 3 else f"{few} of {of} tasks"
+    return "" if few == of else f" ({named})"
 
 
 def rates(pool: Pool, suffix: str = "") -> list[Block]:
@@ -68,8 +75,8 @@ def ranks(pool: Pool, suffix: str = "") -> list[Block]:
     return [Figures(figures, note)]
 
 
-def training(tasks: Sequence[Task]) -> list[Block]:
-    """Fig. 6: training loss and validation metric over the epochs, for the chosen trials."""
+def training(tasks: Sequence[Task], long: bool = False) -> list[Block]:
+    """Fig. 6: training loss and validation metric over the epochs, for the chosen trials; long: all folded."""
     found: list[Block] = []
     for place, task in enumerate(tasks):
         shown, figures = task.validation_metric, []
@@ -93,7 +100,7 @@ def training(tasks: Sequence[Task]) -> list[Block]:
                     figures,
                     "Mean and sd over seeds, of the trials that validation chose.",
                     f"Training on {task.label}",
-                    long=place > 0,
+                    long=long or place > 0,
                 )
             )
     return found or [Text(f"Training over epochs: {words.NOT_RUN}.")]
@@ -113,7 +120,7 @@ def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
     found = rate_curves(tasks, "validation")
     if not figures:
         return Text(f"{where}: metric against rate: {_why_none(found, 'rates')}")
-    note = f"{WHISKERS} Black line and grey band: the tuned baseline, ± sd.{_lost(found, 'rates')}"
+    note = f"{WHISKERS} {BAND}{_lost(found, 'rates')}"
     return Figures(figures, note, f"{where}: metric against rate", long)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from . import machine, words
+from . import figures, machine, words
 from .blocks import Block, Table, Text
 from .metrics import metric
 from .paper import BASELINE, PRINTED_TEXT_METRICS, TABLE2, TABLE3, TASK_LABELS
 from .pool import differences, why_none
-from .statistics import describe, holm, summarise
+from .statistics import Difference, describe, holm, summarise
 from .study import Task
 from .task_table import about_task
 
@@ -21,46 +21,101 @@ def blocks(tasks: Sequence[Task]) -> list[Block]:
     found: list[Block] = []
     for number, key in ((2, "e2e"), (3, "webnlg")):
         ours = [task for task in tasks if task.generation and task.key == key]
-        found += [_generation(number, task) for task in ours] or [
+        found += [block for task in ours for block in _generation(number, task)] or [
             Text(f"Table {number}, {TASK_LABELS[key]}: {words.NOT_RUN}.")
         ]
     others = [task for task in tasks if task.generation and task.key not in PRINTED_TEXT_METRICS]
-    return found + [_generation(0, task) for task in others]
+    return found + [block for task in others for block in _generation(0, task)]
 
 
-def _generation(number: int, task: Task) -> Table:
+def gained(task: Task, method: str, name: str) -> Difference | None:
+    """A method over the baseline in a test metric, positive where it is better."""
+    return describe(list(differences(task, method, BASELINE, name=name).values()))
+
+
+def judged_by(task: Task) -> list[str]:
+    """The metric of the texts, and the one that chose trial and epoch."""
+    return list(dict.fromkeys((task.metric.name, task.validation_metric.name)))
+
+
+def _generation(number: int, task: Task) -> list[Block]:
+    return [_table(number, task), Text(_epochs(task)), *figures.training([task], long=True)]
+
+
+def _table(number: int, task: Task) -> Table:
     names = [(part, name) for part in _parts(task) for name in (*task.generation_metrics, "nll")]
     shown = [(part, name) for part, name in names if _ours(task, part, name)]
-    gains = {method: describe(list(differences(task, method, BASELINE).values())) for method in task.methods}
-    compared = [method for method in task.methods if method != BASELINE]
-    ps = dict(zip(compared, holm([p.p if (p := gains[method]) else None for method in compared]), strict=True))
+    gains = {name: _gains(task, name) for name in judged_by(task)}
     rows, data = [], []
     for method in task.methods:
-        gain = gains[method] if method != BASELINE else None
         cells = [words.mean_sd(summarise(_values(task, method, *pair)), metric(pair[1]).digits) for pair in shown]
-        change = (
-            words.NOTHING
-            if method == BASELINE
-            else words.difference(gain, task.metric.digits, why_none(task.methods, method))
-        )
-        rows.append([f"`{method}`", *cells, str(len(task.values(method))), change, words.p_value(ps.get(method))])
-        about = {"task": task.name, "model": task.model, "method": method}
-        means = {f"{part}_{name}": _mean(_values(task, method, part, name)) for part, name in shown}
-        data.append(about | means | machine.gain(gain, ps.get(method)))
-    rows += [[*row, words.NOTHING, words.NOTHING, words.NOTHING] for row in _paper_rows(task, shown)]
+        row = [f"`{method}`", *cells, str(len(task.values(method)))]
+        line = {"task": task.name, "model": task.model, "method": method, "n": len(task.values(method))}
+        line |= {key: value for pair in shown for key, value in _columns(task, method, *pair).items()}
+        for name, found in gains.items():
+            gain, p = found.get(method, (None, None))
+            change = words.difference(gain, metric(name).digits, why_none(task.methods, method))
+            row += [words.NOTHING if method == BASELINE else change, words.p_value(p)]
+            line |= {f"{name}_{key}": value for key, value in machine.gain(gain, p).items()}
+        rows.append(row)
+        data.append(line)
+    blank = [words.NOTHING] * (1 + 2 * len(gains))
+    rows += [[*row, *blank] for row in _paper_rows(task, shown)]
     headings = [
         "method",
         *(metric(name).label + (f", {part}" if len(_parts(task)) > 1 else "") for part, name in shown),
         "n",
-        f"gain in {task.metric.label} [95 %]",
-        "p (Holm)",
+        *(heading for name in gains for heading in (f"gain in {metric(name).label} [95 %]", "p (Holm)")),
     ]
     title = f"Table {number}: {task.label}" if number else task.label
-    note = (
-        "Test part, mean ± sd over seeds; texts come from the adapter that was kept. Gain: positive where the method "
-        "is better, paired over seeds; paired t-test, Holm's correction over the methods of this table."
+    return Table(
+        f"generation-{machine.slug(task.name)}", f"{title} ({about_task(task)})", headings, rows, data, _note(task)
     )
-    return Table(f"generation-{machine.slug(task.name)}", f"{title} ({about_task(task)})", headings, rows, data, note)
+
+
+def _gains(task: Task, name: str) -> dict[str, tuple[Difference | None, float | None]]:
+    compared = [method for method in task.methods if method != BASELINE]
+    found = [gained(task, method, name) for method in compared]
+    ps = holm([change.p if change else None for change in found])
+    return dict(zip(compared, zip(found, ps, strict=True), strict=True))
+
+
+def _columns(task: Task, method: str, part: str, name: str) -> dict[str, float | None]:
+    found = summarise(_values(task, method, part, name))
+    mean, sd = (machine.rounded(found.mean), machine.rounded(found.sd)) if found else (None, None)
+    return {f"{part}_{name}": mean, f"{part}_{name}_sd": sd}
+
+
+def _note(task: Task) -> str:
+    lower = [metric(name).label for name in (*task.generation_metrics, "nll") if metric(name).lower_is_better]
+    seeds = {seed for groups in task.methods.values() for seed in groups}
+    lost = {method: seeds - task.values(method).keys() for method in task.methods}
+    return " ".join(
+        part
+        for part in (
+            f"Test part, mean ± sd over seeds; {words.listed(lower)}: lower is better. Trial and epoch were chosen "
+            f"by the {task.validation_metric.label} of the validation part; texts are of the adapter that was kept. "
+            "Gain: positive where the method is better, paired over seeds; paired t-test, Holm's correction over the "
+            "methods of this table, for each metric apart.",
+            words.left_out(lost),
+        )
+        if part
+    )
+
+
+def _epochs(task: Task) -> str:
+    """Whether there was any overfitting to prevent."""
+    runs = [run for run in task.shown if run.status == "finished"]
+    early = sum(run.best["epoch"] < run.last["epoch"] for run in runs)
+    shown = task.validation_metric
+    declined = describe(list(task.declines(BASELINE, shown.name).values())) if BASELINE in task.methods else None
+    text = f"{task.label}: in {early} of {words.plural(len(runs), 'run')} the best epoch came before the last one."
+    if declined is None:
+        return text
+    return text + (
+        f" The chosen runs of LoRA alone lose {words.difference(declined, shown.digits)} in test {shown.label} from "
+        f"their best epoch to their last, n = {declined.n}."
+    )
 
 
 def _parts(task: Task) -> tuple[str, ...]:
@@ -77,11 +132,6 @@ def _values(task: Task, method: str, part: str, name: str) -> list[float]:
 
 def _ours(task: Task, part: str, name: str) -> bool:
     return any(_values(task, method, part, name) for method in task.methods)
-
-
-def _mean(values: list[float]) -> float | None:
-    found = summarise(values)
-    return machine.rounded(found.mean) if found else None
 
 
 def _paper_rows(task: Task, shown: Sequence[tuple[str, str]]) -> list[list[str]]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import claims_table, figures, words
+from . import claims_table, figures, generation, words
 from .blocks import Block, Bullets, Text
 from .budget import step_ratio
 from .claims import ALPHA, FEWEST, refuting
-from .paper import BASELINE, HIDDENKEY, METHODS
-from .pool import Finding, Pool, against
-from .statistics import Difference
+from .metrics import metric
+from .paper import BASELINE, HIDDENKEY, METHODS, TABLE1_TASKS
+from .pool import Finding, Pool, against, differences
+from .statistics import Difference, describe
+from .study import Task
+
+NO_POOL = "No classification or regression task with a metric in points was run, so the main question is open."
 
 
-def blocks(pool: Pool | None, found: Sequence[Finding]) -> list[Block]:
-    """The answer, what qualifies it, and the gains of all methods in one figure."""
+def blocks(pool: Pool | None, found: Sequence[Finding], tasks: Sequence[Task] = ()) -> list[Block]:
+    """The answer, what qualifies it, and the gains of all methods in one figure; tasks: all, for those with texts."""
+    texts = [line for task in tasks if task.generation and (line := _of_texts(task))]
     if pool is None:
-        return [
-            Text(
-                "No classification or regression task with a metric in points was run, so the main question is open.",
-                lead=True,
-            )
-        ]
+        return [Text(NO_POOL, lead=True), *([Bullets(texts)] if texts else [])]
     main = next(finding for finding in found if finding.claim.main)
-    return [Text(_answer(main, pool), lead=True), Bullets(_context(main, pool, found)), *figures.gains(pool)]
+    items = [*_by_task(pool), *texts, *_context(main, pool, found)]
+    return [Text(_answer(main, pool), lead=True), Bullets(items), *figures.gains(pool)]
 
 
 def _answer(main: Finding, pool: Pool) -> str:
@@ -50,7 +51,14 @@ def _tuned(pool: Pool) -> str:
     ]
     if unequal:
         return f"tuned with different numbers of trials ({', '.join(unequal)})"
-    return "both tuned with the same number of trials"
+    ours, plain = (_names(pool, method) for method in (HIDDENKEY, BASELINE))
+    over = f" (`{HIDDENKEY}` over {ours}, LoRA alone over {plain})" if ours and plain and ours != plain else ""
+    return f"both tuned with the same number of trials{over}"
+
+
+def _names(pool: Pool, method: str) -> str:
+    names = dict.fromkeys(name for task in pool.tasks if method in task.methods for name in task.tuned(method))
+    return " and ".join(f"`{name}`" for name in names)
 
 
 def _verdict(main: Finding, change: Difference) -> str:
@@ -69,8 +77,38 @@ def _verdict(main: Finding, change: Difference) -> str:
     return "Whether HiddenKey helps is undecided."
 
 
+def _by_task(pool: Pool) -> list[str]:
+    found = [
+        (task.label, change)
+        for task in pool.with_both(HIDDENKEY, BASELINE)
+        if (change := describe(list(differences(task, HIDDENKEY, BASELINE).values())))
+    ]
+    if len(found) < 2:
+        return []
+    shown = ", ".join(f"{label} {words.difference(change)}" for label, change in found)
+    return [f"By task: {shown}. The mean gives each the same weight, however much chance there is in it."]
+
+
+def _of_texts(task: Task) -> str:
+    found = [
+        (metric(name), change)
+        for name in generation.judged_by(task)
+        if (change := generation.gained(task, HIDDENKEY, name))
+    ]
+    if not found:
+        return ""
+    shown = " and ".join(f"{words.difference(change, shown.digits)} in {shown.label}" for shown, change in found)
+    return (
+        f"Generated texts, {task.label} with {task.model}: `{HIDDENKEY}` over LoRA alone {shown}, "
+        f"n = {found[0][1].n}; positive is better."
+    )
+
+
 def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
-    here = "" if main.paper_here is None else f", {words.signed(main.paper_here)} on {words.listed(main.tasks)} alone"
+    own = {task.key for task in pool.tasks if task.label in main.tasks} == set(TABLE1_TASKS)
+    here = (
+        "" if main.paper_here is None or own else f", {words.signed(main.paper_here)} as that of the tasks run here"
+    )
     items = [
         f"The paper reports {words.signed(main.claim.paper_gap)} points as the mean of its four tasks{here}, with "
         "RoBERTa-large and rates chosen on the test set."

@@ -39,8 +39,22 @@ def validation_of(config: dict[str, Any]) -> str:
 
 def _trials(tasks: Sequence[Task]) -> str:
     if all(len(set(task.trials.values())) <= 1 for task in tasks):
-        return "Every method, the baseline included, had the same number of trials."
-    return "The methods had different numbers of trials, which favours those that had more; see below."
+        return f"Every method, the baseline included, had the same number of trials{_over(tasks)}."
+    return f"The methods had different numbers of trials{_over(tasks)}, which favours those that had more; see below."
+
+
+def _over(tasks: Sequence[Task]) -> str:
+    found: dict[str, dict[str, None]] = {}
+    for task in tasks:
+        for method in task.methods:
+            found.setdefault(" and ".join(f"`{name}`" for name in task.tuned(method)), {})[method] = None
+    parts = [
+        f"of {names} for "
+        + (words.listed(f"`{method}`" for method in methods) if len(methods) < 4 else f"{len(methods)} methods")
+        for names, methods in sorted(found.items(), key=lambda item: len(item[1]))
+        if names
+    ]
+    return f" (other values {', '.join(parts)})" if parts else ""
 
 
 def _choice(tasks: Sequence[Task]) -> str:
@@ -53,17 +67,15 @@ def _choice(tasks: Sequence[Task]) -> str:
 
 
 def _ties(tasks: Sequence[Task]) -> str:
-    groups = [
-        group
-        for task in tasks
-        for methods in task.conditions.values()
-        for seeds in methods.values()
-        for group in seeds.values()
-    ]
-    tied = sum(group.tied for group in groups)
-    if not tied:
+    counts = []
+    for task in tasks:
+        methods = [seeds for methods in task.conditions.values() for seeds in methods.values()]
+        tied = [group.tied for seeds in methods for group in seeds.values()]
+        if any(tied):
+            counts.append(f"{sum(tied)} of {len(tied)} choices on {task.label}")
+    if not counts:
         return ""
-    return f"Where trials were equally good in validation, {tied} of {len(groups)} choices, the first counts."
+    return f"Where trials were equally good in validation ({', '.join(counts)}) the first in the file counts."
 
 
 def _test(tasks: Sequence[Task]) -> str:

@@ -12,7 +12,7 @@ from . import machine, words
 from .blocks import Block, Bullets, Table, Text
 from .conditions import shown
 from .metrics import metric
-from .study import Task
+from .study import Task, tested
 
 SHOWN_FAILURES = 20
 SHOWN_PACKAGES = ("python", "torch", "transformers", "peft")
@@ -146,6 +146,8 @@ def _line(task: Task, run: RunRecord) -> dict[str, Any]:
         "validation_last": scaled(run.last, f"validation_{run.metric}"),
         "test_best": scaled(run.test.get("best", {}), run.metric),
         "test_last": scaled(run.test.get("last", {}), run.metric),
+        "result_metric": task.metric.name,
+        "result": machine.rounded(tested(run, "best", task.metric)),
         "seconds": run.seconds,
         "started": run.started,
         "commit": run.commit,

@@ -53,7 +53,8 @@ class Difference:
     p_flip: float | None = None
     """Sign-flip test, two-sided; exact up to 14 pairs."""
     hedges: float | None = None
-    """Mean over sd of the differences, with Hedges' correction for small n; None where all are equal."""
+    """Mean over sd of the differences, with Hedges' correction for small n; None below three pairs, for which that is
+    zero, and where all are equal."""
 
 
 def summarise(values: Sequence[float]) -> Summary | None:
@@ -84,7 +85,7 @@ def describe(differences: Sequence[float]) -> Difference | None:
         high,
         p=_paired_t(mean, sd, n),
         p_flip=sign_flip(found),
-        hedges=mean / sd * (1 - 3 / (4 * (n - 1) - 1)) if sd else None,
+        hedges=mean / sd * (1 - 3 / (4 * (n - 1) - 1)) if sd and n > 2 else None,
     )
 
 

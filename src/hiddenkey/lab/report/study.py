@@ -147,12 +147,19 @@ class Task:
         found = {seed: tested(group.chosen(when), when, shown) for seed, group in groups.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def declines(self, method: str) -> dict[Seed, float]:
+    def tuned(self, method: str) -> tuple[str, ...]:
+        """The names of the values that a method's trials differ in."""
+        tried = [run.params for group in self.methods[method].values() for run in group.runs]
+        names = dict.fromkeys(name for params in tried for name in params)
+        return tuple(name for name in names if len({str(params.get(name)) for params in tried}) > 1)
+
+    def declines(self, method: str, name: str = "") -> dict[Seed, float]:
         """Test metric of the chosen run's best epoch minus that of its last, by seed; positive: it declined."""
-        sign, found = -1.0 if self.metric.lower_is_better else 1.0, {}
+        shown = metric(name) if name else self.metric
+        sign, found = -1.0 if shown.lower_is_better else 1.0, {}
         for seed, group in self.methods[method].items():
             run = group.chosen("best")
-            best, last = (tested(run, when, self.metric) for when in ("best", "last"))
+            best, last = (tested(run, when, shown) for when in ("best", "last"))
             if best is not None and last is not None:
                 found[seed] = sign * (best - last)
         return found

@@ -19,7 +19,7 @@ MISPRINTS = (
 )
 IN_THE_PAPER = (
     "Gains in the paper: RoBERTa-large, medians of five runs; the mean of RTE, MRPC, STS-B and SST-2, and that of "
-    "the tasks that stand here."
+    "the tasks that stand here, where it prints the method on all of them (CoLA: LoRA alone and `hiddenkey`)."
 )
 
 

@@ -7,7 +7,7 @@ from .blocks import Table
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
 from .pool import differences, why_none
 from .statistics import Difference, describe, holm, summarise
-from .study import Groups, Task
+from .study import Task
 
 NOTE = (
     "Gains are positive where the method is better. p: paired t-test; Holm: corrected over the methods of this "
@@ -47,20 +47,25 @@ def task_table(task: Task) -> Table:
     return Table(f"task-{machine.slug(task.name)}", title, headings, rows, data, NOTE + _apart(task), long=True)
 
 
-def chosen_values(groups: Groups) -> str:
+def chosen_values(task: Task, method: str) -> str:
     """What validation chose, counted over seeds."""
-    tried = [run.params for group in groups.values() for run in group.runs]
-    varied = [name for name in (tried[0] if tried else {}) if len({str(params.get(name)) for params in tried}) > 1]
-    runs = [group.chosen("best") for group in groups.values()]
-    chosen = [{name: run.params.get(name) for name in varied} if run else None for run in runs]
+    runs = [group.chosen("best") for group in task.methods[method].values()]
+    chosen = [{name: run.params.get(name) for name in task.tuned(method)} if run else None for run in runs]
     return words.counted("all failed" if params is None else words.parameters(params) for params in chosen)
 
 
 def about_task(task: Task) -> str:
     """Model and sizes."""
-    rows = max((run.data_rows for run in task.shown), key=len)
-    sizes = ", ".join(f"{count:,} {part}" for part, count in rows.items())
-    return f"{task.model}, {sizes} rows" if sizes else task.model
+    parts = dict.fromkeys(part for run in task.shown for part in run.data_rows)
+    sizes = ", ".join(f"{_size(task, part)} {part}" for part in parts)
+    prompts = task.shown[0].config.get("test_size", 0) if task.generation and "test" in parts else 0
+    rows = f"{sizes} rows" + (f" of {words.plural(prompts, 'prompt')}" if prompts else "")
+    return f"{task.model}, {rows}" if sizes else task.model
+
+
+def _size(task: Task, part: str) -> str:
+    counts = {run.data_rows[part] for run in task.shown if part in run.data_rows}
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def _row(
@@ -69,7 +74,7 @@ def _row(
     groups, digits = task.methods[method], task.metric.digits
     summary = summarise(list(task.values(method).values()))
     trials = max((len(group.runs) for group in groups.values()), default=0)
-    failed, chosen = sum(group.failed for group in groups.values()), chosen_values(groups)
+    failed, chosen = sum(group.failed for group in groups.values()), chosen_values(task, method)
     cells = [
         f"`{method}`",
         words.mean_sd(summary, digits, words.NO_RESULT),

@@ -21,7 +21,8 @@ NOTE = (
     "not in the means, so those of a method that fails are better than it is."
 )
 FAILED = "failed there"
-ABSENT = "not tried there"
+ABSENT = "no whole set of trials"
+UNTRIED = "not tried there"
 UNCHOSEN = "nothing to choose"
 UNTESTED = "no test result there"
 
@@ -33,7 +34,7 @@ class Transfer:
     values: dict[Seed, float]
     """Test metric on the target, by seed, of the trial that was chosen on the source."""
     left_out: tuple[str, ...]
-    """Why, for every other seed of the source."""
+    """Why, for every other seed of either."""
 
 
 def transfer_table(pool: Pool) -> Table:
@@ -91,7 +92,7 @@ def transferred(source: Task, target: Task, method: str) -> Transfer | None:
     here, there = source.methods.get(method), target.methods.get(method)
     if not here or not there or all(len(group.runs) < 2 for group in there.values()):
         return None
-    found = {seed: _used(source, target, method, seed) for seed in here}
+    found = {seed: _used(source, target, method, seed) for seed in sorted(here.keys() | there.keys())}
     values = {seed: value for seed, value in found.items() if isinstance(value, float)}
     return Transfer(values, tuple(why for why in found.values() if isinstance(why, str)))
 
@@ -103,12 +104,15 @@ def left_out(pool: Pool, method: str) -> Sequence[str]:
 
 
 def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:
-    chosen, there = source.methods[method][seed].chosen("best"), target.methods[method].get(seed)
+    here, there = (task.methods[method].get(seed) for task in (source, target))
+    if here is None or there is None:
+        return ABSENT
+    chosen = here.chosen("best")
     if chosen is None:
         return UNCHOSEN
-    run = next((run for run in there.runs if run.params == chosen.params), None) if there else None
+    run = next((run for run in there.runs if run.params == chosen.params), None)
     if run is None:
-        return ABSENT
+        return UNTRIED
     if run.status != "finished":
         return FAILED
     value = tested(run, "best", metric(target.metric.name))
