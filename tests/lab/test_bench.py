@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import hiddenkey
 from hiddenkey.cli import main
@@ -23,11 +24,12 @@ from hiddenkey.lab.bench.config import BenchConfig
 from hiddenkey.lab.bench.measure import interleave, order
 from hiddenkey.lab.bench.memory import peak_memory
 from hiddenkey.lab.bench.providers import PROVIDERS
-from hiddenkey.lab.bench.record import Case, Record, Row, read_record, write_record
+from hiddenkey.lab.bench.record import Case, Record, Row, read_record, read_records, write_record
 from hiddenkey.lab.bench.targets import TARGETS, Target, growth, over_sum, ratio
 from hiddenkey.lab.errors import RunError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 # The clock
@@ -127,6 +129,22 @@ def test_targets_are_met_or_not_or_not_measured():
     assert Target("t", 1.5, ratio("step-y", "hiddenkey@0.1")).verdict(records) == "not measured"
     assert over_sum("step-x", "hiddenkey@0.1", "plain", "forward alone")(records) == pytest.approx(1.6 / 1.5)
     assert {target.verdict({}) for target in TARGETS} == {"not measured"}
+
+
+def test_a_target_is_of_its_shape_type_and_device_alone():
+    case = Case("minilm", {}, "plain", [row("plain", 1.0), row("hiddenkey-@0.1", 1.01)])
+    made, target = record("step-minilm", case), TARGETS[0]
+    assert target.verdict({made.name: made}) == "met"
+    for name, value in {"quick": True, "dtype": "bfloat16", "batch_size": 2, "length": 16, "padding": 0.0}.items():
+        assert target.verdict({made.name: replace(made, config={name: value})}) == "not measured"
+    assert target.verdict({made.name: replace(made, machine=made.machine | {"device": "cuda"})}) == "not measured"
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    records = read_records(ROOT / "results" / "bench")
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert performance.replace_block(page, performance.block(records, "performance", "results/bench"), Path()) == page
+    assert [target.what for target in TARGETS if target.measure(records) is None] == []
 
 
 def test_growth_of_extra_memory():
@@ -230,6 +248,26 @@ def test_the_page_is_the_same_every_time(results: Path, tmp_path: Path):
     assert (page.read_text(), figure.read_bytes()) == first
 
 
+def test_few_rounds_have_no_quantiles_and_flags_are_told(tmp_path: Path):
+    many = record("step-x", Case("x", {}, "plain", [row("plain", *range(1, 6))]))
+    few = replace(
+        record("step-y", Case("y", {}, "plain", [row("plain", 1, 2, 3)])), config={"rounds": 3, "threads": 2}
+    )
+    for made in (many, few):
+        write_record(made, tmp_path)
+    text = performance.write_page(BenchConfig(out=str(tmp_path), page=str(tmp_path / "page.md"))).read_text()
+    assert "| plain | 5 | 1,800 ms | 3,000 ms | 4,200 ms |" in text
+    assert "| plain | 3 | - | 2,000 ms | - |" in text
+    assert "| `step-y` | 2026-01-01 00:00 UTC | abc | `--rounds 3 --threads 2` |" in text
+
+
+def test_quick_results_take_no_others_place(results: Path):
+    before = {path: path.read_bytes() for path in results.iterdir()}
+    with pytest.raises(hiddenkey.UserError, match=r"quick results .* such as step-minilm\.json; give another --out"):
+        bench.bench(BenchConfig(suite="startup", quick=True, out=str(results)))
+    assert {path: path.read_bytes() for path in results.iterdir()} == before
+
+
 def test_what_a_person_wrote_stays(results: Path, tmp_path: Path):
     page = tmp_path / "performance.md"
     page.write_text(f"# Mine\n\nbefore\n\n{performance.BEGIN}\nSTALE\n{performance.END}\n\nafter\n")
@@ -264,10 +302,14 @@ def test_a_page_without_marks_is_an_error(results: Path, tmp_path: Path, text: s
         ({"suite": "step", "model": ("BERT",), "providers": ("plain, loss in chunks",)}, "is for causal-lm"),
         ({"suite": "step", "model": ("/no/such/model",)}, "/no/such/model"),
         ({"suite": "draw", "device": "tpu"}, "device = 'tpu'"),
+        ({"suite": "step", "model": ("a/one", "b/one")}, "two have one name"),
+        ({"page": "page"}, "page = 'page' is not allowed: it ends in .md"),
+        ({"suite": "step", "model": ("VIT",)}, "cannot be loaded"),
     ],
 )
 def test_mistakes_are_told(options: dict[str, object], said: str, bert: Path, llama: Path, tmp_path: Path):
-    names = {"LLAMA": str(llama), "BERT": str(bert)}
+    names = {"LLAMA": str(llama), "BERT": str(bert), "VIT": str(tmp_path / "vit")}
+    transformers.ViTConfig().save_pretrained(names["VIT"])
     if "model" in options:
         options = options | {"model": tuple(names.get(name, name) for name in options["model"])}
     with pytest.raises(hiddenkey.UserError, match=said.replace("(", r"\(")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import TrainConfig
-from .errors import RunError
+from .errors import RunError, UnfitFolderError
 
 RESULT = "result.json"
 ADAPTER = "adapter"
@@ -113,7 +113,7 @@ def read_result(folder: Path) -> RunResult | None:
     """The run in `folder`, or None where there is none.
 
     Raises:
-        RunError: a `result.json` that this version did not write.
+        UnfitFolderError: a `result.json` that this version did not write.
     """
     path = folder / RESULT
     if not path.exists():
@@ -123,7 +123,7 @@ def read_result(folder: Path) -> RunResult | None:
         return RunResult(**{**found, "folder": str(folder)})
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         names = ", ".join(field.name for field in fields(RunResult))
-        raise RunError(
+        raise UnfitFolderError(
             f"{path} is not a result of this version ({error}); it should hold: {names}. Give another folder with "
             "--out, or --overwrite to delete that run."
         ) from error
@@ -148,7 +148,8 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     """The earlier state of the same run in its folder, where there is one; with `overwrite` there is none.
 
     Raises:
-        RunError: the disk is full, or another run lies there, or with `overwrite` something that no run wrote.
+        UnfitFolderError: another run lies there.
+        RunError: the disk is full, or with `overwrite` there is something that no run wrote.
     """
     folder = Path(config.out)
     require_space(folder, _FREE_BYTES)
@@ -159,7 +160,7 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     if earlier is not None:
         _require_same(earlier.config, config)
     elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
-        raise RunError(
+        raise UnfitFolderError(
             f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "
             "Give another folder with --out, or --overwrite to delete them."
         )
@@ -205,16 +206,16 @@ def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
     differing = [name for name in names if now.get(name) != earlier.get(name)]
     if differing:
         lines = "\n".join(f"  {name}: {earlier.get(name)!r} there, {now.get(name)!r} now" for name in differing)
-        raise RunError(
+        raise UnfitFolderError(
             f"{config.out} holds a run with another configuration:\n{lines}\n"
             "Give another folder with --out, or --overwrite to delete that run."
         )
 
 
 def require_same_data(earlier: RunResult, digest: str) -> None:
-    """Raises RunError where an unfinished run was begun with other rows."""
+    """Raises UnfitFolderError where an unfinished run was begun with other rows."""
     if earlier.data_digest not in ("", digest):
-        raise RunError(
+        raise UnfitFolderError(
             f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. Give "
             "another folder with --out, or --overwrite to delete that run."
         )

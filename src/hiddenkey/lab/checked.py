@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -52,15 +50,6 @@ class Checked:
     def train_lengths(self) -> list[int]:
         """Tokens of every training row."""
         return _lengths(self.train)
-
-    @cached_property
-    def digest(self) -> str:
-        """A short hash of all rows, part by part."""
-        found = hashlib.sha256()
-        for rows in (self.examples.train, self.examples.validation, self.examples.test):
-            columns = {} if rows is None else {name: values(rows, name) for name in rows.column_names}
-            found.update(json.dumps(columns).encode())
-        return found.hexdigest()[:16]
 
     def evaluated(self, config: TrainConfig) -> dict[str, Dataset]:
         """What the model is evaluated on after every epoch: the validation part, and some of the training rows."""

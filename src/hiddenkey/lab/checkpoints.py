@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifacts import CHECKPOINT, write_text
-from .errors import RunError
+from .errors import UnfitFolderError
 
 _MARK = "complete"
 _STATE = "trainer_state.json"
@@ -48,7 +48,7 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
         damaged.append(f"{whole[step]} is damaged: {', '.join(changed)} changed after it was written.")
         tell(damaged[-1])
     if damaged:
-        raise RunError(
+        raise UnfitFolderError(
             "\n".join(damaged) + "\nNo other checkpoint is left to continue from. Bring the files back, or start "
             "anew with --overwrite."
         )
@@ -56,7 +56,7 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Raises RunError where a checkpoint that is needed is gone or damaged."""
+    """Raises UnfitFolderError where a checkpoint that is needed is gone or damaged."""
     if not (checkpoint / _MARK).exists():
         fault = "is gone, or was not written to its end"
     else:
@@ -64,7 +64,7 @@ def require_whole(checkpoint: Path) -> None:
         if not changed:
             return
         fault = f"is damaged: {', '.join(changed)} changed after it was written"
-    raise RunError(f"{checkpoint} {fault}. Bring the files back, or start anew with --overwrite.")
+    raise UnfitFolderError(f"{checkpoint} {fault}. Bring the files back, or start anew with --overwrite.")
 
 
 def is_last(checkpoint: Path) -> bool:

@@ -16,7 +16,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Keep = Literal["last", "best"]
 
 OF_A_TASK = (
-    *("model", "data", "data_config", "task", "test", "train_size", "eval_size", "test_size", "max_length", "metric"),
+    *("model", "data", "data_config", "task", "validation", "validation_fraction", "test", "text_columns"),
+    *("label_column", "prompt_column", "completion_column", "separator", "column_names", "train_size", "eval_size"),
+    *("test_size", "max_length", "metric", "generation_metrics", "num_beams", "length_penalty", "no_repeat_ngram"),
+    "max_new_tokens",
 )
 """Fields that say what is learnt and how it is judged: runs that differ in them are not of one table."""
 

@@ -23,5 +23,9 @@ class BusyError(RunError):
     """A folder in which another process is at work."""
 
 
+class UnfitFolderError(RunError):
+    """What lies in a run's folder is not what that run can go on from."""
+
+
 class NonFiniteLossError(LabError):
     """The loss became NaN or infinite, so training stopped."""

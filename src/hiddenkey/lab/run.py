@@ -78,7 +78,7 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
         return earlier
     checked = check_run(config, recipe)
     if earlier is not None:
-        require_same_data(earlier, checked.digest)
+        require_same_data(earlier, checked.examples.digest)
     console.print(describe(checked.examples), highlight=False, soft_wrap=True, markup=False)
     tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
@@ -221,7 +221,7 @@ def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: A
         versions=provenance.versions(),
         commit=provenance.commit(),
         data_rows=checked.row_counts,
-        data_digest=checked.digest,
+        data_digest=checked.examples.digest,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         load_options=_load_options(checked, trainer.model),
         metric=checked.metric,

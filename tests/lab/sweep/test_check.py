@@ -110,7 +110,10 @@ def test_a_worker_that_sees_several_gpus_takes_no_run(
 class NobodyAtWork:
     """A crew that has made nothing."""
 
-    def __init__(self, job: Job, count: int, board: Board) -> None:
+    def __init__(self, job: Job, board: Board) -> None:
+        self.count = 0
+
+    def start(self, count: int) -> None:
         self.count = count
 
     def watch(self, tick: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
@@ -44,7 +45,7 @@ class BenchConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of frozen weights and of the tensors of the other suites; LoRA stays float32."""
+    """Type of frozen weights, and of the tensors of attention and draw; LoRA and the losses alone stay float32."""
     batch_size: int = 0
     """Examples of a step; 0 = 32 for classification, 4 for language models."""
     length: int = 0
@@ -65,6 +66,11 @@ class BenchConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r} is not allowed: {allowed}.")
         if self.suite in WITH_MODEL and not self.model and not self.page:
             raise ConfigError(f"the suite {self.suite} needs a model: --model NAME [NAME …].")
+        names = [Path(model).name for model in self.model]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"model = {self.model} is not allowed: two have one name, and so one file of results.")
+        if self.page and Path(self.page).suffix != ".md":
+            raise ConfigError(f"page = {self.page!r} is not allowed: it ends in .md; its figures lie beside it.")
 
     def suites(self) -> tuple[str, ...]:
         """The suites to be run; `all` leaves out those of a model where no model is given."""

@@ -5,6 +5,7 @@ What stands between the two marks is written anew; what a person wrote outside t
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ..artifacts import write_text
@@ -17,6 +18,7 @@ from .targets import MIB, TARGETS, Records, extra_memory
 BEGIN = "<!-- written by `hiddenkey bench --page`: begin -->"
 END = "<!-- written by `hiddenkey bench --page`: end -->"
 NEW_PAGE = f"# What it costs\n\n{BEGIN}\n{END}\n"
+_SHOWN_ELSEWHERE = ("suite", "model", "providers", "out", "page")
 PACKAGES = ("python", "torch", "transformers", "peft")
 
 
@@ -79,8 +81,8 @@ def source_section(records: Records, out: str) -> str:
         )
         load = " ".join(f"{value:.1f}" for value in machine["load_before"])
         versions = ", ".join(f"{name} {record.versions[name]}" for name in PACKAGES)
-        rows.append([f"`{record.name}`", record.date, short(record.commit), where, load, versions])
-    table = markdown(("result", "date", "commit", "machine", "load before", "versions"), rows)
+        rows.append([f"`{record.name}`", record.date, short(record.commit), flags(record), where, load, versions])
+    table = markdown(("result", "date", "commit", "flags", "machine", "load before", "versions"), rows)
     hows = list(dict.fromkeys(record.how for record in records.values()))
     longest = [how for how in hows if not any(how != other and how in other for other in hows)]
     paragraphs = "\n\n".join(longest)
@@ -88,6 +90,14 @@ def source_section(records: Records, out: str) -> str:
         f"`hiddenkey bench --page` writes tables and figures from the JSON files in `{out}`, which hold every time."
     )
     return f"## How it was measured\n\n{command}\n\n{paragraphs}\n\n{table}"
+
+
+def flags(record: Record) -> str:
+    """The flags of its command but for suite, model, providers and folder."""
+    plain = {name: value for name, value in asdict(BenchConfig()).items() if name not in _SHOWN_ELSEWHERE}
+    given = {name: record.config.get(name, value) for name, value in plain.items()}
+    found = [f"--{name.replace('_', '-')} {given[name]}" for name, value in plain.items() if given[name] != value]
+    return f"`{' '.join(found)}`" if found else "-"
 
 
 def record_section(record: Record, figures: str) -> str:

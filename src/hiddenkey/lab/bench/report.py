@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .record import Case, Record
+from .record import Case, Record, Row
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 REFERENCE, OURS, RIVAL = "#000000", "#0072B2", "#E69F00"
 INK, MUTED = "#222222", "#777777"
-HEADINGS = ("provider", "p20", "p50", "p80", "ratio", "paired", "peak memory", "its ratio")
+HEADINGS = ("provider", "rounds", "p20", "p50", "p80", "ratio", "paired", "peak memory", "its ratio")
+FEW = 5
+"""Of fewer rounds p20 and p80 would be made up between two of them."""
 PIPED = 120
 
 
@@ -31,11 +33,12 @@ def print_case(case: Case) -> None:
 
 
 def table_rows(case: Case) -> list[list[str]]:
-    """Provider, p20, p50, p80, ratio, paired ratio, peak memory, its ratio."""
+    """Provider, rounds, p20, p50, p80, ratio, paired ratio, peak memory, its ratio."""
     return [
         [
             row.name,
-            *(duration(row.quantile(share)) for share in (0.2, 0.5, 0.8)),
+            str(len(row.seconds)),
+            *(_quantile(row, share) for share in (0.2, 0.5, 0.8)),
             number(case.ratio(row.name)),
             number(case.paired(row.name)),
             "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f} MiB",
@@ -43,6 +46,10 @@ def table_rows(case: Case) -> list[list[str]]:
         ]
         for row in case.rows
     ]
+
+
+def _quantile(row: Row, share: float) -> str:
+    return duration(row.quantile(share)) if share == 0.5 or len(row.seconds) >= FEW else "-"
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+import hiddenkey
+
 from ..errors import ConfigError, RunError
 from ..provenance import commit, versions
 from . import memory as bench_memory
@@ -17,7 +19,7 @@ from .measure import TIME, machine
 from .models import RANDOM
 from .modes import mode_cases
 from .parts import draw_cases, loss_cases
-from .record import Case, Record, write_record
+from .record import Case, Record, read_record, write_record
 from .report import bar_chart, print_case
 from .startup import startup_case
 from .step import step_cases
@@ -36,7 +38,8 @@ def bench(config: BenchConfig) -> list[Path]:
     """Run the suites; the JSON files written, one after each suite and model.
 
     Raises:
-        ConfigError: a value that is not allowed, no GPU where one is asked for, an unknown provider or model.
+        ConfigError: a value that is not allowed, no GPU where one is asked for, an unknown provider or model, or
+            quick results where others lie.
         RunError: a folder that cannot be written.
     """
     config.check()
@@ -44,6 +47,8 @@ def bench(config: BenchConfig) -> list[Path]:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = _open(config.out)
+    if config.quick:
+        _keep_whole_results(folder)
     return [path for suite in config.suites() for path in _run(suite, config, device, folder)]
 
 
@@ -75,7 +80,9 @@ def _of_model(suite: str, model: str, config: BenchConfig, device: torch.device,
     record = _blank(f"{suite}-{Path(model).name}", f"{TITLES[suite]}, {Path(model).name}", suite, config, device)
     try:
         cases = list({"step": step_cases, "modes": mode_cases}[suite](model, config, device))
-    except OSError as error:
+    except hiddenkey.UserError:
+        raise
+    except (OSError, ValueError) as error:  # the latter of a model that neither classifies nor writes
         raise ConfigError(
             f"the model {model!r} cannot be loaded; give a hub name, a folder, or {', '.join(RANDOM)}: {error}"
         ) from error
@@ -106,6 +113,14 @@ def _finish(blank: dict[str, Any], cases: list[Case], facts: dict[str, Any], fol
     bar_chart(record, path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}")
     return path
+
+
+def _keep_whole_results(folder: Path) -> None:
+    whole = [path for path in sorted(folder.glob("*.json")) if not read_record(path).config.get("quick")]
+    if whole:
+        raise ConfigError(
+            f"quick results would take the place of those in {folder}, such as {whole[0].name}; give another --out."
+        )
 
 
 def _open(out: str) -> Path:

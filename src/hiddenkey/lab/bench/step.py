@@ -63,6 +63,6 @@ def about(case: StepCase, config: BenchConfig) -> dict[str, object]:
         "shape": [size, length],
         "padding": round(1 - float(mask.float().mean()), 3),
         "dtype": config.dtype,
-        "lora": "r = 8 on query and value, AdamW",
+        "lora": f"r = 8 on query and value{'' if case.task == 'causal-lm' else ', the head whole'}, AdamW",
     }
     return facts | ({"labels": int((labels >= 0).sum())} if case.task == "causal-lm" else {})

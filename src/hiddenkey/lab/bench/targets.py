@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from .config import BenchConfig
 from .record import Case, Record
 
 Records = Mapping[str, Record]
@@ -13,6 +14,7 @@ Measure = Callable[[Records], float | None]
 MINILM, SMOLLM2, LLAMA = "step-minilm", "step-smollm2", "step-llama-152k"
 CHUNKED = "plain, loss in chunks"
 MIB = 2**20
+OF_THE_INPUT = ("quick", "dtype", "batch_size", "length", "padding", "labelled")
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,18 @@ class Target:
         return "not measured" if value is None else "met" if value <= self.limit else "**not met**"
 
 
+def as_planned(record: Record) -> bool:
+    """Whether a record is of a CPU, and of the shapes and the type that a bench takes by itself."""
+    plain = asdict(BenchConfig())
+    return record.machine["device"] == "cpu" and all(
+        record.config.get(name, plain[name]) == plain[name] for name in OF_THE_INPUT
+    )
+
+
 def find_case(records: Records, record: str, case: str = "") -> Case | None:
-    """A case of a record by name, or its only one."""
+    """A case of a record by name, or its only one; None where it was not measured as the targets ask."""
     found = records.get(record)
-    if found is None:
+    if found is None or not as_planned(found):
         return None
     return found.case(case) if case else found.cases[0]
 

@@ -20,10 +20,23 @@ def require_one_task(name: str, records: Iterable[RunRecord]) -> None:
     axes = {axis for run in records for axis in run.axes}
     for field in (field for field in OF_A_TASK if field not in axes):
         _require_one(f"runs in the sweep {name!r}", field, records)
+    _require_one_data(name, records)
     if len({(run.task, run.metric) for run in records}) > 1:
         raise RunError(
             f"runs of the sweep {name!r} have different tasks or metrics; give the sweeps different names."
         )
+
+
+def _require_one_data(name: str, records: Iterable[RunRecord]) -> None:
+    found: dict[str, RunRecord] = {}
+    for run in (run for run in records if run.data_digest):
+        axes = {axis: value for axis, value in run.axes.items() if axis != "seed"} | {"": run.config["data_seed"]}
+        other = found.setdefault(str(sorted(axes.items())), run)
+        if other.data_digest != run.data_digest:
+            raise RunError(
+                f"runs of the sweep {name!r} have different rows where they should have the same: {other.id} and "
+                f"{run.id}. The data changed between them; make one of them anew."
+            )
 
 
 def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunRecord]]) -> None:

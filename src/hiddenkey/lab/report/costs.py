@@ -13,8 +13,8 @@ from .paper import BASELINE, HIDDENKEY, rank_of
 from .study import Task
 
 ROUGH = (
-    "Both were timed on one machine and one day, else there is no ratio. Runs were made side by side on shared "
-    "cores, so times are rough."
+    "Method and baseline were timed on one day and one machine (records of earlier versions do not name it), else "
+    "there is no ratio. Runs were made side by side on shared cores, so times are rough."
 )
 
 

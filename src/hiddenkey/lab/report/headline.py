@@ -114,9 +114,12 @@ def _context(main: Finding, pool: Pool, found: Sequence[Finding]) -> list[str]:
         "RoBERTa-large and rates chosen on the test set."
     ]
     items += [*_best(pool), *_stopped(pool)]
-    ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, HIDDENKEY)) is not None]
+    ratios = {task.label: ratio for task in pool.tasks if (ratio := step_ratio(task, HIDDENKEY)) is not None}
     if ratios:
-        items.append(f"A step of `{HIDDENKEY}` takes {sum(ratios) / len(ratios):.2f} times the baseline's, roughly.")
+        items.append(
+            f"A step of `{HIDDENKEY}` takes {sum(ratios.values()) / len(ratios):.2f} times the baseline's, roughly "
+            f"({words.listed(ratios)}; timed on shared cores)."
+        )
     return [*items, claims_table.count(found)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -37,6 +38,7 @@ class Claim:
     """A run that this process has taken, and the trial that says so."""
 
     trial: int
+    slot: str
     run: Run
 
 
@@ -85,12 +87,20 @@ class Board:
                     self._add(_waiting(slot.key))
         return to_do
 
+    def note_grace(self, grace: int) -> None:
+        """Say after how many seconds of silence workers of this sweep count as dead."""
+        insist(lambda: self._storage.set_study_user_attr(self._number(), "grace", grace))
+
+    def grace(self) -> int | None:
+        """What the process that opened the sweep said of it; None where it has said nothing."""
+        return insist(lambda: self._storage.get_study_user_attrs(self._number())).get("grace")
+
     def ready(self) -> bool:
         """Whether the storage knows the sweep."""
         return any(study.study_name == self.plan.name for study in insist(self._storage.get_all_studies))
 
-    def take(self) -> Claim | None:
-        """The next run that waits, now ours; None where all are done or at work.
+    def take(self, without: Collection[str] = ()) -> Claim | None:
+        """The next run that waits, now ours, of no slot in `without`; None where all others are done or at work.
 
         Raises:
             RunError: a run was given up after too many attempts.
@@ -101,7 +111,7 @@ class Board:
             for slot in group.slots:
                 if _is_done(trials.get(slot.key, [])):
                     continue
-                claim = self._take(group, slot, trials)
+                claim = None if slot.key in without else self._take(group, slot, trials)
                 if claim is not None:
                     return claim
                 if group.ordered:
@@ -178,7 +188,7 @@ class Board:
         run = slot.run or _next(group, slot, _records(group, found))
         for name, value in {"worker": self.worker, "id": run.id, "since": time.time()}.items():
             self._attribute(number, name, value)
-        return Claim(number, run)
+        return Claim(number, slot.key, run)
 
     def _look_for_dead(self) -> None:
         if time.monotonic() - self._looked < self._storage.get_heartbeat_interval():
@@ -233,9 +243,15 @@ def _records(group: Group, trials: dict[str, list[FrozenTrial]]) -> list[RunReco
 
 def _record(group: Group, slot: Slot, trials: list[FrozenTrial]) -> RunRecord:
     done = next(trial for trial in trials if trial.state == TrialState.COMPLETE)
-    # A grid that has grown counts its trials anew, and a sweep may have got another name.
-    record = make_record(done.user_attrs["record"])
-    return replace(record, sweep=group.sweep.name, trial=slot.trial, trials=group.trials)
+    try:
+        record = make_record(done.user_attrs["record"])
+    except TypeError as error:
+        raise RunError(
+            f"The storage holds a record of another version of hiddenkey ({error}). Use that version, or a new "
+            "storage: move sweep.db away, or give another --storage; it is made again from runs/."
+        ) from error
+    # A grid that has grown counts its trials anew, and a sweep or a method may have got another name.
+    return replace(record, sweep=group.sweep.name, method=group.method.name, trial=slot.trial, trials=group.trials)
 
 
 def _next(group: Group, slot: Slot, records: list[RunRecord]) -> Run:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checked import check_structure
-from ..config import TrainConfig
+from ..config import DEFAULTS, FIELD_TYPES, TrainConfig
 from ..data import Examples, load_examples
+from ..errors import RunError
 from ..generation import collect_prompts
 from ..settings import require_dtype
 from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import SweepPlan
+from .record import RunRecord
+from .space import plain
 
 # What neither the data nor the structure of a model depends on; the data of every data_seed is checked.
 _FREE = (
@@ -22,18 +26,27 @@ _FREE = (
 )
 
 
-def check_plan(plan: SweepPlan) -> None:
+def check_plan(plan: SweepPlan, made: Iterable[RunRecord] = ()) -> None:
     """Check data, metrics, model, LoRA's targets, tokenizer, prompts and recipes of all runs, each combination once.
 
+    made: records that there are already; their rows must be those that the others will have.
+
     Raises:
+        RunError: the data have changed since some runs were made.
         UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
     """
+    rows = {(_kind(record.config), record.config["data_seed"]): record for record in made if record.data_digest}
     alike: dict[str, list[TrainConfig]] = {}
     for config in _configs(plan):
-        kind = repr({name: value for name, value in config.to_dict().items() if name not in _FREE})
-        alike.setdefault(kind, []).append(config)
-    for configs in alike.values():
-        _check(configs)
+        alike.setdefault(_kind(config.to_dict()), []).append(config)
+    for kind, configs in alike.items():
+        _check(configs, {seed: record for (other, seed), record in rows.items() if other == kind})
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return json.dumps(
+        {name: config.get(name, plain(DEFAULTS.get(name))) for name in FIELD_TYPES if name not in _FREE}
+    )
 
 
 def check_dtypes(plan: SweepPlan) -> None:
@@ -53,9 +66,10 @@ def _configs(plan: SweepPlan) -> Iterator[TrainConfig]:
         yield from (run.config for run in runs)
 
 
-def _check(configs: list[TrainConfig]) -> None:
+def _check(configs: list[TrainConfig], made: Mapping[int, RunRecord]) -> None:
     config = configs[0]
     examples = load_examples(config)
+    _require_same_rows(config, examples, made)
     task = make_task(examples, config.separator)
     choose_metric(task, config.metric)
     for each in configs:
@@ -64,7 +78,19 @@ def _check(configs: list[TrainConfig]) -> None:
     _check_lengths(config, examples, tokenizer, skeleton)
     others = {other.data_seed: other for other in configs if other.data_seed != config.data_seed}
     for other in others.values():
-        _check_lengths(other, load_examples(other), tokenizer, skeleton)
+        examples = load_examples(other)
+        _require_same_rows(other, examples, made)
+        _check_lengths(other, examples, tokenizer, skeleton)
+
+
+def _require_same_rows(config: TrainConfig, examples: Examples, made: Mapping[int, RunRecord]) -> None:
+    record = made.get(config.data_seed)
+    if record is not None and record.data_digest != examples.digest:
+        raise RunError(
+            f"the rows of {config.data} with data_seed = {config.data_seed} are no longer those of {record.id}, "
+            "which is made already: the files, or the versions of the libraries that read them, have changed. Bring "
+            "the old ones back, or give another --out, and all runs are made anew."
+        )
 
 
 def _check_lengths(config: TrainConfig, examples: Examples, tokenizer: Any, skeleton: Any) -> None:

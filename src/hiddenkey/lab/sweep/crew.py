@@ -53,12 +53,17 @@ class _Member:
 
 
 class Crew:
-    """Worker processes, `count` of them."""
+    """Worker processes."""
 
-    def __init__(self, job: Job, count: int, board: Board) -> None:
+    def __init__(self, job: Job, board: Board) -> None:
         self.job = job
         self.board = board
-        self._members = [self._start(number) for number in range(1, count + 1)]
+        self._members: list[_Member] = []
+
+    def start(self, count: int) -> None:
+        """Start so many; `stop` ends those that there are if this fails half way."""
+        for number in range(1, count + 1):
+            self._members.append(self._start(number))
 
     def watch(self, tick: Callable[[dict[int, str]], None]) -> None:
         """Until all runs are done; `tick` is called every so often with the names of the workers, by number.

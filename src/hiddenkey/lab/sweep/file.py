@@ -106,7 +106,12 @@ def _text(where: str, given: Any) -> str:
 
 def _fields(where: str, given: Any) -> Values:
     _known(where, given, tuple(name for name in FIELD_TYPES if name not in _NOT_SHARED))
-    return {name: value_of(where, name, value) for name, value in given.items()}
+    return {name: _absolute(name, value_of(where, name, value)) for name, value in given.items()}
+
+
+def _absolute(name: str, value: Any) -> Any:
+    # Else the names of runs, made of what ~ stands for, would differ between machines whose plans have one name.
+    return expanded(value) if name in ("model", "data") else value
 
 
 def _sets(sets: Iterable[str]) -> Values:
@@ -115,9 +120,11 @@ def _sets(sets: Iterable[str]) -> Values:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text} is not allowed: write --set field=value, such as --set model=./tiny.")
+        if name in values:
+            raise ConfigError(f"--set gives {name} twice; give it once.")
         try:
             values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from error
     return _fields("--set", values)
 
@@ -229,10 +236,13 @@ def _check_names(where: str, method: Method) -> None:
         raise ConfigError(f"{where}: the recipe has {{{name}}}, but grid has no {name}; give its values there.")
     for name in method.space:
         if (name in open_names) == (name in FIELD_TYPES):
-            what = "both a field and in the recipe" if name in open_names else "neither a field nor in the recipe"
-            way = hint(name, [*FIELD_TYPES, *open_names])
+            if name in open_names:
+                raise ConfigError(
+                    f"{where}.grid: {name} is both a field and in the recipe; give what is in braces another name."
+                )
             raise ConfigError(
-                f"{where}.grid: {name} is {what}{way} Write {{{name}}} where the recipe needs its value."
+                f"{where}.grid: {name} is neither a field nor in the recipe{hint(name, [*FIELD_TYPES, *open_names])} "
+                f"Write {{{name}}} where the recipe needs its value."
             )
 
 

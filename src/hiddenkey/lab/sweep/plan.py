@@ -201,16 +201,21 @@ def _check_names(sweep: SweepFile) -> None:
 
 
 def _check_ids(groups: tuple[Group, ...]) -> None:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     for group in groups:
         settings: set[str] = set()
-        for slot in group.slots:
-            if slot.run is None:
-                continue
-            setting = slot.run.id.rpartition("-")[2]
-            if slot.run.id in seen or setting in settings:
-                raise ConfigError(f"{slot.run.id} stands for two runs that are equal; take one of them out.")
-            seen.add(slot.key)
+        # Of a search that chooses its runs later, those at its corners show whether two methods share names of files.
+        runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
+        for run in runs:
+            setting = run.id.rpartition("-")[2]
+            if not group.ordered and (setting in settings or seen.get(run.id) == group.method.name):
+                raise ConfigError(f"{run.id} stands for two runs that are equal; take one of them out.")
+            other = seen.setdefault(run.id, group.method.name)
+            if other != group.method.name:
+                raise ConfigError(
+                    f"methods: {other!r} and {group.method.name!r} have a run in common, and one name for its file, "
+                    f"{run.id}: names of files keep a to z, digits, dots and underscores. Rename one."
+                )
             settings.add(setting)
 
 

@@ -69,6 +69,8 @@ class RunRecord:
     commit: str | None
     trials: int = 0
     """How many trials the method has on these axes when all are done; 0 in records that do not say."""
+    data_digest: str = ""
+    """A hash of all rows, part by part; empty in records that do not say."""
 
     @property
     def value(self) -> float:

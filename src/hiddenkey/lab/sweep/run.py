@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 
 from rich.console import Console
 
 from ..artifacts import make_folder
-from ..errors import RunError
+from ..errors import ConfigError, RunError
 from ..interrupts import postponed
 from ..lock import hold
 from .board import Board
@@ -54,6 +56,7 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     known = known_records(plan)
     board = Board(plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     to_do = board.open(known)
+    board.note_grace(job.grace)
     bury_dead(board)
     _tidy(plan, board, known, console)
     if not to_do:
@@ -61,12 +64,13 @@ def _lead(job: Job, workers: int, console: Console) -> None:
         say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
     _check_dtypes(plan)
-    _check(plan)
+    _check(plan, board.records())
     print_plan(plan, console)
     say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
-    crew = Crew(job, workers, board)
+    crew = Crew(job, board)
     try:
         with terminated(), Display(plan, board, console) as display, postponed():
+            crew.start(workers)
             crew.watch(display.tick)
     finally:
         crew.stop()
@@ -74,13 +78,13 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     say(console, f"All {plan.total} runs of {plan.sweep.name} are done: {plan.folder}/runs")
 
 
-def _check(plan: SweepPlan) -> None:
+def _check(plan: SweepPlan, made: Iterable[RunRecord] = ()) -> None:
     # Slow to import: a mistake in the file has been told by now.
     from ..quiet import quieten
     from .check import check_plan
 
     quieten()
-    check_plan(plan)
+    check_plan(plan, made)
 
 
 def _check_dtypes(plan: SweepPlan) -> None:
@@ -113,8 +117,16 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
             )
         say(console, "Waiting for the sweep to be started on another machine.")
         time.sleep(5)
+    known = board.grace()
+    if known not in (None, job.grace):
+        raise ConfigError(
+            f"grace = {job.grace} is not allowed: the sweep was started with --grace {known}, and its workers have "
+            "to agree on when one of them counts as dead."
+        )
     if not board.finished():
-        _check(job.plan)  # what this machine lacks must not count as a fault of the run that it would take
+        _check(
+            job.plan, board.records()
+        )  # what this machine lacks must not count as a fault of the run that it would take
     try:
         serve(job, console)
     finally:
@@ -137,9 +149,11 @@ def _write(plan: SweepPlan, board: Board) -> None:
     records, known = board.records(), known_records(plan)
     write_records(plan, records, known)
     if board.finished():
-        for run in {*known, *(record.id for record in records)}:
-            keep_texts(plan.folder, run)  # of a worker that was killed, or silent for too long
-        shutil.rmtree(plan.folder / WORK, ignore_errors=True)
+        for record in records:  # of this sweep alone: another may be at work in the same folder
+            keep_texts(plan.folder, record.id)  # of a worker that was killed, or silent for too long
+            shutil.rmtree(plan.folder / WORK / record.id, ignore_errors=True)
+        with suppress(OSError):
+            (plan.folder / WORK).rmdir()
 
 
 def _threads(config: SweepConfig) -> int:

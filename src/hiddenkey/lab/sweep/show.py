@@ -38,7 +38,10 @@ class Display:
         self._before = len(self._known)
         self._started = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
         )
         self._whole = self._bar.add_task(plan.sweep.name, total=self._total, completed=self._before, left="")
         self._live = Live(self._bar, console=console, transient=True)
@@ -82,7 +85,9 @@ def _told(record: RunRecord) -> str:
     if record.status == "failed":
         return f"{record.id}: failed: {record.failure}"
     name = f"validation_{record.metric}"
-    return f"{record.id}: {name} {record.best[name]:.4g} in {record.seconds:.1f} s"
+    value = record.best.get(name)
+    shown = "no number" if value is None else f"{value:.4g}"
+    return f"{record.id}: {name} {shown} in {record.seconds:.1f} s"
 
 
 def _clock(seconds: float) -> str:

@@ -93,12 +93,12 @@ def typed(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(text: str) -> float | str:
-    # YAML reads 1e-4 as a text.
+    # YAML reads 1e-4 as a text; what is a whole number was quoted on purpose, and Python reads 1_0 as ten.
     try:
         number = float(text)
     except ValueError:
         return text
-    return number if math.isfinite(number) else text
+    return text if "_" in text or text.lstrip("+-").isdigit() or not math.isfinite(number) else number
 
 
 def _dimension(where: str, name: str, given: Any, search: str) -> Choice | Range:

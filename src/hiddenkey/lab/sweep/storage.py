@@ -14,19 +14,32 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage, get_storage
 
-from ..errors import ConfigError, RunError
+from ..errors import ConfigError, LabError, RunError
 
 T = TypeVar("T")
 
 FILE = "sweep.db"
 _WAIT_FOR_LOCK = 120
+_DAMAGED = ("not a database", "malformed")
+_MADE_AGAIN = f"The file is damaged. Move {FILE} away: it is made again from the records in runs/."
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def url_of(storage: str, folder: Path) -> str:
-    """The URL asked for, or that of the file in the sweep's folder."""
-    return storage or f"sqlite:///{folder.resolve() / FILE}"
+    """The URL asked for, or that of the file in the sweep's folder.
+
+    Raises:
+        ConfigError: that folder's name has letters that mean something else in a URL.
+    """
+    path = str(folder.resolve() / FILE)
+    odd = [letter for letter in "{}?%" if letter in path]
+    if odd and not storage:
+        raise ConfigError(
+            f"{folder} cannot hold the sweep's database: {' '.join(odd)} in its name mean something else in a URL. "
+            "Give another folder with --out, or a --storage."
+        )
+    return storage or f"sqlite:///{path}"
 
 
 def open_storage(url: str, grace: int) -> Any:
@@ -34,7 +47,7 @@ def open_storage(url: str, grace: int) -> Any:
 
     Raises:
         ConfigError: not a URL, or one whose driver is not installed.
-        RunError: the database cannot be reached.
+        RunError: the database cannot be reached, or was made by another version of Optuna.
     """
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
@@ -47,11 +60,15 @@ def open_storage(url: str, grace: int) -> Any:
                 lambda: RDBStorage(url, engine_kwargs=options, heartbeat_interval=interval, grace_period=grace),
                 tries=3,
             )
-    except (sqlalchemy.exc.ArgumentError, ImportError) as error:
+    except LabError:
+        raise
+    except RuntimeError as error:  # Optuna's, of tables that another version of it made
+        raise RunError(f"storage {url.split('://')[0]!r} cannot be used: {error}") from error
+    except (sqlalchemy.exc.ArgumentError, ImportError, ValueError, LookupError) as error:
         raise ConfigError(
             f"storage {url.split('://')[0]!r} cannot be used: {error} Give a URL such as "
             "postgresql+psycopg://user@host/database, and install its driver: pip install 'psycopg[binary]' for "
-            "PostgreSQL, pymysql for MySQL."
+            "PostgreSQL."
         ) from error
     if url.startswith("sqlite"):
         sqlalchemy.event.listen(storage.engine, "begin", _immediate)
@@ -76,11 +93,10 @@ def insist(call: Callable[[], T], tries: int = 7) -> T:
         try:
             return call()
         except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
-            if attempt == tries - 1:
-                raise RunError(
-                    f"The storage cannot be reached: {error.__cause__ or error}\n"
-                    "When it can, the same command continues."
-                ) from error
+            damaged = any(word in str(error.__cause__ or error) for word in _DAMAGED)
+            if damaged or attempt == tries - 1:
+                way = _MADE_AGAIN if damaged else "When it can, the same command continues."
+                raise RunError(f"The storage cannot be reached: {error.__cause__ or error}\n{way}") from error
             time.sleep(2**attempt * random.uniform(0.25, 0.5))
     raise AssertionError
 

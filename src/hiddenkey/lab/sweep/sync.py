@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from ..errors import RunError
 from .plan import SweepPlan
 from .record import OTHER, RUNS, RunRecord, read_record, write_record
 
@@ -13,12 +14,16 @@ def known_records(plan: SweepPlan) -> dict[str, RunRecord]:
     """The records in the sweep's folder, by id; those put aside too.
 
     Raises:
-        RunError: a file there that is not a record.
+        RunError: a file there that is not a record, or not of the run that its name says.
     """
     known: dict[str, RunRecord] = {}
     for path in (path for name in (OTHER, RUNS) for path in sorted((plan.folder / name).glob("*.json"))):
         with suppress(FileNotFoundError):  # a neighbour has moved it since, between the two folders
             record = read_record(path)
+            if path.stem != record.id:
+                raise RunError(
+                    f"{path} is the record of {record.id}; give it the name {record.id}.json, or delete it."
+                )
             known[record.id] = record
     return known
 

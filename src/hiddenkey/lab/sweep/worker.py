@@ -18,7 +18,7 @@ from rich.console import Console
 import hiddenkey
 
 from ..artifacts import RunResult, finite, read_result
-from ..errors import BusyError, NonFiniteLossError, RunError
+from ..errors import BusyError, NonFiniteLossError, RunError, UnfitFolderError
 from ..interrupts import heed
 from ..run import train
 from ..tasks import lower_is_better
@@ -28,9 +28,10 @@ from .record import RunRecord, keep_texts, write_record
 from .space import plain
 
 _PAUSE = 1.0
+_HELD = 30.0
 _OF_RESULT = (
     *("config", "recipe", "failure", "task", "metric", "best", "last", "test", "epochs", "data_rows"),
-    *("trainable_parameters", "drop_rates", "step_seconds", "seconds", "versions", "commit"),
+    *("trainable_parameters", "drop_rates", "step_seconds", "seconds", "versions", "commit", "data_digest"),
 )
 
 
@@ -40,43 +41,57 @@ def work(plan: SweepPlan, board: Board, interval: float, console: Console) -> No
     Raises:
         UserError: a run cannot be made, and why.
     """
+    held: dict[str, float] = {}  # slots whose folder another process holds, and until when others go first
     while True:
         heed()  # what came while a run failed
-        claim = board.take()
+        claim = board.take({slot for slot, until in held.items() if time.monotonic() < until})
         if claim is not None:
             console.print(f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}", highlight=False, soft_wrap=True)
-            _work_on(plan, board, claim, interval, console)
+            if not _work_on(plan, board, claim, interval, console):
+                held[claim.slot] = time.monotonic() + _HELD
         elif board.finished():
             return
         else:
             time.sleep(_PAUSE)  # the others are at the last runs, which may yet be ours
 
 
-def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, console: Console) -> None:
+def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, console: Console) -> bool:
+    """Whether the folder was free."""
     with _heartbeat(board, claim, interval, console):
         try:
-            record = make_run(claim.run, console)
+            record = _made(claim.run, console)
             keep_texts(plan.folder, claim.run.id)  # before the run counts as done: nobody would make them again
         except (KeyboardInterrupt, SystemExit):
             board.release(claim)
             raise
         except BusyError as error:  # its last worker was silent, but lives
             console.print(str(error), highlight=False, soft_wrap=True)
-            time.sleep(_PAUSE)
             board.release(claim)
-            return
+            return False
         except (RunError, OSError) as error:
             _note(board, claim, error, console)
-            return
+            return True
         except hiddenkey.UserError as error:
             board.fail(claim, str(error), final=True)
             raise
         except Exception as error:  # noqa: BLE001 - kept, tried again, and told when it stays
             _note(board, claim, error, console)
-            return
+            return True
     if board.finish(claim, record):
         write_record(record, plan.folder)
         shutil.rmtree(claim.run.config.out, ignore_errors=True)
+    return True
+
+
+def _made(run: Run, console: Console) -> RunRecord:
+    try:
+        return make_run(run, console)
+    except UnfitFolderError as error:  # of another version, or of data that have changed: the folder is the sweep's
+        console.print(
+            f"{error}\nIt is deleted, and the run made anew.", highlight=False, soft_wrap=True, markup=False
+        )
+        shutil.rmtree(run.config.out)
+        return make_run(run, console)
 
 
 def make_run(run: Run, console: Console) -> RunRecord:
