@@ -136,6 +136,34 @@ def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
     assert all(float(row["gain_low"]) <= 0 for row in (rank, last))
 
 
+def early_of(task):
+    """In how many runs the best epoch came before the last, and of how many."""
+    runs = [row for row in rows_of("runs") if row["sweep"] == task]
+    return sum(row["validation_best"] != row["validation_last"] for row in runs), len(runs)
+
+
+def test_what_is_said_of_texts_is_what_the_report_found():
+    said = " ".join(README.split())
+    e2e, webnlg = ({row["method"]: row for row in rows_of(f"generation-{name}")} for name in ("e2e", "webnlg"))
+
+    def gain(row, metric, digits):
+        shown = (f"{float(row[f'{metric}_gain_{name}']):+.{digits}f}" for name in ("mean", "low", "high"))
+        return "{} [{}, {}]".format(*(value.replace("-", "\N{MINUS SIGN}") for value in shown))
+
+    early, runs = early_of("e2e")
+    assert f"the last of ten epochs was the best in {runs - early} of {runs} runs" in said
+    assert f"`hiddenkey` minus LoRA alone {gain(e2e['hiddenkey'], 'bleu', 2)} BLEU" in said
+    assert "the validation loss turned in {} of {} runs".format(*early_of("webnlg")) in said
+    row = webnlg["hiddenkey-"]
+    harm = f"{gain(row, 'nll', 3)} from that of LoRA alone (negative is worse; "
+    assert f"the test NLL of `hiddenkey-` lies {harm}p = {float(row['nll_p_holm']):.3f} corrected)" in said
+    assert f"that of `dropkey:column` {gain(webnlg['dropkey column'], 'nll', 3)}" in said
+    assert "**On generated texts nothing helped" in said
+    tables = [row for table in (e2e, webnlg) for row in table.values() if row["method"] != "baseline"]
+    assert all(float(row["bleu_gain_low"]) <= 0 for row in tables)
+    assert all(not (float(row["nll_gain_low"]) > 0 and float(row["nll_p_holm"]) <= 0.05) for row in tables)
+
+
 def test_what_is_said_of_the_nearest_rival_is_what_the_report_found():
     said, rivals = " ".join(README.split()), rows_of("rivals")
     nearest = max(rivals, key=lambda row: float(row["gain_mean"]))
