@@ -49,7 +49,7 @@ def _table(number: int, task: Task) -> Table:
     rows, data = [], []
     for method in task.methods:
         cells = [words.mean_sd(summarise(_values(task, method, *pair)), metric(pair[1]).digits) for pair in shown]
-        row = [f"`{method}`", *cells, str(len(task.values(method)))]
+        row = [f"`{method}`"]
         line = {"task": task.name, "model": task.model, "method": method, "n": len(task.values(method))}
         line |= {key: value for pair in shown for key, value in _columns(task, method, *pair).items()}
         for name, found in gains.items():
@@ -57,15 +57,15 @@ def _table(number: int, task: Task) -> Table:
             change = words.difference(gain, metric(name).digits, why_none(task.methods, method))
             row += [words.NOTHING if method == BASELINE else change, words.p_value(p)]
             line |= {f"{name}_{key}": value for key, value in machine.gain(gain, p).items()}
-        rows.append(row)
+        rows.append([*row, str(len(task.values(method))), *cells])
         data.append(line)
-    blank = [words.NOTHING] * (1 + 2 * len(gains))
-    rows += [[*row, *blank] for row in _paper_rows(task, shown)]
+    blank = [words.NOTHING] * (2 * len(gains) + 1)
+    rows += [[name, *blank, *cells] for name, *cells in _paper_rows(task, shown)]
     headings = [
         "method",
-        *(metric(name).label + (f", {part}" if len(_parts(task)) > 1 else "") for part, name in shown),
-        "n",
         *(heading for name in gains for heading in (f"gain in {metric(name).label} [95 %]", "p (Holm)")),
+        "n",
+        *(metric(name).label + (f", {part}" if len(_parts(task)) > 1 else "") for part, name in shown),
     ]
     title = f"Table {number}: {task.label}" if number else task.label
     return Table(
