@@ -8,8 +8,8 @@ from . import figures, machine, words
 from .blocks import Block, Table, Text
 from .metrics import metric
 from .paper import BASELINE, PRINTED_TEXT_METRICS, TABLE2, TABLE3, TASK_LABELS
-from .pool import differences, why_none
-from .statistics import Difference, describe, holm, summarise
+from .pool import gains, why_none
+from .statistics import describe, summarise
 from .study import Task
 from .task_table import about_task
 
@@ -28,11 +28,6 @@ def blocks(tasks: Sequence[Task]) -> list[Block]:
     return found + [block for task in others for block in _generation(0, task)]
 
 
-def gained(task: Task, method: str, name: str) -> Difference | None:
-    """A method over the baseline in a test metric, positive where it is better."""
-    return describe(list(differences(task, method, BASELINE, name=name).values()))
-
-
 def judged_by(task: Task) -> list[str]:
     """The metric of the texts, and the one that chose trial and epoch."""
     return list(dict.fromkeys((task.metric.name, task.validation_metric.name)))
@@ -45,25 +40,25 @@ def _generation(number: int, task: Task) -> list[Block]:
 def _table(number: int, task: Task) -> Table:
     names = [(part, name) for part in _parts(task) for name in (*task.generation_metrics, "nll")]
     shown = [(part, name) for part, name in names if _ours(task, part, name)]
-    gains = {name: _gains(task, name) for name in judged_by(task)}
+    found_by = {name: gains(task, name) for name in judged_by(task)}
     rows, data = [], []
     for method in task.methods:
         cells = [words.mean_sd(summarise(_values(task, method, *pair)), metric(pair[1]).digits) for pair in shown]
         row = [f"`{method}`"]
         line = {"task": task.name, "model": task.model, "method": method, "n": len(task.values(method))}
         line |= {key: value for pair in shown for key, value in _columns(task, method, *pair).items()}
-        for name, found in gains.items():
+        for name, found in found_by.items():
             gain, p = found.get(method, (None, None))
             change = words.difference(gain, metric(name).digits, why_none(task.methods, method))
             row += [words.NOTHING if method == BASELINE else change, words.p_value(p)]
             line |= {f"{name}_{key}": value for key, value in machine.gain(gain, p).items()}
         rows.append([*row, str(len(task.values(method))), *cells])
         data.append(line)
-    blank = [words.NOTHING] * (2 * len(gains) + 1)
+    blank = [words.NOTHING] * (2 * len(found_by) + 1)
     rows += [[name, *blank, *cells] for name, *cells in _paper_rows(task, shown)]
     headings = [
         "method",
-        *(heading for name in gains for heading in (f"gain in {metric(name).label} [95 %]", "p (Holm)")),
+        *(heading for name in found_by for heading in (f"gain in {metric(name).label} [95 %]", "p (Holm)")),
         "n",
         *(metric(name).label + (f", {part}" if len(_parts(task)) > 1 else "") for part, name in shown),
     ]
@@ -71,13 +66,6 @@ def _table(number: int, task: Task) -> Table:
     return Table(
         f"generation-{machine.slug(task.name)}", f"{title} ({about_task(task)})", headings, rows, data, _note(task)
     )
-
-
-def _gains(task: Task, name: str) -> dict[str, tuple[Difference | None, float | None]]:
-    compared = [method for method in task.methods if method != BASELINE]
-    found = [gained(task, method, name) for method in compared]
-    ps = holm([change.p if change else None for change in found])
-    return dict(zip(compared, zip(found, ps, strict=True), strict=True))
 
 
 def _columns(task: Task, method: str, part: str, name: str) -> dict[str, float | None]:

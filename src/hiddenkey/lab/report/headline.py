@@ -10,8 +10,8 @@ from .budget import step_ratio
 from .claims import ALPHA, FEWEST, refuting
 from .metrics import metric
 from .paper import BASELINE, HIDDENKEY, METHODS, TABLE1_TASKS
-from .pool import Finding, Pool, against, differences
-from .statistics import Difference, describe
+from .pool import Finding, Pool, against, gained
+from .statistics import Difference
 from .study import Task
 
 NO_POOL = "No classification or regression task with a metric in points was run, so the main question is open."
@@ -79,9 +79,7 @@ def _verdict(main: Finding, change: Difference) -> str:
 
 def _by_task(pool: Pool) -> list[str]:
     found = [
-        (task.label, change)
-        for task in pool.with_both(HIDDENKEY, BASELINE)
-        if (change := describe(list(differences(task, HIDDENKEY, BASELINE).values())))
+        (task.label, change) for task in pool.with_both(HIDDENKEY, BASELINE) if (change := gained(task, HIDDENKEY))
     ]
     if len(found) < 2:
         return []
@@ -91,9 +89,7 @@ def _by_task(pool: Pool) -> list[str]:
 
 def _of_texts(task: Task) -> str:
     found = [
-        (metric(name), change)
-        for name in generation.judged_by(task)
-        if (change := generation.gained(task, HIDDENKEY, name))
+        (metric(name), change) for name in generation.judged_by(task) if (change := gained(task, HIDDENKEY, name))
     ]
     if not found:
         return ""

@@ -125,6 +125,19 @@ def differences(
     return {seed: sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())}
 
 
+def gained(task: Task, method: str, name: str = "") -> Difference | None:
+    """A method over the baseline in a test metric, positive where it is better."""
+    return describe(list(differences(task, method, BASELINE, name=name).values()))
+
+
+def gains(task: Task, name: str = "") -> dict[str, tuple[Difference | None, float | None]]:
+    """Every method over the baseline, with p-values after Holm's correction over them."""
+    compared = [method for method in task.methods if method != BASELINE]
+    found = [gained(task, method, name) for method in compared]
+    adjusted = holm([change.p if change else None for change in found])
+    return dict(zip(compared, zip(found, adjusted, strict=True), strict=True))
+
+
 def pools(tasks: Sequence[Task]) -> list[Pool]:
     """One pool for each model; the one with most runs first."""
     fit = [task for task in tasks if not task.generation and task.metric.in_points]

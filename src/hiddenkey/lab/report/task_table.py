@@ -5,8 +5,8 @@ from __future__ import annotations
 from . import machine, words
 from .blocks import Table
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
-from .pool import differences, why_none
-from .statistics import Difference, describe, holm, summarise
+from .pool import gains, why_none
+from .statistics import Difference, summarise
 from .study import Task
 
 NOTE = (
@@ -18,14 +18,10 @@ NOTE = (
 
 def task_table(task: Task) -> Table:
     """Every method of the task's main condition."""
-    found = {method: describe(list(differences(task, method, BASELINE).values())) for method in task.methods}
-    compared = [method for method in task.methods if method != BASELINE]
-    ps = [change.p if (change := found[method]) else None for method in compared]
-    adjusted = dict(zip(compared, holm(ps), strict=True))
+    found = gains(task)
     rows, data = [], []
     for method in task.methods:
-        change = None if method == BASELINE else found[method]
-        cells, numbers = _row(task, method, change, adjusted.get(method))
+        cells, numbers = _row(task, method, *found.get(method, (None, None)))
         rows.append(cells)
         data.append(numbers)
     headings = (
