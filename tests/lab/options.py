@@ -35,7 +35,7 @@ def _default(name: str) -> str:
     if name not in config.DEFAULTS:
         return "needed "
     default = config.DEFAULTS[name]
-    if default in ("", ()):
+    if default in ("", []):
         return ""
     return f"`{default if isinstance(default, str) and default.strip() else json.dumps(default)}` "
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import TrainConfig
+from .config import TrainConfig, complete
 from .errors import RunError, UnfitFolderError
 
 RESULT = "result.json"
@@ -200,8 +200,7 @@ def _require_ours(folder: Path) -> None:
 
 
 def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
-    now = config.to_dict()
-    earlier = TrainConfig(model="", data="", out="").to_dict() | earlier  # a version before a field had its default
+    now, earlier = config.to_dict(), complete(earlier)
     names = [name for name in {**now, **earlier} if name not in NOT_OF_THE_RUN]
     differing = [name for name in names if now.get(name) != earlier.get(name)]
     if differing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -181,7 +182,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or YAML."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
+
+
+def plain(value: Any) -> Any:
+    """As JSON keeps it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 _PATHS = ("model", "data", "out", "validation", "test")
@@ -194,8 +200,14 @@ def expanded(path: Any) -> Any:
 
 FIELD_TYPES: dict[str, Any] = {field.name: get_type_hints(TrainConfig)[field.name] for field in fields(TrainConfig)}
 DEFAULTS: dict[str, Any] = {
-    field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING
+    field.name: plain(field.default) for field in fields(TrainConfig) if field.default is not MISSING
 }
+"""As `to_dict` gives them."""
+
+
+def complete(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that was written down, by a version that lacked a field too: it had that field's default."""
+    return DEFAULTS | dict(earlier)
 
 
 def convert(name: str, hint: Any, value: Any) -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ..artifacts import NOT_OF_THE_RUN
-from ..config import DEFAULTS, OF_A_TASK
+from ..config import OF_A_TASK, complete
 from ..errors import RunError
 from ..sweep.record import RunRecord
-from ..sweep.space import plain
 
 _WAY_OUT = "One name is one task and one plan: give the sweeps different names."
 _FREE = (*NOT_OF_THE_RUN, "seed", "data_seed", "recipe")
@@ -62,6 +61,6 @@ def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunReco
 
 
 def _require_one(whose: str, field: str, records: Iterable[RunRecord]) -> None:
-    values = {str(run.config.get(field, plain(DEFAULTS.get(field)))) for run in records}
+    values = {str(complete(run.config).get(field)) for run in records}
     if len(values) > 1:
         raise RunError(f"{whose} differ in {field}: {', '.join(sorted(values))}. {_WAY_OUT}")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..checked import check_structure
-from ..config import DEFAULTS, FIELD_TYPES, TrainConfig
+from ..config import FIELD_TYPES, TrainConfig, complete
 from ..data import Examples, load_examples
 from ..errors import RunError
 from ..generation import collect_prompts
@@ -15,7 +15,6 @@ from ..settings import require_dtype
 from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import SweepPlan
 from .record import RunRecord
-from .space import plain
 
 # What neither the data nor the structure of a model depends on; the data of every data_seed is checked.
 _FREE = (
@@ -44,9 +43,8 @@ def check_plan(plan: SweepPlan, made: Iterable[RunRecord] = ()) -> None:
 
 
 def _kind(config: Mapping[str, Any]) -> str:
-    return json.dumps(
-        {name: config.get(name, plain(DEFAULTS.get(name))) for name in FIELD_TYPES if name not in _FREE}
-    )
+    whole = complete(config)
+    return json.dumps({name: whole[name] for name in FIELD_TYPES if name not in _FREE})
 
 
 def check_dtypes(plan: SweepPlan) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import hiddenkey
 
-from ..config import TrainConfig
+from ..config import TrainConfig, plain
 from ..errors import ConfigError
 from .draw import draw_random
 from .file import Method, SweepFile, Values
 from .record import WORK, method_key, run_id
-from .space import Choice, Space, plain
+from .space import Choice, Space
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import hiddenkey
 from ..artifacts import GENERATIONS, NOT_OF_THE_RUN, write_json
 from ..config import DEFAULTS, TrainConfig
 from ..errors import RunError
-from .space import plain
 
 RUNS = "runs"
 OTHER = "other"
@@ -99,7 +98,7 @@ def run_id(method: str, values: dict[str, Any], config: TrainConfig) -> str:
     made_of = {
         name: value
         for name, value in config.to_dict().items()
-        if name not in NOT_OF_THE_RUN and (name not in DEFAULTS or value != plain(DEFAULTS[name]))
+        if name not in NOT_OF_THE_RUN and (name not in DEFAULTS or value != DEFAULTS[name])
     }
     made_of["recipe"] = str(hiddenkey.parse(config.recipe))
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:8]

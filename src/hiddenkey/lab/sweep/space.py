@@ -82,11 +82,6 @@ def value_of(where: str, name: str, given: Any) -> Any:
     return given
 
 
-def plain(value: Any) -> Any:
-    """As JSON keeps it: a tuple as a list."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 def typed(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters that came from JSON, as the space holds them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in params.items()}

@@ -18,6 +18,7 @@ from rich.console import Console
 import hiddenkey
 
 from ..artifacts import RunResult, finite, read_result
+from ..config import plain
 from ..errors import BusyError, NonFiniteLossError, RunError, UnfitFolderError
 from ..interrupts import heed
 from ..run import train
@@ -25,7 +26,6 @@ from ..tasks import lower_is_better
 from .board import Board, Claim
 from .plan import Run, SweepPlan
 from .record import RunRecord, keep_texts, write_record
-from .space import plain
 
 _PAUSE = 1.0
 _HELD = 30.0
