@@ -13,6 +13,7 @@ import tyro
 
 import hiddenkey
 
+from .lab.artifacts import is_begun
 from .lab.bench.config import BenchConfig
 from .lab.config import TrainConfig
 from .lab.errors import ConfigError
@@ -240,8 +241,11 @@ def _require_file_first(arguments: list[str]) -> None:
 def _way_on(command: Any) -> str:
     if not isinstance(command, (TrainConfig, SweepConfig)):
         return ""
-    without = " without --overwrite" if isinstance(command, TrainConfig) and command.overwrite else ""
-    return f" The same command{without} continues from the last checkpoint."
+    if not isinstance(command, TrainConfig) or not command.overwrite:
+        return " The same command continues from the last checkpoint."
+    if is_begun(command):
+        return " The same command without --overwrite continues from the last checkpoint."
+    return " Nothing was deleted yet."
 
 
 def _metrics(values: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from hiddenkey import cli
 from hiddenkey.cli import main
+from hiddenkey.lab.artifacts import RESULT, RunResult
 from tests.test_registry import PLUGIN, install
 
 from .signals import heed_interrupts
@@ -157,17 +159,36 @@ def test_ctrl_c_promises_nothing_where_nothing_was_kept(
     assert capsys.readouterr().err == "\nStopped.\n"
 
 
-@pytest.mark.parametrize(("flags", "without"), [([], ""), (["--overwrite"], " without --overwrite")])
+@pytest.mark.parametrize(
+    ("flags", "begun", "advice"),
+    [
+        ([], {}, "The same command continues from the last checkpoint."),
+        (["--overwrite"], {}, "The same command without --overwrite continues from the last checkpoint."),
+        (["--overwrite"], {"seed": 9}, "Nothing was deleted yet."),
+        (["--overwrite"], None, "Nothing was deleted yet."),
+    ],
+    ids=["plain", "begun anew", "another run is there", "nothing is there"],
+)
 def test_ctrl_c_does_not_advise_to_delete(
-    flags: list[str], without: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    begun: dict[str, Any] | None,
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    config = cli.TrainConfig("m", "d", str(tmp_path))
+    if begun is not None:
+        names = dict.fromkeys(field.name for field in fields(RunResult))
+        (tmp_path / RESULT).write_text(json.dumps(names | {"config": replace(config, **begun).to_dict()}))
+
     def stop(config: cli.TrainConfig) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.RUNNERS, cli.TrainConfig, stop)
     with pytest.raises(SystemExit, match="130"):
-        main(["train", "--model", "m", "--data", "d", "--out", "o", *flags])
-    assert f"The same command{without} continues from the last checkpoint." in capsys.readouterr().err
+        main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path), *flags])
+    assert capsys.readouterr().err == f"\nStopped. {advice}\n"
 
 
 def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path):

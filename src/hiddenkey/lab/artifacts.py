@@ -199,6 +199,17 @@ def _require_ours(folder: Path) -> None:
         )
 
 
+def is_begun(config: TrainConfig) -> bool:
+    """Whether this run, and no other, has left its first record in its folder."""
+    try:
+        earlier = read_result(Path(config.out))
+        if earlier is not None:
+            _require_same(earlier.config, config)
+    except UnfitFolderError:
+        return False
+    return earlier is not None
+
+
 def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
     now, earlier = config.to_dict(), complete(earlier)
     names = [name for name in {**now, **earlier} if name not in NOT_OF_THE_RUN]

@@ -82,9 +82,9 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     console.print(describe(checked.examples), highlight=False, soft_wrap=True, markup=False)
     tell_of_cuts(checked, config.max_length, console)
     trainer = _make_trainer(config, recipe, checked, console)
-    if config.overwrite:
-        clear(Path(config.out))
     with postponed():
+        if config.overwrite:
+            clear(Path(config.out))
         result = _first_record(config, recipe, checked, trainer)
         write_result(result)
         try:
