@@ -147,3 +147,12 @@ def test_it_exports_with_dynamic_lengths():
 def test_whole_numbers_cannot_be_rescaled(dtype):
     with pytest.raises(ValueError, match=f"floating point.*{dtype}"):
         hiddenkey.StructuredDropout("hidden:element@0.3")(torch.ones(1, 3, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("length", "p", "dropped"), [(50, 0.53, 27), (75, 0.42, 32), (150, 0.21, 32), (25, 0.58, 15)]
+)
+def test_a_span_of_half_a_place_more_is_rounded_up(length, p, dropped):
+    """26.5, 31.5, 31.5 and 14.5 places, which float32 takes for less, and of the last float64 too."""
+    out = hiddenkey.StructuredDropout(f"hidden:span:none@{p}")(torch.ones(1, length, 1))
+    assert int((out == 0).sum()) == dropped

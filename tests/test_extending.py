@@ -226,3 +226,55 @@ def test_a_consistency_that_gives_no_value_per_row(function):
     hiddenkey.register_consistency("wrong")(function)
     with pytest.raises(ValueError, match=r"'wrong' must give one value per row, \(2, 6\)"):
         hiddenkey.consistency_loss("wrong", *torch.randn(2, 2, 6, 3))
+
+
+def register_whole():
+    @hiddenkey.register_pattern("whole")
+    def whole(grid, p):
+        """All keys or none: constant along them."""
+        return hiddenkey.draws.random_keep((*grid.lead, *(1,) * (len(grid.shape) - len(grid.lead))), p, grid.device)
+
+    @hiddenkey.register_pattern("queries")
+    def queries(grid, p):
+        """All keys or none, for every query."""
+        return hiddenkey.draws.random_keep((*grid.shape[:-1], 1), p, grid.device)
+
+
+@pytest.mark.parametrize("pattern", ("whole", "queries"))
+@pytest.mark.parametrize("is_causal", (True, False))
+def test_a_pattern_that_is_constant_along_the_keys_drops_nothing(pattern, is_causal):
+    """A row without any key keeps all it can see."""
+    register_whole()
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        ours = hiddenkey.attention(query, key, value, f"logits:{pattern}@0.5", is_causal=is_causal)
+        torch.testing.assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("frozen", (True, False))
+def test_a_consistency_of_another_shape_is_refused_in_chunks_too(frozen):
+    @hiddenkey.register_consistency("mean-mse")
+    def mean_mse(first, second):
+        """One value for all rows."""
+        return (first - second).square().mean()
+
+    model = make("llama").train()
+    model.lm_head.requires_grad_(not frozen)
+    with (
+        hiddenkey.attach(model, "hidden:element@0.2 ~ mean-mse"),
+        pytest.raises(ValueError, match="'mean-mse' must give one value per row"),
+    ):
+        hiddenkey.consistency_step(model, batch("llama"))
+
+
+def test_a_position_that_is_not_there():
+    @hiddenkey.register_position("lost", compensation="none")
+    def lost(layer):
+        """A slip of the pen."""
+        for path in layer.attentions:
+            yield f"{path}.v_porj", "output"
+
+    with pytest.raises(hiddenkey.PlanError, match=r"'lost' yields model\.layers\.2\.self_attn\.v_porj, which Llama"):
+        hiddenkey.plan(make("llama"), "lost:element@0.5")

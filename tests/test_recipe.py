@@ -305,3 +305,10 @@ def test_a_recipe_with_slips_of_the_pen_parses_or_says_why(text, data):
         cut = data.draw(st.integers(0, 2))
         text = text[:at] + data.draw(PIECES | st.text(max_size=2)) + text[at + cut :]
     parses_or_says_why(text)
+
+
+def test_a_consistency_that_is_named_settles_which_of_two_presets():
+    text = "hiddenkey[:6]@0.1 + hiddenkey-js[6:]@0.1"
+    with pytest.raises(RecipeError, match="name the one you want after '~'"):
+        parse(text)
+    assert parse(f"{text} ~ kl").consistency == "kl"

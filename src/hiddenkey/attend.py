@@ -79,7 +79,8 @@ def attend(
     """
     if softcap is None and [space_of(drop) for drop in drops] == ["logits"]:
         path = attend_keys if keeps[0].shape[2] == 1 else attend_cells
-        return path(query, key, value, keeps[0], mask, bias, scale)
+        keep = keeps[0].expand(*keeps[0].shape[:-1], key.shape[2])
+        return path(query, key, value, keep, mask, bias, scale)
     return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale, softcap=softcap)
 
 

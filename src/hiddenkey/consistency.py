@@ -35,6 +35,16 @@ class Consistency:
     both: bool = False
     scalar: bool = False
 
+    def by_row(self, first: Tensor, second: Tensor) -> Tensor:
+        """The divergence. Raises ValueError where the function gives something else than one value per row."""
+        values = self.divergence(first, second)
+        if values.shape != first.shape[:-1]:
+            raise ValueError(
+                f"the function of {self.name!r} must give one value per row, {tuple(first.shape[:-1])}, but gave "
+                f"{tuple(values.shape)} for logits of {tuple(first.shape)}"
+            )
+        return values
+
 
 CONSISTENCIES: Registry[Consistency] = Registry("consistency")
 
@@ -129,12 +139,7 @@ def consistency_loss(
         first, second = first[valid], second[valid]
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     second = second if consistency.both else second.detach()
-    values = consistency.divergence(first.to(dtype), second.to(dtype))
-    if values.shape != first.shape[:-1]:
-        raise ValueError(
-            f"the function of {name!r} must give one value per row, {tuple(first.shape[:-1])}, but gave "
-            f"{tuple(values.shape)} for logits of {tuple(first.shape)}"
-        )
+    values = consistency.by_row(first.to(dtype), second.to(dtype))
     if reduction == "none":
         return values if valid is None else values.new_zeros(rows).masked_scatter(valid, values)
     return values.sum() / max(values.numel(), 1) if reduction == "mean" else values.sum()

@@ -35,7 +35,7 @@ def generator() -> np.random.Generator:
 
     torch draws 64 bits at a time from a Mersenne Twister, which takes four times as long.
     """
-    seed = torch.empty(4, dtype=torch.int64).random_(-(2**63), None).numpy().view(np.uint32)
+    seed = torch.empty(4, dtype=torch.int64, device="cpu").random_(-(2**63), None).numpy().view(np.uint32)
     return np.random.Generator(np.random.SFC64(seed))
 
 

@@ -108,7 +108,7 @@ def _parse(text: str) -> Recipe:
     for term in drops_text.split("+"):
         term_drops, term_consistency = _term(term.strip())
         drops += term_drops
-        if term_consistency and consistency and term_consistency != consistency:
+        if not rest and term_consistency and consistency and term_consistency != consistency:
             raise RecipeError(
                 f"two presets want different consistencies, {consistency!r} and {term_consistency!r}; "
                 "name the one you want after '~'"

@@ -191,3 +191,21 @@ def test_a_classifier_on_a_decoder():
     plan = hiddenkey.plan(model, "hiddenkey@0.1 + output:element@0.1")
     assert layers_of(plan) == {"model.layers": [2, 3]}
     assert plan.sites[-1].path == "score"
+
+
+@pytest.mark.parametrize("function", (hiddenkey.plan, hiddenkey.attach, hiddenkey.doctor))
+@pytest.mark.parametrize("given", ("roberta-large", None))
+def test_a_name_is_no_model(function, given):
+    with pytest.raises(hiddenkey.AttachError, match=f"^{function.__name__} takes.*is a {type(given).__name__}$"):
+        function(given, "hiddenkey@0.1")
+
+
+def test_a_recipe_first():
+    with pytest.raises(hiddenkey.AttachError, match="plan takes a model and a recipe, in this order"):
+        hiddenkey.plan("hiddenkey@0.1", make("bert"))
+
+
+@pytest.mark.parametrize("call", (hiddenkey.find_attachment, lambda model: hiddenkey.consistency_step(model, {})))
+def test_an_attachment_of_what_is_no_model(call):
+    with pytest.raises(hiddenkey.AttachError, match="takes a model; the first is a NoneType"):
+        call(None)

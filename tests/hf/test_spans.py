@@ -268,3 +268,19 @@ def test_a_feed_forward_block_before_the_attention_knows_of_no_documents(pattern
             continue
         with pytest.raises(hiddenkey.UserError, match="learns in its attention, and that comes later"):
             model(**inputs)
+
+
+@pytest.mark.parametrize("padded", (True, False))
+def test_a_feed_forward_in_parts_takes_no_spans(padded):
+    """Four calls with four tokens each would draw four runs of their own."""
+    model = make("bert", chunk_size_feed_forward=4).train()
+    inputs = batch("bert")
+    if not padded:
+        inputs.pop("attention_mask")
+    with (
+        hiddenkey.attach(model, "hiddencut@0.25"),
+        pytest.raises(hiddenkey.UserError, match=r"parts of 4 tokens.*chunk_size_feed_forward=0"),
+    ):
+        model(**inputs)
+    with hiddenkey.attach(model, "hiddencut:element@0.25"):
+        assert model(**inputs).loss.isfinite()

@@ -367,3 +367,52 @@ def test_packed_documents_are_found_without_asking(consistency):
     inputs["labels"] = inputs["input_ids"]
     found, asked = step(model, inputs), step(model, {**inputs, "use_cache": False})
     torch.testing.assert_close(found.total, asked.total)
+
+
+@pytest.mark.parametrize("family", ("llama", "t5"))
+@pytest.mark.parametrize("frozen", (True, False))
+def test_mse_on_tokens(family, frozen):
+    model = make(family).train()
+    model.get_output_embeddings().requires_grad_(not frozen)
+    with (
+        hiddenkey.attach(model, "hidden:element@0.2 ~ mse"),
+        pytest.raises(ValueError, match=r"'mse' compares predictions of a regression.*use 'kl'"),
+    ):
+        step(model, batch(family))
+
+
+def test_shifted_labels_say_which_tokens_are_compared():
+    """As transformers' loss reads them, in the place of the labels."""
+    model = attached("llama", "hiddenkey@0.2")
+    inputs = batch("llama")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, 3:6] = inputs["input_ids"][:, 3:6]
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    found = step(model, {**inputs, "shift_labels": shifted})
+    wanted = step(model, {**inputs, "labels": labels})
+    assert float(found.task) == pytest.approx(float(wanted.task), rel=1e-5)
+    assert float(found.consistency) == pytest.approx(float(wanted.consistency), rel=1e-5)
+
+
+def test_a_classifiers_batch_without_a_label_teaches_nothing():
+    model, inputs = attached("bert", "hiddenkey@0.2"), batch("bert")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    found = step(model, inputs, num_items=4)
+    assert float(found.total) == 0
+    found.total.backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda outputs: outputs.loss, "got Tensor"),
+        (lambda outputs: (outputs.loss, outputs.logits), "got Tensor, Tensor"),
+        (lambda outputs: (outputs.loss, outputs, 1), "got Tensor, SequenceClassifierOutput, int"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ("hiddenkey@0.2", "hiddenkey-@0.2"))
+def test_a_task_loss_that_returns_something_else(returned, got, recipe):
+    model = attached("bert", recipe)
+    with pytest.raises(hiddenkey.UserError, match=rf"task_loss returns \(loss, outputs\).*{got}$"):
+        step(model, batch("bert"), task_loss=lambda model, inputs, num_items: returned(model(**inputs)))

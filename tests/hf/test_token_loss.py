@@ -164,13 +164,17 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ("llama", "bert", "gpt2"))
 def test_lower_layers_run_once(family):
-    """With drops in the upper half, a layer below runs once a step and one above twice."""
+    """With drops in the upper half, a layer below runs once a step and one above twice, after a first one to see that
+    this is the same."""
     model, calls = make(family), []
     stack = hiddenkey.plan(model, "baseline").structure.stacks[0].layers
     for layer in stack:
         attention = model.get_submodule(layer.attentions[0])
         attention.register_forward_hook(lambda m, a, o, path=layer.path: calls.append(path))
     with hiddenkey.attach(model, "hiddenkey[1/2:]@0.2"):
+        hiddenkey.consistency_step(model, batch(family))
+        assert [calls.count(layer.path) for layer in stack] == [2, 2, 3, 3]
+        calls.clear()
         hiddenkey.consistency_step(model, batch(family)).total.backward()
     assert [calls.count(layer.path) for layer in stack] == [1, 1, 2, 2]
     assert "forward" not in vars(model.get_submodule(stack[0].path))
@@ -204,6 +208,8 @@ def test_a_forward_of_the_layers_own_stays():
     layer.forward = own = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
     with hiddenkey.attach(model, "hiddenkey[1/2:]@0.2"):
         hiddenkey.consistency_step(model, batch("llama"))
+        calls.clear()
+        hiddenkey.consistency_step(model, batch("llama"))
     assert vars(layer)["forward"] is own
     assert calls == [1]
 
@@ -212,7 +218,9 @@ def test_a_forward_of_the_layers_own_stays():
 @pytest.mark.parametrize("family", ("llama", "bert", "mistral", "gpt2", "opt"))
 def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
     model, inputs, recipe = make(family), batch(family), f"hiddenkey[1/2:]@0.2 ~ {consistency}"
-    shared, ours, _ = one_step(model, recipe, inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(hiddenkey.hf.attach.Attachment, "shares_lower", True)
+        shared, ours, _ = one_step(model, recipe, inputs)
     monkeypatch.setattr(lower.LowerLayers, "_keep", lambda *_: None)
     twice, theirs, _ = one_step(model, recipe, inputs)
     torch.testing.assert_close(shared.consistency, twice.consistency)

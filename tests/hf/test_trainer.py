@@ -451,3 +451,30 @@ def test_a_swapped_attention_implementation_is_noticed(around):
     attachment.detach()
     hiddenkey.attach(model.train(), "hiddenkey@0.2")
     assert model(**inputs).loss.isfinite()
+
+
+class Weighted(Trainer):
+    """As many write it: what transformers passes by name is left to `**kwargs`."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+
+class OtherOrder(Trainer):
+    """The same in another order."""
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None, return_outputs=False):
+        assert isinstance(return_outputs, bool)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("trainer", (Weighted, OtherOrder))
+@pytest.mark.parametrize("recipe", ("hiddenkey@0.2", "hiddenkey-@0.2"))
+def test_a_loss_that_takes_the_rest_by_name(trainer, recipe, tmp_path):
+    kind = type("Mine", (hiddenkey.ConsistencyMixin, trainer), {})
+    mine = drop_trainer("bert", tmp_path, recipe, cls=kind)
+    mine.train()
+    assert all(entry["task_loss"] > 0 for entry in training_logs(mine))
+    plain = trainer(model=mine.model, args=mine.args, eval_dataset=mine.eval_dataset)
+    assert mine.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])

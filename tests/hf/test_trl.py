@@ -234,6 +234,7 @@ def test_dpo_is_the_policys_two_views_at_the_completions(consistency, reference,
     recipe = f"{DROPS} ~ {consistency}*{WEIGHT}"
     trainer = dpo(tmp_path, recipe, reference=reference, gradient_checkpointing=False)
     batch = first_batch(trainer)
+    trainer.attachment.shares_lower = True  # as an earlier step has seen
     with draws(monkeypatch) as record:
         loss, ours = loss_and_gradients(trainer, batch)
     assert len(record) == 8, "two views of two layers with two drops; none in the reference"

@@ -26,7 +26,7 @@ def test_the_consistency_compares_the_labels_positions(tuner, monkeypatch):
     """The virtual tokens, the padding and whatever has no label are left out, at the shift of the task loss."""
     model, inputs = build(tuner, "llama"), batch_for(tuner, "llama")
     attachment = hiddenkey.attach(model, STEP)
-    attachment.dense = True
+    attachment.dense = attachment.shares_lower = True  # as an earlier step has seen
     views = []
     monkeypatch.setattr(step_module, "compared", lambda *args: views.append(args[0]["logits"]) or compared(*args))
     compared = hiddenkey.hf.views.compared

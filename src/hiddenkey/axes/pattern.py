@@ -70,7 +70,7 @@ def span(grid: Grid, p: float) -> Tensor:
     """
     segments = grid.segments_over_lead()
     first, length = document_bounds(segments)
-    dropped = torch.floor(length * p + 0.5)
+    dropped = run_length(length, p)
     # One number per document: every place reads the one drawn at its document's first place.
     draws = torch.rand((*grid.lead, grid.places), dtype=torch.float32, device=grid.device)
     draws = draws.gather(-1, first.expand_as(draws))
@@ -78,6 +78,11 @@ def span(grid: Grid, p: float) -> Tensor:
     offset = torch.arange(grid.places, device=grid.device) - first
     inside = (offset >= start) & (offset < start + dropped) & (segments > 0)
     return grid.lay(~inside)
+
+
+def run_length(length: Tensor, p: float) -> Tensor:
+    """round(p · length), halves up: p is a decimal number, which binary fractions miss by less than 1e-9 places."""
+    return torch.floor(length.double() * p + (0.5 + 1e-9))
 
 
 def document_bounds(segments: Tensor) -> tuple[Tensor, Tensor]:

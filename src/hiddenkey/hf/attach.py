@@ -24,7 +24,7 @@ from .sites import AttentionSite, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
 from .strays import remove_strays, saved_copies, silenced_in
-from .structure import find_transformer
+from .structure import find_transformer, require_model
 from .switch import SWITCHES, DropSwitch
 from .watch import Watch
 
@@ -41,8 +41,7 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
 
     Raises AttachError where a recipe is attached already, and what `plan` raises.
     """
-    if not isinstance(model, nn.Module):
-        raise AttachError(f"attach takes a model and a recipe, in this order; the first is a {type(model).__name__}")
+    require_model(model, "attach")
     model = uncompiled(model)
     earlier = _attached_to(model)
     if earlier is not None:
@@ -63,8 +62,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def find_attachment(model: nn.Module) -> Attachment | None:
     """The handle of the recipe attached to the model, to a model inside it or around it, or None.
 
-    Around it, because PEFT's `merge_and_unload` and `get_base_model` give out what is inside.
+    Around it, because PEFT's `merge_and_unload` and `get_base_model` give out what is inside. Raises AttachError for
+    what is no model.
     """
+    require_model(model, "find_attachment", "a model")
     marked = (vars(module)[MARK] for module in model.modules() if MARK in vars(module))
     return next(marked, None) or _attached_to(model)
 
@@ -83,9 +84,12 @@ class Attachment:
     watch: sees that what is trained is what the recipe says.
     pooling_seen: set once a regression was seen to predict from the token that its consistency compares.
     dense: set by the first step of a language model: whether its loss can't be computed from its last hidden states.
+    shares_lower: set by the first step of a consistency with layers below the drops: whether these are the same in
+    both views.
     """
 
     dense: bool | None = None
+    shares_lower: bool | None = None
     pooling_seen = False
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:

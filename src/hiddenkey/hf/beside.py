@@ -135,7 +135,7 @@ def step_beside(
         )
     inputs = {name: value for name, value in uncached(model, batch).items() if name not in NO_INPUTS}
     transformer, lower = find_transformer(model)[1], LowerLayers(attachment, constant=True, batch=inputs)
-    first, second = Pass(transformer), Pass(transformer)
+    first = Pass(transformer)
     with attachment.watch.step():
         with first.record(lower):
             task = loss()
@@ -143,12 +143,19 @@ def step_beside(
         head = _head(attachment, model, inputs, first)
         if consistency.both:
             # All layers again: the loss may make a reference pass through them.
+            second = Pass(transformer)
             with second.record():
                 task = (task + loss()) / 2
         else:
             options = {} if head is None else {"logits_to_keep": 1}
-            with second.record(learning=False), lower.replay():
-                second_view(model, inputs, consistency, **options)
+
+            def other() -> Pass:
+                view = Pass(transformer)
+                with view.record(learning=False):
+                    second_view(model, inputs, consistency, **options)
+                return view
+
+            second = lower.second(model, other, lambda view: view.states)
         views = [view.states if head is not None else view.logits(model, inputs) for view in (first, second)]
     term = _term(views[0], views[1], compared, num_items, head, consistency) * scale
     return StepLoss(task + recipe.weight * term, task, term, None)

@@ -42,6 +42,10 @@ class Documents:
             return x.view(*self.shape, -1)
         return x
 
+    def is_more_than(self, x: Tensor) -> bool:
+        """Whether x (B, t, D) is a part of the sequence, as BERT's `chunk_size_feed_forward` makes them."""
+        return self.shape is not None and x.shape[0] == self.shape[0] and x.shape[1] < self.shape[1]
+
 
 class Notes:
     """The notes of every layer in which spans are drawn."""

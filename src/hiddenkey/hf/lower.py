@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .adapters import adapters
 from .attach import Attachment
 from .modes import another_forward
 from .plan import Site
+from .random_state import RandomState
+from .ranks import everywhere
 from .structure import find_transformer, reads_lower_keys
 from .views import Batch
 
 COLLECTED = ("output_router_logits", "output_hidden_states", "output_attentions")
+View = TypeVar("View")
 
 
 class LowerLayers:
@@ -23,14 +27,16 @@ class LowerLayers:
 
     `layers` is empty where nothing can be shared: several stacks, drops from the start, noise on the embedded tokens
     (NEFTune), layers above that read keys of those below, what every layer puts out is asked for, or an adapter that
-    draws in every layer, or came after the plan. constant: the second view gets no gradient; otherwise both views'
-    meets in them. batch: the model's arguments. looked_into: the second view's layers are asked for.
+    draws in every layer, or came after the plan. What cannot be foreseen is seen in the first step, whose second view
+    is computed in both ways: layers that act otherwise in training or at random (SpecAugment, noise of a router), or
+    that are read by more than the layer after them. constant: the second view gets no gradient; otherwise both
+    views' meets in them. batch: the model's arguments. looked_into: the second view's layers are asked for.
     """
 
     def __init__(
         self, attachment: Attachment, *, constant: bool, batch: Batch | None = None, looked_into: bool = False
     ) -> None:
-        self.constant = constant
+        self.attachment, self.constant = attachment, constant
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
         shared = 0
@@ -39,7 +45,7 @@ class LowerLayers:
         if len(stacks) == 1 and not draws and not any(_is_below(site, plan.structure.heads) for site in live):
             shared = min((site.layer[1] for site in live if site.layer), default=len(stacks[0].layers))
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
-        layers = [attachment.model.get_submodule(layer.path) for layer in stacks[0].layers]
+        layers = [attachment.model.get_submodule(layer.path) for stack in stacks[:1] for layer in stack.layers]
         looked_into = looked_into or any(map(reads_lower_keys, layers)) or _collects(attachment, batch or {})
         self.layers = [] if noise or looked_into else layers[:shared]
         self.output: Any = None
@@ -56,20 +62,36 @@ class LowerLayers:
         finally:
             handle.remove()
 
+    def second(self, model: nn.Module, view: Callable[[], View], seen: Callable[[View], Tensor]) -> View:
+        """`view()`, which computes the second view, without the layers below where that is the same.
+
+        seen: what the consistency is computed from.
+        """
+        if self.output is None or self.attachment.shares_lower is False:
+            return view()
+        if self.attachment.shares_lower is None:
+            return self._prove(model, view, seen)
+        with self._replayed():
+            return view()
+
+    def _prove(self, model: nn.Module, view: Callable[[], View], seen: Callable[[View], Tensor]) -> View:
+        before = RandomState(model)
+        whole = view()
+        after = RandomState(model)
+        before.restore()
+        with torch.no_grad(), self._replayed():
+            same = torch.equal(seen(whole), seen(view()))
+        after.restore()
+        self.attachment.shares_lower = everywhere(model, same)
+        return whole
+
     @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Around the second view."""
-        if self.output is None:
-            yield
-            return
-        with another_forward(self.layers, self._return):
+    def _replayed(self) -> Iterator[None]:
+        with another_forward(self.layers, lambda *args, **kwargs: self.output):
             yield
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = detached(output) if self.constant else output
-
-    def _return(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
 
 
 def _collects(attachment: Attachment, batch: Batch) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
@@ -19,7 +19,7 @@ from .code import closed_because, passes_tokens_first
 from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from .feed_forward import ancestors
 from .plan_text import describe
-from .structure import Layer, Stack, Structure, find_transformer, read
+from .structure import Layer, Stack, Structure, find_transformer, read, require_model
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
 
     Raises RecipeError for a recipe that does not parse; PlanError where a drop finds no site, a slice holds no
     layer, two drops meet, the attention backend would ignore us, or some attention takes no drops; also where
-    there is no transformers model.
+    there is no transformers model. AttachError for what is no model at all.
     """
+    require_model(model, "plan")
     recipe = parse(recipe)
     structure = read(model)
     name = type(find_transformer(model)[1]).__name__
     for drop in recipe.drops:
         _check_open(drop, structure, model, name)
         _check_axes(drop, structure, model, name)
-    sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, name))
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, paths, name))
     _check_overlap(sites)
     for site in sites:
         if site.side == "attention":
@@ -80,7 +82,7 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
     return Plan(recipe, name, structure, sites, own, theirs, tuple(adapters(model)), restless(model))
 
 
-def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:
+def _sites(drop: Drop, structure: Structure, paths: Collection[str], model: str) -> list[Site]:
     position = POSITIONS[drop.position]
     if position.per_layer:
         found = [
@@ -94,7 +96,15 @@ def _sites(drop: Drop, structure: Structure, model: str) -> list[Site]:
     if not found:
         raise PlanError(f"'{drop}' finds no site in {model}: {_why_none(drop, structure)}")
     _check_sides(found)
+    _check_paths(found, paths, model)
     return found
+
+
+def _check_paths(sites: list[Site], paths: Collection[str], model: str) -> None:
+    """Refuse a position whose function yields modules that there are not."""
+    for site in sites:
+        if site.path not in paths:
+            raise PlanError(f"the position {site.drop.position!r} yields {site.path}, which {model} does not have")
 
 
 def _check_sides(sites: list[Site]) -> None:

@@ -1,16 +1,20 @@
-"""The random generators of a model's devices, to go back to."""
+"""The random generators that a model may draw from, to go back to."""
 
 from __future__ import annotations
 
+import random
+
+import numpy
 import torch
 from torch import nn
 
 
 class RandomState:
-    """The states of torch's generators now, on the CPU and on the model's devices."""
+    """The states now of Python's generator, NumPy's, and torch's on the CPU and on the model's devices."""
 
     def __init__(self, model: nn.Module) -> None:
         devices = {parameter.device for parameter in model.parameters()}
+        self.python, self.numbers = random.getstate(), numpy.random.get_state()
         self.cpu = torch.get_rng_state()
         self.others = {
             device: torch.get_device_module(device).get_rng_state(device)
@@ -20,6 +24,8 @@ class RandomState:
 
     def restore(self) -> None:
         """Draw again what was drawn since."""
+        random.setstate(self.python)
+        numpy.random.set_state(self.numbers)
         torch.set_rng_state(self.cpu)
         for device, state in self.others.items():
             torch.get_device_module(device).set_rng_state(state, device)

@@ -19,7 +19,7 @@ from .random_state import RandomState
 from .ranks import check_wrapper, everywhere
 from .structure import find_transformer
 from .token_loss import Head
-from .views import Batch, LastLayer, compared, copied, count_labels, labels_of, second_view, tie, uncached
+from .views import Batch, Compared, LastLayer, compared, copied, count_labels, labels_of, second_view, tie, uncached
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -51,7 +51,7 @@ class Step:
     consistency: Consistency
 
     def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
-        return (self.task_loss or model_loss)(self.model, copied(batch), num_items)
+        return _pair((self.task_loss or model_loss)(self.model, copied(batch), num_items))
 
 
 def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
@@ -71,9 +71,18 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
     if num_items is None or counted:
         return outputs["loss"], outputs
     count = count_labels(transformer, batch["labels"])
-    if batch["labels"].dim() > 1 and not count:  # a mean over nothing, and so would its gradient be
+    if not count:  # a mean over nothing, and so would its gradient be
         return outputs["logits"].sum() * 0, outputs
     return outputs["loss"] * (count / num_items), outputs
+
+
+def _pair(found: Any) -> tuple[Tensor, Any]:
+    """(loss, outputs) of a task loss. Raises UserError where it gave something else."""
+    pair = isinstance(found, tuple) and len(found) == 2
+    if not pair or not isinstance(found[0], Tensor) or not isinstance(found[1], Mapping):
+        kinds = ", ".join(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
+        raise UserError(f"task_loss returns (loss, outputs), a tensor and the model's outputs by name; got {kinds}")
+    return found
 
 
 def consistency_step(
@@ -128,7 +137,7 @@ def _losses(
     recipe = attachment.recipe
     own = scale if task_loss is None else 1.0
     if recipe.consistency is None:
-        loss, outputs = (task_loss or model_loss)(model, dict(batch), num_items)
+        loss, outputs = _pair((task_loss or model_loss)(model, dict(batch), num_items))
         loss = loss * own
         return StepLoss(loss, loss, None, outputs)
     if batch.get("labels") is None:
@@ -169,10 +178,15 @@ def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | Non
         if draws is not None:
             draws.restore()
         return None
-    with hidden.record(), lower.replay():
-        second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
-    second = hidden.take()
-    assert second is not None
+
+    def other() -> Tensor:
+        with hidden.record():
+            second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
+        states = hidden.take()
+        assert states is not None
+        return states
+
+    second = lower.second(step.model, other, lambda states: states)
     weight = step.attachment.recipe.weight
     labels = labels_of(step.batch, first.shape[1], step.model)
     losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
@@ -202,11 +216,15 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
                 "the outputs that come with the task loss carry no gradient, so the consistency would teach nothing; "
                 "let task_loss return (loss, outputs) of one forward pass"
             )
-        with lower.replay():
+
+        def other() -> tuple[Tensor, Compared]:
             if step.consistency.both:
                 other_task, others = step.task(step.batch, step.num_items)
-                task = (task + other_task) / 2
             else:
-                others = second_view(step.model, step.batch, step.consistency)
-        second = compared(others, last.output, step.batch, step.attachment, step.consistency)
+                other_task, others = task, second_view(step.model, step.batch, step.consistency)
+            return other_task, compared(others, last.output, step.batch, step.attachment, step.consistency)
+
+        other_task, second = lower.second(step.model, other, lambda view: view[1].logits)
+    if step.consistency.both:
+        task = (task + other_task) / 2
     return task, tie(step.consistency, first, second, step.num_items), outputs

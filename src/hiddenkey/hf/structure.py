@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_LM,
 )
 
-from ..errors import PlanError
+from ..errors import AttachError, PlanError
 from .adapters import is_wrapper
 from .adapters import modules as all_modules
 from .code import MIXER, closed_because, uses_interface, uses_own_softmax
@@ -83,6 +83,12 @@ def find_transformer(model: nn.Module) -> tuple[str, PreTrainedModel]:
         f"{type(model).__name__} holds no transformers model; for your own attention code use "
         "hiddenkey.attention and hiddenkey.StructuredDropout"
     )
+
+
+def require_model(model: object, taker: str, takes: str = "a model and a recipe, in this order") -> None:
+    """Raises AttachError where something else was given in a model's place: its name, or a recipe."""
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"{taker} takes {takes}; the first is a {type(model).__name__}")
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -114,7 +114,7 @@ def _sweep(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency, sha
     with torch.enable_grad():
         x1 = z1.detach().requires_grad_()
         task = F.cross_entropy(x1, labels, reduction="sum")
-        term = consistency.divergence(x1, z2).sum()
+        term = consistency.by_row(x1, z2).sum()
         (gradient,) = torch.autograd.grad(share.task * task + share.consistency * term, x1)
     z1.copy_(gradient)
     return task.detach(), term.detach()
@@ -125,7 +125,7 @@ def _sweep_both(z1: Tensor, z2: Tensor, labels: Tensor, consistency: Consistency
     with torch.enable_grad():
         x1, x2 = z1.detach().requires_grad_(), z2.detach().requires_grad_()
         task = (F.cross_entropy(x1, labels, reduction="sum") + F.cross_entropy(x2, labels, reduction="sum")) / 2
-        term = consistency.divergence(x1, x2).sum()
+        term = consistency.by_row(x1, x2).sum()
         gradients = torch.autograd.grad(share.task * task + share.consistency * term, (x1, x2))
     for logits, gradient in zip((z1, z2), gradients, strict=True):
         logits.copy_(gradient)

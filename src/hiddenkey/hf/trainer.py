@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class ConsistencyMixin:
             UserError: the consistency is not defined for this model's outputs and labels.
         """
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            return self._trainers_loss(model, inputs, num_items_in_batch, return_outputs)
         num_items = num_items_in_batch if self._is_scaled(num_items_in_batch) else None
         options: dict[str, Any] = {"num_items": num_items, "scale": self._consistency_scale(num_items)}
         if self._gives_no_logits() and self.attachment.recipe.consistency is not None:
@@ -87,14 +88,14 @@ class ConsistencyMixin:
                 model,
                 inputs,
                 compared_in(inputs, type(self).__name__),
-                lambda: self._trainers_loss(model, dict(inputs), False, num_items_in_batch),
+                lambda: self._trainers_loss(model, dict(inputs), num_items_in_batch),
                 **options,
             )
         elif self._gives_no_logits():
-            loss = self._trainers_loss(model, inputs, False, num_items_in_batch)
+            loss = self._trainers_loss(model, inputs, num_items_in_batch)
             step = StepLoss(loss, loss, None, None)
         else:
-            task_loss = None if self._is_models_own_loss() else self._task_loss
+            task_loss = None if self._is_models_own_loss() else partial(self._trainers_loss, return_outputs=True)
             step = consistency_step(model, inputs, task_loss=task_loss, **options)
         self._note(step)
         return (step.total, step.outputs) if return_outputs else step.total
@@ -132,14 +133,12 @@ class ConsistencyMixin:
         """Whether this is one of TRL's trainers, which compute their losses without logits."""
         return any(parent.__module__.partition(".")[0] == "trl" for parent in type(self).__mro__)
 
-    def _trainers_loss(self, *args: Any) -> Any:
-        return super().compute_loss(*args)  # type: ignore[misc]
-
-    def _task_loss(
-        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None
-    ) -> tuple[Tensor, Any]:
-        loss, outputs = self._trainers_loss(model, batch, True, num_items)
-        return loss, outputs
+    def _trainers_loss(
+        self, model: nn.Module, batch: dict[str, Any], num_items: Tensor | int | None, return_outputs: bool = False
+    ) -> Any:
+        # By name, as transformers calls it: a trainer's own may have `**kwargs` alone for them, or another order.
+        options = {"return_outputs": return_outputs, "num_items_in_batch": num_items}
+        return super().compute_loss(model, batch, **options)  # type: ignore[misc]
 
     def _is_scaled(self, num_items: Tensor | int | None) -> bool:
         """Whether the loss is divided by num_items rather than by the number of accumulated batches."""

@@ -41,22 +41,23 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 class LastLayer:
-    """While active, keeps what the last layer of the last stack puts out: (B, T, D)."""
+    """While active, keeps what the last layer of the last stack puts out: (B, T, D), or None without any stack."""
 
     def __init__(self, attachment: Attachment) -> None:
-        path = attachment.plan.structure.stacks[-1].layers[-1].path
-        self.layer = attachment.model.get_submodule(path)
+        stacks = attachment.plan.structure.stacks
+        self.layers = [attachment.model.get_submodule(stack.layers[-1].path) for stack in stacks[-1:]]
         self.output: Tensor | None = None
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output[0] if isinstance(output, tuple) else output
 
     def __enter__(self) -> LastLayer:
-        self._handle = self.layer.register_forward_hook(self._keep)
+        self._handles = [layer.register_forward_hook(self._keep) for layer in self.layers]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
 
 def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **options: Any) -> Any:
@@ -108,8 +109,9 @@ def compared(
             f"{', '.join(outputs)} and its labels a {type(batch['labels']).__name__}; leave the consistency out"
         )
     labels = labels_of(batch, logits.shape[1], attachment.model) if logits.dim() == 3 else batch["labels"]
-    if logits.dim() == 3 and labels.dim() == 2 and logits.shape[:2] == labels.shape:
-        return _tokens(logits, labels, attachment)
+    tokens = logits.dim() == 3 and labels.dim() == 2 and logits.shape[:2] == labels.shape
+    if tokens and not consistency.scalar:
+        return _tokens(logits, labels, batch.get("shift_labels"), attachment)
     problem = getattr(find_transformer(attachment.model)[1].config, "problem_type", None)
     regression = labels.is_floating_point() and problem != "multi_label_classification"
     if consistency.scalar:
@@ -120,7 +122,11 @@ def compared(
             )
         return Compared(logits, None)
     if regression and logits.shape[-1] == 1:
-        assert last is not None
+        if last is None:
+            raise UserError(
+                f"the consistency {consistency.name!r} compares the last layer's vectors in a regression, but this "
+                "model has no layers; use 'mse'"
+            )
         return Compared(pooled(last, batch, attachment), None)
     if regression:
         raise UserError(
@@ -155,7 +161,9 @@ def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
     return labels
 
 
-def _tokens(logits: Tensor, labels: Tensor, attachment: Attachment) -> Compared:
+def _tokens(logits: Tensor, labels: Tensor, shifted: Tensor | None, attachment: Attachment) -> Compared:
+    if shifted is not None and shifted.shape == labels.shape:  # transformers' loss takes these in their place
+        return Compared(logits, shifted != IGNORED)
     if shifts_labels(find_transformer(attachment.model)[1]):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return Compared(logits, labels != IGNORED)

@@ -12,7 +12,7 @@ from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
 from ..attach import Attachment, attach, find_attachment
 from ..random_state import RandomState
-from ..structure import find_transformer
+from ..structure import find_transformer, require_model
 from ..views import uncached
 from .backward import check_consistency, check_reach, check_recompute
 from .batches import make_batches
@@ -68,6 +68,7 @@ def doctor(
     for name, value in {"rounds": rounds, "size": size, "length": length}.items():
         if value < 1:
             raise UserError(f"{name} = {value} is not allowed: it is 1 or more")
+    require_model(model, "doctor")
     _refuse_sharded(model)
     attachment = find_attachment(model)
     if attachment is not None:

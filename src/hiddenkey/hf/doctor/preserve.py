@@ -49,14 +49,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state(model: nn.Module) -> Iterator[None]:
-    """Give back the states of Python's, numpy's and torch's generators, on the CPU and on the model's devices."""
-    python, numbers, torchs = random.getstate(), numpy.random.get_state(), RandomState(model)
+    """Give back the states of all generators afterwards."""
+    before = RandomState(model)
     try:
         yield
     finally:
-        random.setstate(python)
-        numpy.random.set_state(numbers)
-        torchs.restore()
+        before.restore()
 
 
 def seed_all(seed: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...axes.grid import Grid
-from ...axes.pattern import PATTERNS, document_bounds
+from ...axes.pattern import PATTERNS, document_bounds, run_length
 from ...drop import drawn_together
 from ...masks import Mask, Shape
 from ...recipe import Drop
@@ -62,7 +62,7 @@ def fixed_count(grid: Grid, p: float) -> tuple[int, int]:
     segments = grid.segments_over_lead().expand(*grid.lead, grid.places)
     first, length = document_bounds(segments)
     opens = (first == torch.arange(grid.places, device=grid.device)) & (segments > 0)
-    must = torch.floor(length * p + 0.5)[opens].sum()
+    must = run_length(length, p)[opens].sum()
     return int(must), int((segments > 0).sum())
 
 
