@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal
@@ -248,5 +248,6 @@ def _way_on(command: Any) -> str:
     return " Nothing was deleted yet."
 
 
-def _metrics(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def _metrics(values: Mapping[str, float | None]) -> str:
+    """A number that is not finite is None in `result.json`."""
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in values.items())

@@ -204,3 +204,15 @@ def test_ctrl_c_says_how_to_continue(bert: Path, sentences: Path, tmp_path: Path
     assert process.returncode == 130
     assert "same command continues" in error
     assert "Traceback" not in error
+
+
+def test_a_number_that_is_not_finite_is_printed_again(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    """A finished run is shown once more from its `result.json`, which has null there."""
+    values = {"validation_nll": 800.0, "validation_perplexity": None}
+    result = RunResult(**dict.fromkeys(field.name for field in fields(RunResult)) | {"last": values, "best": values})
+    result = replace(result, folder=str(tmp_path), metric="nll", test={})
+    monkeypatch.setattr("hiddenkey.lab.run.train", lambda config: result)
+    main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path)])
+    assert "validation_nll 800  validation_perplexity -" in capsys.readouterr().out

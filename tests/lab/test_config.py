@@ -6,10 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_fields
 from hiddenkey.lab.errors import ConfigError
+from hiddenkey.lab.settings import training_arguments
+from hiddenkey.lab.tasks_sequence import Regression
 
 GOOD = TrainConfig(model="m", data="d", out="o")
 
@@ -71,6 +75,26 @@ def test_prompt_column_and_classification_exclude_each_other():
     config = dataclasses.replace(GOOD, task="classification", prompt_column="a", completion_column="b")
     with pytest.raises(ConfigError, match="text_columns"):
         config.check()
+
+
+@pytest.mark.parametrize("other", ({"text_columns": ("text",)}, {"label_column": "label"}))
+def test_columns_of_two_kinds_exclude_each_other(other):
+    config = dataclasses.replace(GOOD, prompt_column="a", completion_column="b", **other)
+    with pytest.raises(ConfigError, match="not both"):
+        config.check()
+
+
+def test_a_constant_learning_rate_has_its_warm_up():
+    """As `scheduler` is the shape after it; transformers' own `constant` starts at once."""
+    arguments = training_arguments(dataclasses.replace(GOOD, scheduler="constant", warmup=4.0), Regression(), "loss")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(arguments.lr_scheduler_type, optimizer, arguments.get_warmup_steps(100), 100)
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0, 0.25, 0.5, 0.75, 1, 1]
 
 
 def test_yaml_uses_the_same_names_and_types(tmp_path: Path):

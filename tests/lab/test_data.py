@@ -260,3 +260,28 @@ def test_broken_file_says_where(tmp_path: Path):
 def test_missing_file_is_an_os_error(tmp_path: Path):
     with pytest.raises(OSError, match=r"gone\.csv"):
         load(tmp_path / "gone.csv")
+
+
+def test_classes_that_are_called_like_no_number_have_an_order(tmp_path: Path):
+    """NaN is neither less nor more than 1: sorted by it, the order would be that of Python's hashes."""
+    names = ("nan", "3", "1", "inf", "2", "-inf")
+    data = write_jsonl(tmp_path / "d.jsonl", [{"text": f"t{i}", "label": names[i % 6]} for i in range(60)])
+    assert load(data).label_names == ("1", "2", "3", "-inf", "inf", "nan")
+
+
+def test_a_configuration_of_the_hub_for_a_file(sentences: Path):
+    with pytest.raises(DataError, match=r"data_config = 'rte' is for data sets of the hub"):
+        load(sentences, data_config="rte")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"data_config": "rte"}, "data_config = 'rte', but glue/rte names its configuration already"),
+        ({"column_names": ("a", "b")}, "glue/rte names its columns itself"),
+    ],
+)
+def test_what_says_nothing_to_the_hub_is_refused(fields: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "load_dataset", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match=said):
+        load("glue/rte", **fields)

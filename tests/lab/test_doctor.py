@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.cli import _parse, main
@@ -86,3 +88,40 @@ def test_the_commands_of_the_page_parse():
     (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     lines = [line.split("#")[0].strip() for line in block.splitlines()]
     assert [_parse(shlex.split(line)[1:]).model for line in lines] == ["MODEL"] * 5
+
+
+@pytest.mark.parametrize("name", ("bert", "llama"))
+@pytest.mark.parametrize("task", ("classification", "causal-lm"))
+def test_half_precision_as_in_training(name, task, tmp_path: Path, request: pytest.FixtureRequest, capsys):
+    """What is new in the model is trained in float32, and meets the rest under autocast."""
+    if (name, task) == ("bert", "causal-lm"):
+        pytest.skip("an encoder")
+    path = tmp_path / "run.yaml"
+    path.write_text("dtype: bfloat16\n")
+    flags = ["--train-args", str(path), "--task", task]
+    main(["doctor", str(request.getfixturevalue(name)), "hiddenkey[:]@0.3", *flags, *QUICK])
+    assert "none red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("attn_implementation: nonsense", "cannot be a "),
+        ("target_modules: [nothing]", "no linear layer named nothing"),
+        *([] if torch.cuda.is_available() else [("dtype: float16", "dtype float16 needs a CUDA device")]),
+    ],
+)
+def test_mistakes_are_told_as_in_training(line: str, said: str, bert: Path, tmp_path: Path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(line + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(bert), "hiddenkey@0.3", "--train-args", str(path), *QUICK])
+    assert said in capsys.readouterr().err
+
+
+def test_weights_that_git_left_out(bert: Path, tmp_path: Path, capsys):
+    folder = Path(shutil.copytree(bert, tmp_path / "bert"))
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", str(folder), "hiddenkey@0.3", *QUICK])
+    assert "git lfs pull" in capsys.readouterr().err

@@ -376,3 +376,23 @@ def step_of(folder: Path) -> int:
     """The newest checkpoint that is whole."""
     found = (folder / "checkpoints").glob("checkpoint-*/complete")
     return max((int(path.parent.name.partition("-")[2]) for path in found), default=0)
+
+
+def test_what_is_somebodys_own_among_the_checkpoints_stays(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_adapter", stop)
+        with pytest.raises(Killed):
+            run.train(config)
+    folder = Path(config.out) / "checkpoints"
+    (folder / "checkpoint-good").mkdir()
+    (folder / "checkpoint-good" / "notes.txt").write_text("mine")
+    (folder / "checkpoint-notes.txt").write_text("mine")
+    (folder / "checkpoint-1").mkdir()  # cut short
+    assert run.train(config).status == "finished"
+    assert (folder / "checkpoint-good" / "notes.txt").read_text() == "mine"
+    assert (folder / "checkpoint-notes.txt").read_text() == "mine"
+    assert not (folder / "checkpoint-1").exists()

@@ -13,7 +13,13 @@ import pytest
 import transformers
 import yaml
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from hiddenkey.lab import checked, run
 from hiddenkey.lab.artifacts import read_result
@@ -303,3 +309,20 @@ class TestYaml:
 
 def test_a_separator_from_a_shell():
     assert TrainConfig(model="m", data="d", out="o", separator="\\n\\t->").separator == "\n\t->"
+
+
+def test_a_classifiers_head_is_no_place_for_lora(config: TrainConfig):  # noqa: F811
+    with pytest.raises(ConfigError, match="no linear layer named classifier; there are"):
+        run.train(replace(config, target_modules=("classifier",)))
+
+
+def test_roberta_has_no_place_for_the_tokens_up_to_its_padding(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    model = RobertaForSequenceClassification(
+        RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=34, pad_token_id=1, **sizes)
+    )
+    model.save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    with pytest.raises(ConfigError, match=r"max_length = 33, but .*roberta takes 32"):
+        run.train(replace(config, model=str(tmp_path / "roberta"), max_length=33))

@@ -93,6 +93,18 @@ def test_adapter_loads_with_peft_alone_and_gives_the_same_logits(
     assert any("lora_B" in name and value.any() for name, value in weights(config.out).items())
 
 
+def test_the_card_tells_which_output_is_which_class(config: TrainConfig):
+    result = run.train(replace(config, epochs=1))
+    assert result.label_names == ["bad", "good"]
+    card = (result.adapter / "README.md").read_text()
+    assert "- outputs, in this order: `bad`, `good`\n" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(result.adapter))
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].config.id2label == {0: "bad", 1: "good"}
+    assert names["model"].config.num_labels == 2
+
+
 def test_causal_lm_counts_tokens_of_the_completion_alone(config: TrainConfig, llama: Path, pairs: Path):
     config = replace(config, model=str(llama), data=str(pairs), epochs=1, separator=" ")
     result = run.train(config)

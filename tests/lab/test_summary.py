@@ -30,8 +30,8 @@ def test_best_epoch_is_the_first_of_equals():
     assert summary.best_of(rows, "loss", lower_is_better=False)["epoch"] == 1
 
 
-def test_drop_rates_are_means_over_the_log():
-    assert summary.drop_rates(LOG) == {"logits": pytest.approx(0.2)}
+def test_drop_rates_are_those_of_the_last_entry_which_counts_all_draws():
+    assert summary.drop_rates(LOG) == {"logits": pytest.approx(0.3)}
 
 
 def test_step_seconds_of_many_one_and_no_steps():

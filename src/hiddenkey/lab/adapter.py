@@ -26,7 +26,7 @@ A LoRA adapter for `{model}`, trained on `{data}` ({task}, {rows} rows) with hid
 - dropout recipe: `{recipe}`
 - rank {r}, alpha {alpha}, learning rate {learning_rate}, {epochs} epochs, batch size {batch}, seed {seed}
 - the adapter is that of the {keep} epoch
-
+{classes}
 {tables}
 
 The adapter needs PEFT alone; the recipe works in training only and changes nothing here.
@@ -60,6 +60,8 @@ def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
 def _card(result: RunResult) -> str:
     config = result.config
     causal = result.task == "causal-lm"
+    names = {"id2label": dict(enumerate(result.label_names))} if result.label_names else {}
+    options = result.load_options | names
     return _CARD.format(
         name=Path(result.folder).name,
         model=config["model"],
@@ -75,10 +77,17 @@ def _card(result: RunResult) -> str:
         batch=config["batch_size"],
         seed=config["seed"],
         keep=config["keep"],
+        classes=_classes(result),
         tables="\n\n".join(_tables(result)),
         auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
-        options="".join(f", {name}={value!r}" for name, value in result.load_options.items()),
+        options="".join(f", {name}={value!r}" for name, value in options.items()),
     )
+
+
+def _classes(result: RunResult) -> str:
+    if not result.label_names:
+        return ""
+    return f"- outputs, in this order: {', '.join(f'`{name}`' for name in result.label_names)}\n"
 
 
 def _tables(result: RunResult) -> Iterator[str]:

@@ -62,7 +62,7 @@ class RunResult:
     history: list[dict[str, float]]
     """Every log entry of the trainer."""
     drop_rates: dict[str, float | None]
-    """Realised drop rate per position, mean over the log entries."""
+    """Realised drop rate per position since the last start of the process."""
     drop_rates_by_site: dict[str, float | None]
     """Realised drop rate per site since the last start of the process."""
     step_seconds: dict[str, float]
@@ -76,6 +76,8 @@ class RunResult:
     """Why the run failed."""
     data_digest: str = ""
     """Of all rows; a run goes on with the same ones only."""
+    label_names: list[str] = field(default_factory=list)
+    """The classes in the order of the model's outputs; empty for other tasks."""
 
     @property
     def adapter(self) -> Path:

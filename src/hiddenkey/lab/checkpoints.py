@@ -36,7 +36,9 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
     whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         found = CHECKPOINT.fullmatch(path.name)
-        if found and (path / _MARK).exists():
+        if found is None or not path.is_dir():
+            continue  # somebody's own
+        if (path / _MARK).exists():
             whole[int(found[1])] = path
         else:
             shutil.rmtree(path)

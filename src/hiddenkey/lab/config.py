@@ -12,7 +12,7 @@ from .errors import ConfigError
 from .metrics.measure import OF_CAPTIONS, OF_NGRAMS
 
 Task = Literal["auto", "classification", "regression", "causal-lm"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Scheduler = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Keep = Literal["last", "best"]
 
@@ -173,6 +173,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {value!r} is not allowed: {allowed}.")
         if bool(self.prompt_column) != bool(self.completion_column):
             raise ConfigError("prompt_column and completion_column come together: give both or neither.")
+        if self.prompt_column and (self.text_columns or self.label_column):
+            raise ConfigError("give text_columns and label_column, or prompt_column and completion_column, not both.")
         if self.test_size and not self.test:
             raise ConfigError(f"test_size = {self.test_size} needs a test part: name it with test.")
         if self.generation_metrics and not self.test:

@@ -192,9 +192,10 @@ def _canonical(value: Any) -> str:
 
 def _numbers_first(name: str) -> tuple[int, float, str]:
     try:
-        return (0, float(name), name)
+        number = float(name)
     except ValueError:
         return (1, 0.0, name)
+    return (0, number, name) if math.isfinite(number) else (1, 0.0, name)  # NaN has no place in an order
 
 
 def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: str) -> Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ import hiddenkey
 
 from .config import TrainConfig
 from .config_file import read_fields
-from .models import add_lora
-from .skeleton import load_config, published_class
+from .models import add_lora, find_targets, read_weights
+from .quiet import quieten
+from .settings import require_dtype
+from .skeleton import build_skeleton, load_config, published_class
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -53,25 +54,22 @@ def examine(
         settings["trust_remote_code"] = True
     config = TrainConfig(**settings)
     config.check()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b.*")
-    return hiddenkey.doctor(load(config, model_class), recipe, rounds=rounds, size=size, length=length)
+    quieten()
+    model = load(config, model_class)
+    kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
+    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        return hiddenkey.doctor(model, recipe, rounds=rounds, size=size, length=length)
 
 
 def load(config: TrainConfig, model_class: str) -> nn.Module:
     """The pretrained model with LoRA, and activation checkpointing where the configuration wants it."""
+    require_dtype(config.dtype)
     torch.manual_seed(config.seed)
-    published = load_config(config.model, config.trust_remote_code)
-    auto = getattr(transformers, model_class or published_class(published))
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model, loading = auto.from_pretrained(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        **attention,
-    )
+    skeleton = build_skeleton(config.model, model_class, config.trust_remote_code, **attention)
+    published = published_class(load_config(config.model, config.trust_remote_code))
+    find_targets(skeleton, config.target_modules)
+    model, loading = read_weights(getattr(transformers, model_class or published), config, **attention)
     kind = type(model).__name__
     task_type = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), None)
     adapted = add_lora(model, config, task_type, loading["missing_keys"])

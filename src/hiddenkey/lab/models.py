@@ -59,13 +59,21 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
             f"The tokenizer of {config.model} has no pad, eos or unk token that the model knows; "
             "name one of them as pad_token in its tokenizer_config.json."
         )
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, _positions(model)]
     limit = min(value for value in limits if value is not None)
     if config.max_length > limit:
         raise ConfigError(
             f"max_length = {config.max_length}, but {config.model} takes {limit}; give {limit} or less."
         )
     return tokenizer
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model has a place for: RoBERTa's like leave out those up to the padding's."""
+    places: int | None = getattr(model.config, "max_position_embeddings", None)
+    table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
+    padding = getattr(table, "padding_idx", None)
+    return places if places is None or padding is None else places - padding - 1
 
 
 def _embedded(model: Any) -> float:
@@ -92,6 +100,24 @@ def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:
     return task.model_options() | backend
 
 
+def read_weights(auto: Any, config: TrainConfig, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """(the pretrained model, what was missing or did not fit); auto: an Auto class of transformers.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: weights that cannot be read.
+    """
+    options |= {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
+    try:
+        model, loading = auto.from_pretrained(config.model, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ConfigError(
+            f"The weights of {config.model} cannot be read: {error}. Where git left a pointer in their place, fetch "
+            "them with git lfs pull."
+        ) from error
+    return model, loading
+
+
 def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
     """The pretrained model with LoRA on its query and value, and whatever is new in it trained whole.
 
@@ -99,20 +125,12 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
         OSError: no such model.
         ConfigError: no module to put LoRA on, or weights that cannot be read or do not fit.
     """
-    try:
-        model, loading = getattr(transformers, task.model_class).from_pretrained(
-            config.model,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for other classes is drawn anew, as one that is not there
-            **model_options(config, task),
-        )
-    except SafetensorError as error:
-        raise ConfigError(
-            f"The weights of {config.model} cannot be read: {error}. Where git left a pointer in their place, fetch "
-            "them with git lfs pull."
-        ) from error
+    model, loading = read_weights(
+        getattr(transformers, task.model_class),
+        config,
+        ignore_mismatched_sizes=True,  # a head for other classes is drawn anew, as one that is not there
+        **model_options(config, task),
+    )
     # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
     model.config.pad_token_id = tokenizer.pad_token_id
     return add_lora(model, config, task.peft_type, {*loading["missing_keys"], *_other_sizes(model, loading, config)})
@@ -157,9 +175,9 @@ def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
     Raises:
         ConfigError: a name that no linear layer has, or none of the usual names.
     """
-    present = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    }
+    # PEFT trains a classifier whole, and finds nothing where that alone is named.
+    linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    present = {name.rpartition(".")[2] for name in linear if name.partition(".")[0] not in ("classifier", "score")}
     if asked:
         unknown = sorted(set(asked) - present)
         if unknown:

@@ -61,7 +61,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     console = console or Console(stderr=True)
     config.check()
     recipe = hiddenkey.parse(config.recipe)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or "1") > 1:
         raise RunError("hiddenkey train is one process; for several write a script with hiddenkey.DropTrainer.")
     require_one_device()
     folder = Path(config.out)
@@ -224,6 +224,7 @@ def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: A
         data_digest=checked.examples.digest,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         load_options=_load_options(checked, trainer.model),
+        label_names=list(checked.examples.label_names),
         metric=checked.metric,
         last={},
         best={},

@@ -36,7 +36,7 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup,
-        lr_scheduler_type=config.scheduler,
+        lr_scheduler_type="constant_with_warmup" if config.scheduler == "constant" else config.scheduler,
         max_grad_norm=config.max_grad_norm,
         label_smoothing_factor=config.label_smoothing,
         neftune_noise_alpha=config.neftune_alpha or None,

@@ -45,6 +45,8 @@ def read_source(config: TrainConfig) -> Source:
     """
     path = Path(config.data).expanduser()
     hub: DatasetDict | None = None
+    if config.data_config and path.exists():
+        raise DataError(f"data_config = {config.data_config!r} is for data sets of the hub; {path} is here.")
     if path.is_dir():
         there = parts_of_folder(path)
     elif path.suffix.lower() in FORMATS:
@@ -153,6 +155,10 @@ def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
 
 def _load_hub(config: TrainConfig) -> DatasetDict:
     path, name = config.data, config.data_config or None
+    if config.column_names:
+        raise DataError(f"column_names are for .csv and .tsv files; {config.data} names its columns itself.")
+    if config.data.startswith("glue/") and name:
+        raise DataError(f"data_config = {name!r}, but {config.data} names its configuration already; leave it out.")
     if config.data.startswith("glue/"):
         path, name = "nyu-mll/glue", config.data.removeprefix("glue/")
         if name not in GLUE:

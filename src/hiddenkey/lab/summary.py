@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 
 Log = list[dict[str, float]]
 
@@ -28,13 +27,13 @@ def best_of(epochs: Log, metric: str, lower_is_better: bool) -> dict[str, float]
 
 
 def drop_rates(history: Log) -> dict[str, float | None]:
-    """Realised rate per position: the mean over the log entries."""
-    rates: dict[str, list[float]] = defaultdict(list)
-    for entry in history:
-        for name, value in entry.items():
-            if name.startswith("drop_rate/") and math.isfinite(value):
-                rates[name.removeprefix("drop_rate/")].append(value)
-    return {position: statistics.fmean(values) for position, values in rates.items()}
+    """Realised rate per position: of all draws that the last log entry knows of, as each is over those before it."""
+    return {
+        name.removeprefix("drop_rate/"): value
+        for entry in history
+        for name, value in entry.items()
+        if name.startswith("drop_rate/") and math.isfinite(value)
+    }
 
 
 def step_seconds(seconds: list[float]) -> dict[str, float]:
