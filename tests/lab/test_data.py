@@ -285,3 +285,19 @@ def test_what_says_nothing_to_the_hub_is_refused(fields: dict[str, Any], said: s
     monkeypatch.setattr(sources, "load_dataset", lambda *_: pytest.fail("read"))
     with pytest.raises(DataError, match=said):
         load("glue/rte", **fields)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "completion": ["b", " "]}, "no completion in column 'completion' in 1 rows: 3"),
+        ({"prompt": "a", "completion": ["b", None]}, "no completion in column 'completion' in 1 rows: 3"),
+        ({"prompt": [None, "a"], "completion": ["b"]}, "no text in column 'prompt' in 1 rows: 3"),
+    ],
+)
+def test_an_empty_text_in_a_list(row: dict[str, Any], said: str, tmp_path: Path):
+    lists = isinstance(row["prompt"], list)
+    rows = [{"prompt": [f"p{i}"] if lists else f"p{i}", "completion": [f"c{i}"]} for i in range(10)]
+    data = write_jsonl(tmp_path / "d.jsonl", [*rows[:2], row, *rows[2:]])
+    with pytest.raises(DataError, match=said):
+        load(data)

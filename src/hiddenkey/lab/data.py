@@ -94,7 +94,7 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     if not written and isinstance(rows.features[columns.label], (List, LargeList)):
         raise DataError(f"Column {columns.label!r} of the {part} holds lists; a row has one label here, not several.")
     for name in columns.texts:
-        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if v is None])
+        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if _has_none(v)])
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
     what = "completion" if columns.task == "causal-lm" else "label"
     unlabelled = [i for i, value in enumerate(values(rows, columns.label)) if _is_missing(value, hidden)]
@@ -113,9 +113,13 @@ def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
         )
 
 
+def _has_none(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and None in value)
+
+
 def _is_missing(value: Any, hidden: int | None) -> bool:
     if isinstance(value, list):
-        return any(item is None for item in value)
+        return any(_is_missing(item, hidden) for item in value)
     if value is None or (hidden is not None and value == hidden):
         return True
     return (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
