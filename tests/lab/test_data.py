@@ -301,3 +301,44 @@ def test_an_empty_text_in_a_list(row: dict[str, Any], said: str, tmp_path: Path)
     data = write_jsonl(tmp_path / "d.jsonl", [*rows[:2], row, *rows[2:]])
     with pytest.raises(DataError, match=said):
         load(data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (("01", "1", "2"), ("01", "1", "2")),
+        (("007", "7"), ("007", "7")),
+        (("1", "0"), ("0", "1")),
+        (("1", "1.5x"), ("1", "1.5x")),
+    ],
+)
+@pytest.mark.parametrize("kind", ("csv", "tsv", "jsonl"))
+def test_classes_are_texts_in_every_format(
+    labels: tuple[str, ...], names: tuple[str, ...], kind: str, tmp_path: Path
+):
+    rows = [{"text": f"t{i}", "label": labels[i % len(labels)]} for i in range(30)]
+    data = tmp_path / f"d.{kind}"
+    if kind == "jsonl":
+        write_jsonl(data, rows)
+    else:
+        mark = "," if kind == "csv" else "\t"
+        data.write_text("".join(f"{mark.join(row)}\n" for row in [("text", "label"), *(r.values() for r in rows)]))
+    assert load(data).label_names == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"), [(("1.1", "1.10", "2.3"), ("1.1", "1.10", "2.3")), (("1.0", "2"), ("1", "2"))]
+)
+def test_numbers_that_are_classes(labels: tuple[str, ...], names: tuple[str, ...], tmp_path: Path):
+    data = tmp_path / "d.csv"
+    data.write_text("text,label\n" + "".join(f"t{i},{labels[i % len(labels)]}\n" for i in range(30)))
+    assert load(data, task="classification").label_names == names
+
+
+def test_scores_that_get_their_first_fraction_late(tmp_path: Path):
+    """The reader of .csv decides on a column's type after ten thousand rows."""
+    data = tmp_path / "d.csv"
+    data.write_text("text,score\n" + "".join(f"t{i},{i % 5}{'.5' if i > 11000 else ''}\n" for i in range(12000)))
+    examples = load(data)
+    assert examples.task == "regression"
+    assert {0.0, 4.0, 0.5, 4.5} <= set(examples.train["label"])

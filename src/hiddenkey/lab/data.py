@@ -18,6 +18,7 @@ from .errors import DataError
 from .sources import read_source
 
 _SHOWN_ROWS = 10
+_WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,8 @@ def _label_names(rows: Dataset, column: str) -> tuple[str, ...]:
 
 
 def _canonical(value: Any) -> str:
-    # A column with an odd value may be read as floats or texts in one file and as integers in another.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    # A table program may have given whole numbers a ".0" in one file and not in another.
+    return _WHOLE.sub(r"\1", str(value).strip())
 
 
 def _numbers_first(name: str) -> tuple[int, float, str]:

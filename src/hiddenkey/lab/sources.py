@@ -15,13 +15,15 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-from .columns import LABELS, SEEN
+from .columns import LABELS, SEEN, values
 from .config import TrainConfig
 from .errors import DataError
 from .parts import FORMATS, Places, choose_parts, parts_of_folder
 
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -93,12 +95,25 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
         Path(HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=HF_DATASETS_CACHE, ignore_cleanup_errors=True) as cache:
             reader: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            return load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
+            rows = load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
     except (DatasetGenerationError, ValueError) as error:
         # `datasets` says so of a file with a header and no rows as well.
         cause = error.__cause__ or error
         way_out = " Save it as UTF-8." if isinstance(cause, UnicodeError) else ""
         raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {cause}{way_out}") from error
+    return _with_scores(rows, config) if FORMATS[suffix] == "csv" and config.task == "auto" else rows
+
+
+def _with_scores(rows: Dataset, config: TrainConfig) -> Dataset:
+    """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
+    for name in {config.label_column} if config.label_column else {*LABELS} & {*rows.column_names}:
+        if name not in rows.column_names or name in config.text_columns or name == config.completion_column:
+            continue
+        texts = [text.strip() for text in values(rows, name)]
+        if any(map(_FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
+            scores = [float(text) if text else None for text in texts]
+            rows = rows.remove_columns(name).add_column(name, scores)
+    return rows
 
 
 def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
@@ -114,9 +129,8 @@ def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
         _require_no_header(file, names, first)
         options["names"] = list(names)
     _require_names(file, names or tuple(first), first if names else _row(file, 1, options))
-    # Texts stay as they are: 007 and 7.50 are no numbers.
-    typed = {config.label_column} if config.label_column else {*LABELS}
-    typed = (typed | {SEEN}) - {config.prompt_column, config.completion_column, *config.text_columns}
+    # Texts stay as they are: 007 and 7.50 are no numbers, in a label neither.
+    typed = {SEEN} - {config.prompt_column, config.completion_column, *config.text_columns}
     return options | {"converters": {name: str for name in names or first if name not in typed}}
 
 
