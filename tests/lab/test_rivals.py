@@ -61,6 +61,8 @@ def test_no_view_takes_noise_from_the_other(llama: Path, consistency: str):
     model.model.layers[0].input_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with hiddenkey.attach(model, f"logits[2:]:column@0.3 ~ {consistency}*1.0"):
         hiddenkey.consistency_step(model.train(), {"input_ids": inputs, "labels": inputs})
+        seen.clear()  # in which it is seen that both views are the same there
+        hiddenkey.consistency_step(model.train(), {"input_ids": inputs, "labels": inputs})
         assert len(seen) == 1
         handle = activate_neftune(model, ALPHA)
         seen.clear()

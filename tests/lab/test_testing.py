@@ -38,7 +38,13 @@ def worsening(config: TrainConfig, tests: Path, tmp_path: Path) -> TrainConfig: 
     """A run whose validation rows say the opposite of training's: the first of its four epochs is the best."""
     rows = [{**row, "label": {"good": "bad", "bad": "good"}[str(row["label"])]} for row in tiny.labelled_rows(40)]
     opposite = tiny.write_csv(tmp_path / "opposite.csv", rows)
-    fields = {"epochs": 4, "learning_rate": 1e-2, "scheduler": "constant", "recipe": "dropkey:column@0.02"}
+    fields = {
+        "epochs": 4,
+        "learning_rate": 1e-2,
+        "scheduler": "constant",
+        "warmup": 0.0,
+        "recipe": "dropkey:column@0.02",
+    }
     return replace(config, validation=str(opposite), test=str(tests), metric="loss", **fields)
 
 
