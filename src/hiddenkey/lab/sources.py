@@ -106,9 +106,9 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
 
 def _with_scores(rows: Dataset, config: TrainConfig) -> Dataset:
     """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
-    for name in {config.label_column} if config.label_column else {*LABELS} & {*rows.column_names}:
-        if name not in rows.column_names or name in config.text_columns or name == config.completion_column:
-            continue
+    names = (config.label_column,) if config.label_column else LABELS
+    read_as_texts = (*config.text_columns, config.completion_column)
+    for name in (name for name in names if name in rows.column_names and name not in read_as_texts):
         texts = [text.strip() for text in values(rows, name)]
         if any(map(_FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
             scores = [float(text) if text else None for text in texts]
@@ -171,9 +171,11 @@ def _load_hub(config: TrainConfig) -> DatasetDict:
     path, name = config.data, config.data_config or None
     if config.column_names:
         raise DataError(f"column_names are for .csv and .tsv files; {config.data} names its columns itself.")
-    if config.data.startswith("glue/") and name:
-        raise DataError(f"data_config = {name!r}, but {config.data} names its configuration already; leave it out.")
     if config.data.startswith("glue/"):
+        if name:
+            raise DataError(
+                f"data_config = {name!r}, but {config.data} names its configuration already; leave it out."
+            )
         path, name = "nyu-mll/glue", config.data.removeprefix("glue/")
         if name not in GLUE:
             raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
