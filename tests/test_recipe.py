@@ -2,11 +2,12 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hiddenkey import Drop, Recipe, RecipeError, parse
+from hiddenkey import Drop, Recipe, RecipeError, UserError, parse
 from hiddenkey.recipe import LayerSlice
 
 POSITIONS = ("input", "logits", "weights", "hidden", "output")
@@ -214,6 +215,39 @@ def test_neither_text_nor_recipe(thing):
 
 def test_recipe_error_is_a_value_error():
     assert issubclass(RecipeError, ValueError)
+
+
+# By hand instead of by text: what is wrong, and what its message must name.
+BAD_OBJECTS = {
+    "position": (lambda: Drop("hiden", "element", "rescale", 0.1), ["'hiden'", "Did you mean 'hidden'?"]),
+    "pattern": (lambda: Drop("hidden", "colum", "rescale", 0.1), ["'colum'", "Did you mean 'column'?"]),
+    "compensation": (lambda: Drop("logits", "column", "rescale", 0.1), ["'logits'", "'rescale'", "allowed: none"]),
+    "rate": (lambda: Drop("hidden", "element", "rescale", 1.5), ["'hidden'", "[0, 1)", "1.5"]),
+    "no rate": (lambda: Drop("hidden", "element", "rescale", float("nan")), ["[0, 1)", "nan"]),
+    "layers": (lambda: Drop("input", "element", "rescale", 0.1, LayerSlice(1, 2)), ["'input'", "once", "[1:2]"]),
+    "consistency": (lambda: Recipe((), "kll"), ["'kll'", "Did you mean 'kl'?"]),
+    "weight": (lambda: Recipe((), "kl", 0.0), ["'kl'", "positive", "0.0"]),
+    "endless weight": (lambda: Recipe((), "kl", float("inf")), ["'kl'", "positive", "inf"]),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_OBJECTS)
+def test_what_no_recipe_can_say_is_refused_by_hand_too(wrong):
+    make, words = BAD_OBJECTS[wrong]
+    with pytest.raises(UserError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_drops_by_hand_are_put_in_order():
+    drops = parse("logits:column@0.1 + hidden:element@0.2").drops
+    assert Recipe(drops[::-1]) == Recipe(list(drops)) == parse("logits:column@0.1 + hidden:element@0.2")
+
+
+def test_numbers_of_numpy_are_printed_as_numbers():
+    drop = Drop("hidden", "element", "rescale", np.float64(0.1))
+    assert str(Recipe((drop,), "kl", np.float32(2))) == "hidden:element@0.1 ~ kl*2.0"
 
 
 # Any recipe there is, and any text there is.

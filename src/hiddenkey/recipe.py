@@ -56,6 +56,7 @@ class Drop:
     """One drop: where, what shape, what makes up for it, how often, in which layers.
 
     layers None: every layer, in a decoder-only model the latter half (arXiv 2403.00812, section 4).
+    Raises RecipeError or UnknownNameError for what no recipe can say.
     """
 
     position: str
@@ -64,24 +65,46 @@ class Drop:
     p: float
     layers: LayerSlice | None = None
 
+    def __post_init__(self) -> None:
+        position, compensation = POSITIONS[self.position], COMPENSATIONS[self.compensation]
+        PATTERNS[self.pattern]
+        if position.space not in compensation.spaces:
+            allowed = [other.name for other in COMPENSATIONS if position.space in other.spaces]
+            raise RecipeError(
+                f"{self.position!r} has no compensation {self.compensation!r}; allowed: {', '.join(allowed)}"
+            )
+        _require_rate(self.position, self.p, self.p)
+        if self.layers is not None and not position.per_layer:
+            raise RecipeError(f"{self.position!r} exists once in a model, so it takes no layers [{self.layers}]")
+
     def __str__(self) -> str:
         default = POSITIONS[self.position].compensation
         layers = "" if self.layers is None else f"[{self.layers}]"
         compensation = "" if self.compensation == default else f":{self.compensation}"
-        return f"{self.position}{layers}:{self.pattern}{compensation}@{self.p!r}"
+        return f"{self.position}{layers}:{self.pattern}{compensation}@{float(self.p)!r}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Drops in the order of the forward pass, and the consistency that ties two views together."""
+    """Drops, kept in the order of the forward pass, and the consistency that ties two views together.
+
+    Raises RecipeError or UnknownNameError for what no recipe can say.
+    """
 
     drops: tuple[Drop, ...]
     consistency: str | None = None
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        drops = sorted(self.drops, key=lambda drop: POSITIONS.rank(drop.position) or 0)
+        object.__setattr__(self, "drops", tuple(drops))
+        if self.consistency is not None:
+            CONSISTENCIES[self.consistency]
+        _require_weight(self.consistency, self.weight, self.weight)
+
     def __str__(self) -> str:
         drops = " + ".join(map(str, self.drops)) or BASELINE
-        return drops if self.consistency is None else f"{drops} ~ {self.consistency}*{self.weight!r}"
+        return drops if self.consistency is None else f"{drops} ~ {self.consistency}*{float(self.weight)!r}"
 
 
 def parse(recipe: str | Recipe) -> Recipe:
@@ -114,7 +137,6 @@ def _parse(text: str) -> Recipe:
                 "name the one you want after '~'"
             )
         consistency = term_consistency or consistency
-    drops.sort(key=lambda drop: POSITIONS.rank(drop.position) or 0)
     weight = 1.0
     if rest:
         consistency, weight = _consistency(rest[0].strip())
@@ -161,22 +183,16 @@ def _preset(name: str, axes: list[str], rate: str | None, layers: LayerSlice | N
 
 
 def _drop(position: Position, pattern: str, compensation: str | None, p: float, layers: LayerSlice | None) -> Drop:
-    if layers is not None and not position.per_layer:
-        raise RecipeError(f"{position.name!r} exists once in a model, so it takes no layers [{layers}]")
-    PATTERNS[pattern]
     compensation = compensation if compensation is not None else position.compensation
-    if position.space not in COMPENSATIONS[compensation].spaces:
-        allowed = [c.name for c in COMPENSATIONS if position.space in c.spaces]
-        raise RecipeError(f"{position.name!r} has no compensation {compensation!r}; allowed: {', '.join(allowed)}")
     return Drop(position.name, pattern, compensation, p, layers)
 
 
 def _rate(name: str, text: str | None) -> float:
     if text is None:
         raise RecipeError(f"{name!r} needs a drop rate: write {name}@0.1")
-    if not NUMBER.fullmatch(text) or not 0 <= float(text) < 1:
-        raise RecipeError(f"the drop rate of {name!r} must be a number in [0, 1), got {text!r}")
-    return float(text)
+    p = _number(text)
+    _require_rate(name, p, text)
+    return p
 
 
 def _layers(text: str) -> LayerSlice:
@@ -207,8 +223,20 @@ def _bound(text: str, layers: str) -> int | Fraction | None:
 def _consistency(text: str) -> tuple[str, float]:
     name, star, weight = (part.strip() for part in text.partition("*"))
     CONSISTENCIES[name]
-    if not star:
-        return name, 1.0
-    if not NUMBER.fullmatch(weight) or not math.isfinite(float(weight)) or float(weight) == 0:
-        raise RecipeError(f"the weight of {name!r} must be a positive number, got {weight!r}")
-    return name, float(weight)
+    number = _number(weight) if star else 1.0
+    _require_weight(name, number, weight)
+    return name, number
+
+
+def _number(text: str) -> float:
+    return float(text) if NUMBER.fullmatch(text) else math.nan
+
+
+def _require_rate(name: str, p: float, given: object) -> None:
+    if not 0 <= p < 1:
+        raise RecipeError(f"the drop rate of {name!r} must be a number in [0, 1), got {given!r}")
+
+
+def _require_weight(name: str | None, weight: float, given: object) -> None:
+    if not 0 < weight < math.inf:
+        raise RecipeError(f"the weight of {name!r} must be a positive number, got {given!r}")

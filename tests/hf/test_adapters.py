@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hiddenkey
+from hiddenkey.hf.structure import find_transformer
 
 from .adapters import FULL, TUNERS, batch_for, build, pairs
 from .tiny import DEPTH
@@ -31,12 +32,12 @@ def inside(path: str, tuner: str, root: str) -> str:
 
 @pytest.mark.parametrize(("tuner", "family"), pairs(ALL))
 def test_the_sites_are_those_of_the_plain_model(tuner, family):
-    plan = hiddenkey.plan(build(tuner, family), EVERYWHERE)
+    model = build(tuner, family)
+    plan = hiddenkey.plan(model, EVERYWHERE)
+    root = find_transformer(model)[0]
     for position in ("input", "logits", "weights", "hidden"):
         found = [site.path for site in plan.sites if site.drop.position == position]
-        assert sorted(found) == sorted(
-            inside(path, tuner, plan.structure.root) for path in sites_of(family, position)
-        )
+        assert sorted(found) == sorted(inside(path, tuner, root) for path in sites_of(family, position))
     assert plan.own_dropouts == ()
     assert plan.adapter_dropouts == ()
 
@@ -73,9 +74,10 @@ def test_the_site_is_at_the_output_of_the_adapted_module(tuner, family):
     """Where everything is dropped, the adapter's part is dropped too."""
     model = build(tuner, family)
     outputs = []
-    with hiddenkey.attach(model, "hidden[:]:element@0.9999999") as attachment:
+    root = find_transformer(model)[0]
+    with hiddenkey.attach(model, "hidden[:]:element@0.9999999"):
         for path in sites_of(family, "hidden"):
-            module = model.get_submodule(inside(path, tuner, attachment.plan.structure.root))
+            module = model.get_submodule(inside(path, tuner, root))
             module.register_forward_hook(lambda module, args, output: outputs.append(output))
         model(**batch_for(tuner, family))
     assert len(outputs) == DEPTH

@@ -9,6 +9,7 @@ import transformers
 
 import hiddenkey
 from hiddenkey.hf.lower import LowerLayers
+from hiddenkey.hf.structure import find_transformer
 
 from .adapters import LINEARS, adapt, moved, skip_where_peft_is_behind
 from .tiny import batch, make
@@ -44,7 +45,7 @@ def step(model, family):
 
 def feed_forward_outputs(model, family):
     """What the feed-forward blocks put out in a training pass."""
-    root, outputs = hiddenkey.find_attachment(model).plan.structure.root, []
+    root, outputs = find_transformer(model)[0], []
     handles = [
         model.get_submodule(f"{root}.{path}").register_forward_hook(lambda *args: outputs.append(args[-1]))
         for path in sites_of(family, "hidden")

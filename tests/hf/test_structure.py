@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 import hiddenkey
-from hiddenkey.hf.structure import read
+from hiddenkey.hf.structure import find_transformer, read
 
 from ..models.shrink import shrink
 from .tiny import DECODERS, DEPTH, FAMILIES, decoder, make
@@ -53,9 +53,8 @@ def test_layers_attentions_and_feed_forwards(family, around):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_and_root(family, around):
     model, root = build(family, around)
-    structure = read(model)
-    assert structure.heads == (root + PATHS[family].head,)
-    assert structure.root == root.rstrip(".")
+    assert read(model).heads == (root + PATHS[family].head,)
+    assert find_transformer(model)[0] == root.rstrip(".")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -250,7 +250,7 @@ class Attachment:
     def _stream_site(self, planned: Site, module: nn.Module) -> StreamSite:
         documents = self._notes.of(planned)
         skips = planned.side == "output" and can_skip(module, planned.drop)
-        return (TokenSkip if skips else StreamSite)(self._switches[planned.drop], planned.side, documents)
+        return (TokenSkip if skips else StreamSite)(self._switches[planned.drop], documents)
 
     def _verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Fail loudly where something took us off the model since attach; warn where a drop is switched off."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..attend import draw_keeps
 from ..axes.pattern import PATTERNS
-from ..axes.position import Side
 from ..drop import Tally, drawn_together
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
@@ -27,7 +26,6 @@ class AttentionSite:
     parameters: the names of its forward's arguments. in_windows: its last mask was one of windows, (windows, Q, K).
     """
 
-    side: Side = "attention"
     in_windows = False
 
     def __init__(self, switches: Sequence[DropSwitch], by_interface: bool, parameters: Iterable[str] = ()) -> None:
@@ -73,9 +71,8 @@ class AttentionSite:
 class StreamSite:
     """One drop at the input or output of a module."""
 
-    def __init__(self, switch: DropSwitch, side: Side, documents: Documents | None) -> None:
-        self.switches, self.drops = (switch,), (switch.drop,)
-        self.side, self.documents = side, documents
+    def __init__(self, switch: DropSwitch, documents: Documents | None) -> None:
+        self.switches, self.drops, self.documents = (switch,), (switch.drop,), documents
         self.tallies = [Tally()]
 
     def is_active(self, module: nn.Module) -> bool:

@@ -53,7 +53,6 @@ class Stack:
 class Structure:
     """A model as the positions see it. heads: what the last layer's output enters (classifier, LM head)."""
 
-    root: str
     stacks: tuple[Stack, ...]
     heads: tuple[str, ...]
 
@@ -68,7 +67,6 @@ def read(model: nn.Module) -> Structure:
     is_pair = bool(getattr(transformer.config, "is_encoder_decoder", False))
     reader = _Reader(modules)
     return Structure(
-        root,
         tuple(_stack(path, reader.layers(path), modules, is_pair) for path in reader.stacks()),
         tuple(join(root, head) for head in _heads(transformer)),
     )

@@ -88,7 +88,7 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
         options = _csv_options(file, config)
     names = [str(file.resolve()) for file in files]
     if config.column_names and FORMATS[suffix] != "csv":
-        raise DataError(f"column_names are for .csv and .tsv files; {names[0]} names its columns itself.")
+        raise _names_itself(names[0])
     patterns = {"train": [glob.escape(name) for name in names]}
     try:
         # `datasets` would give out what it read before from a file of this name and time, whatever stands in it now.
@@ -167,10 +167,14 @@ def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
         )
 
 
+def _names_itself(data: str) -> DataError:
+    return DataError(f"column_names are for .csv and .tsv files; {data} names its columns itself.")
+
+
 def _load_hub(config: TrainConfig) -> DatasetDict:
     path, name = config.data, config.data_config or None
     if config.column_names:
-        raise DataError(f"column_names are for .csv and .tsv files; {config.data} names its columns itself.")
+        raise _names_itself(config.data)
     if config.data.startswith("glue/"):
         if name:
             raise DataError(
