@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from peft import LoraConfig, get_peft_model
 from sample_texts import SENTENCES
 from torch.utils.data import DataLoader
@@ -30,6 +31,7 @@ def main(
     batches = DataLoader(rows, batch_size=2, shuffle=True, collate_fn=DataCollatorWithPadding(tokenizer))
     optimizer = torch.optim.AdamW((p for p in network.parameters() if p.requires_grad), lr=1e-3)
     network, optimizer, batches = accelerator.prepare(network, optimizer, batches)
+    set_seed(0, device_specific=True)  # each process draws masks of its own
     network.train()  # from_pretrained returns a model in evaluation mode, where nothing is dropped
     for epoch in range(epochs):
         for batch in batches:

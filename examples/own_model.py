@@ -52,8 +52,8 @@ def main(recipe: str = "hiddenkey@0.1", steps: int = 200) -> Classifier:
         logits = model(words, valid)
         task, consistency = nn.functional.cross_entropy(logits, classes), logits.new_zeros(())
         if parsed.consistency is not None:
-            with torch.no_grad():  # kl holds its second view constant
-                consistency = hiddenkey.consistency_loss(parsed.consistency, logits, model(words, valid))
+            other = model(words, valid)  # a second draw; js, jsd and kl-clean compare with one of model.eval()
+            consistency = hiddenkey.consistency_loss(parsed.consistency, logits, other)
         (task + parsed.weight * consistency).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -67,11 +67,14 @@ def test_an_example(name, load, tmp_path, capsys):
     assert hiddenkey.load_recipe(tmp_path / "out") == hiddenkey.parse(RECIPE)
 
 
-def test_a_model_of_ones_own(load, capsys):
-    """It learns, drops in training alone, and its padding changes nothing."""
-    example = load(OWN)
+def test_a_model_of_ones_own(load, capsys, monkeypatch):
+    """It learns, from its consistency too, drops in training alone, and its padding changes nothing."""
+    example, losses, real = load(OWN), [], hiddenkey.consistency_loss
+    monkeypatch.setattr(hiddenkey, "consistency_loss", lambda *args: losses.append(real(*args)) or losses[-1])
     torch.manual_seed(0)
     model = example.main(recipe=RECIPE, steps=160)
+    assert len(losses) == 160
+    assert all(loss.requires_grad for loss in losses)
     printed = re.findall(r"task ([\d.]+), consistency ([\d.]+)", capsys.readouterr().out)
     assert float(printed[-1][0]) < 0.35 < float(printed[0][0])
     assert all(float(consistency) > 0 for _, consistency in printed)

@@ -27,12 +27,6 @@ LAB_EXTRA = (
     *("optuna", "sqlalchemy", "jinja2", "markdown_it"),
 )
 
-HEADS = {
-    "auto": "",
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-
 
 @dataclass(frozen=True)
 class PlanCommand:
@@ -101,9 +95,10 @@ def run_train(config: TrainConfig) -> None:
 def run_plan(command: PlanCommand) -> None:
     """Print the plan."""
     recipe = hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
-    from .lab.skeleton import build_skeleton
+    from .lab.skeleton import MODEL_CLASSES, build_skeleton
 
-    print(hiddenkey.plan(build_skeleton(command.model, HEADS[command.task], command.trust_remote_code), recipe))
+    skeleton = build_skeleton(command.model, MODEL_CLASSES[command.task], command.trust_remote_code)
+    print(hiddenkey.plan(skeleton, recipe))
 
 
 def run_doctor(command: DoctorCommand) -> None:
@@ -114,7 +109,7 @@ def run_doctor(command: DoctorCommand) -> None:
     diagnosis = examine(
         command.model,
         command.recipe,
-        HEADS[command.task],
+        command.task,
         train_args=command.train_args,
         trust_remote_code=command.trust_remote_code,
         rounds=command.rounds,
@@ -187,7 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.name not in LAB_EXTRA:
             raise
         sys.stderr.write(
-            f"hiddenkey: {error.name} is not installed; this command needs pip install 'hiddenkey[lab]'\n"
+            f"hiddenkey: {error.name} is not installed; this command needs the extra hiddenkey[lab]: "
+            "pip install '.[lab]' in a checkout\n"
         )
         sys.exit(USER_ERROR)
     except (hiddenkey.UserError, OSError) as error:

@@ -62,6 +62,16 @@ def test_every_family_is_green(family, recipe):
     assert verdicts(diagnosis, "generate") == ["ok" if causal else "skipped"]
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("bert", {"num_labels": 1})])
+def test_made_up_batches_decide_nothing_for_the_training_that_follows(family, options):
+    model = make(family, **options)
+    with hiddenkey.attach(model, "hiddenkey[1:]@0.3") as attachment:
+        decided = {name: getattr(attachment, name) for name in ("seen", "dense", "shares_lower", "pooling_seen")}
+        assert examined(model).ok
+        assert {name: getattr(attachment, name) for name in decided} == decided
+        assert set(decided.values()) == {None, False}
+
+
 def whisper():
     """It hears, and has no function of its own to shift labels with."""
     config = hf.WhisperConfig(

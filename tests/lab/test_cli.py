@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hiddenkey import cli
-from hiddenkey.cli import main
+from hiddenkey.cli import LAB_EXTRA, main
 from hiddenkey.lab.artifacts import RESULT, RunResult
 from tests.test_registry import PLUGIN, install
 
@@ -59,6 +59,16 @@ def test_without_the_extra_the_command_says_what_to_install(bert: Path, sentence
     assert done.returncode == 2
     assert "hiddenkey[lab]" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ("plan", "doctor"))
+def test_the_proof_needs_no_extra(command: str, bert: Path):
+    """Who trains by a script installs the package alone."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({LAB_EXTRA}))\nfrom hiddenkey.cli import main; main()"
+    arguments = [command, str(bert), "hiddenkey@0.3", *(["--rounds", "1"] if command == "doctor" else [])]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "hidden:element@0.3" in done.stdout
 
 
 def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):

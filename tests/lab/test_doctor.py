@@ -13,6 +13,8 @@ import torch
 
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.cli import _parse, main
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.doctor import load
 
 QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]
 
@@ -101,6 +103,30 @@ def test_half_precision_as_in_training(name, task, tmp_path: Path, request: pyte
     flags = ["--train-args", str(path), "--task", task]
     main(["doctor", str(request.getfixturevalue(name)), "hiddenkey[:]@0.3", *flags, *QUICK])
     assert "none red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--task", "auto"], "BertForSequenceClassification"),
+        (["--task", "causal-lm"], "BertLMHeadModel"),
+        (["--train-args", "RUN"], "BertLMHeadModel"),
+        (["--train-args", "RUN", "--task", "classification"], "BertForSequenceClassification"),
+    ],
+)
+def test_the_head_is_that_of_the_training_run(flags, wanted, bert: Path, tmp_path: Path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("task: causal-lm\n")
+    flags = [str(path) if flag == "RUN" else flag for flag in flags]
+    main(["doctor", str(bert), "hiddenkey[:]@0.3", *flags, *QUICK])
+    assert f"model   {wanted}" in capsys.readouterr().out
+
+
+def test_the_model_is_examined_where_it_would_be_trained(bert: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    model = load(TrainConfig(str(bert), "none", "none"), "")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ import hiddenkey
 
 from .config import TrainConfig
 from .config_file import read_fields
-from .models import add_lora, find_targets, read_weights
+from .models import add_lora, find_targets, read_weights, require_dtype
 from .quiet import quieten
-from .settings import require_dtype
-from .skeleton import build_skeleton, load_config, published_class
+from .skeleton import MODEL_CLASSES, build_skeleton, load_config, published_class
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -31,7 +30,7 @@ STYLES = {"ok": "green", "wrong": "bold red", "skipped": "dim", "note": "default
 def examine(
     name: str,
     recipe: str,
-    model_class: str,
+    task: str,
     *,
     train_args: str,
     trust_remote_code: bool,
@@ -41,8 +40,8 @@ def examine(
 ) -> hiddenkey.Diagnosis:
     """Load the model, put LoRA on it, and let `hiddenkey.doctor` look at it with `recipe`.
 
-    model_class: an Auto class of transformers; empty: the published one. train_args: a YAML file of
-    `hiddenkey train`, or nothing.
+    task: that of the head, or auto. train_args: a YAML file of `hiddenkey train`, or nothing; its task is the head's
+    where `task` is auto, and where both are, the head is the published one.
 
     Raises:
         OSError: no such model or file.
@@ -55,14 +54,16 @@ def examine(
     config = TrainConfig(**settings)
     config.check()
     quieten()
-    model = load(config, model_class)
+    model = load(config, MODEL_CLASSES[config.task if task == "auto" else task])
     kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
     with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
         return hiddenkey.doctor(model, recipe, rounds=rounds, size=size, length=length)
 
 
 def load(config: TrainConfig, model_class: str) -> nn.Module:
-    """The pretrained model with LoRA, and activation checkpointing where the configuration wants it."""
+    """The pretrained model with LoRA, on the accelerator where there is one, and activation checkpointing where the
+    configuration wants it. model_class: an Auto class of transformers; empty: the published one.
+    """
     require_dtype(config.dtype)
     torch.manual_seed(config.seed)
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -75,6 +76,8 @@ def load(config: TrainConfig, model_class: str) -> nn.Module:
     adapted = add_lora(model, config, task_type, loading["missing_keys"])
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if torch.accelerator.is_available():  # the kernels there are others
+        adapted.to(torch.accelerator.current_accelerator())
     return adapted
 
 

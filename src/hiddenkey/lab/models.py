@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from .config import TrainConfig
+from .config import Dtype, TrainConfig
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +92,12 @@ def _require_tokenizer(model: str, tokenizer: Any) -> None:
         raise ConfigError(
             f"{model} holds no tokenizer; put the files of the pretrained model's there (tokenizer.json)."
         )
+
+
+def require_dtype(dtype: Dtype) -> None:
+    """Raises ConfigError where this machine cannot train in this type."""
+    if dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
 
 
 def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:

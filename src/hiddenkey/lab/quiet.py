@@ -1,8 +1,8 @@
 """Less noise from the libraries below, for programs that show their own progress."""
 
 import warnings
+from importlib.util import find_spec
 
-import datasets
 import transformers
 
 
@@ -10,5 +10,8 @@ def quieten() -> None:
     """Hide the progress bars and notices of transformers and datasets; errors stay."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if find_spec("datasets"):  # the doctor needs no data
+        import datasets
+
+        datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b.*")

@@ -9,8 +9,9 @@ import torch
 from transformers import TrainingArguments
 
 from .artifacts import CHECKPOINTS
-from .config import Dtype, TrainConfig
-from .errors import ConfigError, RunError
+from .config import TrainConfig
+from .errors import RunError
+from .models import require_dtype
 from .tasks import Task
 
 _CHECKPOINTING: dict[str, Any] = {
@@ -58,12 +59,6 @@ def training_arguments(config: TrainConfig, task: Task, metric: str) -> Training
         dataloader_pin_memory=torch.cuda.is_available(),
         **(_CHECKPOINTING if config.gradient_checkpointing else {}),
     )
-
-
-def require_dtype(dtype: Dtype) -> None:
-    """Raises ConfigError where this machine cannot train in this type."""
-    if dtype == "float16" and not torch.cuda.is_available():
-        raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
 
 
 def require_one_device() -> None:

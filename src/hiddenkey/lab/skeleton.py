@@ -12,6 +12,14 @@ from transformers import AutoConfig
 
 from .errors import ConfigError
 
+MODEL_CLASSES = {
+    "auto": "",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+"""The Auto class of transformers for each task."""
+
 
 def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False, **options: Any) -> nn.Module:
     """The structure of a model without weights, in no time and no memory.

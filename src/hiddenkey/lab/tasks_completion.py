@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction
 from ..hf.views import IGNORED
 from .columns import values
 from .errors import DataError
+from .skeleton import MODEL_CLASSES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Completion:
     metrics: tuple[str, ...] = ("nll", "perplexity", "token_accuracy")
     lower_is_better: tuple[str, ...] = ("nll", "perplexity", "loss")
     peft_type: str = "CAUSAL_LM"
-    model_class: str = "AutoModelForCausalLM"
+    model_class: str = MODEL_CLASSES["causal-lm"]
 
     def model_options(self) -> dict[str, Any]:
         """The head is the pretrained one."""

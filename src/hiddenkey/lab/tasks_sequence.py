@@ -11,13 +11,15 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import DataCollatorWithPadding, EvalPrediction
 
+from .skeleton import MODEL_CLASSES
+
 
 class _Sequence:
     """What classification and regression share."""
 
     lower_is_better: tuple[str, ...] = ("loss",)
     peft_type = "SEQ_CLS"
-    model_class = "AutoModelForSequenceClassification"
+    model_class = MODEL_CLASSES["classification"]
 
     def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
         """Token ids of one text or of a pair, cut to `max_length` tokens."""

@@ -17,6 +17,8 @@ from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
 from ..random_state import RandomState
 from ..structure import find_transformer
 
+# Of an attachment: what its first step or forward finds out.
+SEEN_ONCE = ("seen", "dense", "shares_lower", "pooling_seen")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -81,9 +83,10 @@ def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fresh_counts(attachment: Attachment) -> Iterator[None]:
-    """The draws inside do not count for the user's rates, and the passes for what is learned from."""
+    """The draws inside do not count for the user's rates, nor the passes for what is learned from or seen once."""
     tallies = [tally for _, site in attachment.sites for tally in site.tallies]
-    counts, dense, seen = [tally.counts for tally in tallies], attachment.dense, attachment.seen
+    counts = [tally.counts for tally in tallies]
+    once = {name: getattr(attachment, name) for name in SEEN_ONCE}
     for tally in tallies:
         tally.counts = None
     attachment.seen = True
@@ -93,7 +96,8 @@ def fresh_counts(attachment: Attachment) -> Iterator[None]:
     finally:
         for tally, count in zip(tallies, counts, strict=True):
             tally.counts = count
-        attachment.dense, attachment.seen = dense, seen
+        for name, value in once.items():
+            setattr(attachment, name, value)
 
 
 @contextmanager

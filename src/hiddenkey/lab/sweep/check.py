@@ -11,7 +11,7 @@ from ..config import FIELD_TYPES, TrainConfig, complete
 from ..data import Examples, load_examples
 from ..errors import RunError
 from ..generation import collect_prompts
-from ..settings import require_dtype
+from ..models import require_dtype
 from ..tasks import choose_metric, make_task, refuse_smoothing
 from .plan import SweepPlan
 from .record import RunRecord
