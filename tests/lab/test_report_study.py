@@ -14,6 +14,7 @@ from hiddenkey.lab.report.budget import within_budget
 from hiddenkey.lab.report.conditions import blocks
 from hiddenkey.lab.report.costs import cost_table
 from hiddenkey.lab.report.curves import dynamics, level, rank_curves, rate_curves
+from hiddenkey.lab.report.figures import rates
 from hiddenkey.lab.report.paper import (
     PRINTED_METRICS,
     TABLE1,
@@ -28,12 +29,12 @@ from hiddenkey.lab.report.paper import (
 from hiddenkey.lab.report.pool import findings, pools
 from hiddenkey.lab.report.rivals import early_stopping
 from hiddenkey.lab.report.study import make_task, read_study
-from hiddenkey.lab.report.task_table import about_task
+from hiddenkey.lab.report.task_table import about_task, task_table
 from hiddenkey.lab.report.transfer import transfer_table, transfer_words, transferred
 from hiddenkey.lab.sweep.file import read_sweep
 from hiddenkey.lab.sweep.record import method_key
 
-from .made_up import World, make_records, write_records
+from .made_up import RATES, World, make_records, write_records
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = World(methods=("baseline", "hiddenkey"), seeds=(1, 2, 3))
@@ -153,6 +154,31 @@ def test_a_plain_condition_with_other_trials_is_no_rank():
     assert list(make_task("sst2", fewer).ranks("baseline")) == [4, 64]
 
 
+def test_a_plain_condition_with_other_values_is_no_rank():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
+    first = next(one.params for one in records if one.method == "baseline" and one.trial == 0)
+    others = {name: value / 2 for name, value in first.items()}
+    changed = [
+        replace(one, params=others) if not one.axes.get("lora_r") and one.params == first else one for one in records
+    ]
+    assert list(make_task("sst2", changed).ranks("baseline")) == [4, 64]
+
+
+def test_ranks_of_another_plan_are_refused():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
+    longer = [replace(one, config=one.config | {"epochs": 20}) if one.axes.get("lora_r") else one for one in records]
+    with pytest.raises(RunError, match="runs of baseline in the sweep 'sst2' differ in epochs"):
+        make_task("sst2", longer)
+
+
+def test_seeds_that_the_largest_rank_lacks_are_named():
+    records = make_records(replace(SMALL, rank_effects={64: -0.05}))
+    gone = {"status": "failed", "best": {}, "last": {}, "test": {}}
+    failed = [replace(one, **gone) if one.axes == {"seed": 2, "lora_r": 64} else one for one in records]
+    found = of_ranks(pools([make_task("sst2", failed)])[0])
+    assert (found.difference.n, found.lost) == (2, ((2, 0),))
+
+
 def test_every_further_condition_has_its_own_baseline():
     task = make_task("sst2", make_records(replace(SMALL, noise=0.0, rank_effects={4: 0.0, 64: -0.03})))
     table = blocks([task])[0]
@@ -170,6 +196,37 @@ def test_without_a_plain_condition_rank_8_is_the_main_one():
         if record.axes.get("lora_r")
     ]
     assert make_task("sst2", records).main == (("lora_r", 8),)
+
+
+def test_of_several_conditions_one_of_rank_8_is_the_main_one_and_named():
+    records = make_records(replace(SMALL, rank_effects={8: 0, 64: 0}))
+    pairs = [
+        replace(one, axes=one.axes | {"lora_alpha": {8: 16, 64: 128}[one.axes["lora_r"]]})
+        for one in records
+        if one.axes.get("lora_r")
+    ]
+    task = make_task("sst2", pairs)
+    assert dict(task.main) == {"lora_r": 8, "lora_alpha": 16}
+    assert about_task(task).endswith("lora_alpha 16 lora_r 8")
+
+
+def test_a_gain_of_fewer_pairs_says_so():
+    failing = [("baseline", trial, 1) for trial in range(3)]
+    table = task_table(make_task("sst2", make_records(replace(SMALL, failing=failing))))
+    cells = {row[0]: row for row in table.rows}
+    place = table.headings.index("gain over baseline [95 %]")
+    assert cells["`hiddenkey`"][place - 1] == "3"
+    assert cells["`hiddenkey`"][place].endswith("(n = 2)")
+
+
+def test_a_rate_at_which_every_seed_failed_is_named():
+    place = RATES.index(0.2)
+    failing = [("hiddenkey", place, seed) for seed in SMALL.seeds]
+    task = make_task("sst2", make_records(replace(SMALL, failing=failing)))
+    curve = next(curve for curve in rate_curves([task], "validation") if curve.method == "hiddenkey")
+    assert ([rate for rate, _ in curve.points], curve.bare) == ([0.05, 0.1], (0.2,))
+    notes = " ".join(block.note for block in rates(pools([task])[0]))
+    assert "Rates left out, as no seed has a result there on every task: 0.2 (`hiddenkey`)." in notes
 
 
 def test_runs_of_different_tasks_under_one_name_are_refused():

@@ -17,7 +17,7 @@ from hiddenkey.lab.sweep import board as board_module
 from hiddenkey.lab.sweep.board import Board, Claim
 from hiddenkey.lab.sweep.draw import seed_of
 
-from .tools import board_of, plan_of, record_of
+from .tools import GRACE, board_of, plan_of, record_of
 
 RANGES = {
     "baseline": {"recipe": "baseline", "grid": {"learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}},
@@ -43,9 +43,11 @@ def drain(board: Board) -> list[str]:
 def test_a_run_is_taken_once(tmp_path: Path):
     plan = plan_of(tmp_path)
     one, two = board_of(plan, tmp_path, "one"), board_of(plan, tmp_path, "two")
-    assert not two.ready()
+    assert not two.is_open()
     assert one.open({}) == plan.total == 8
-    assert two.ready()
+    assert not two.is_open(), "records may still be on their way"
+    one.note_grace(GRACE)
+    assert two.is_open()
     claims = [taken((one, two)[turn % 2]) for turn in range(8)]
     assert len({claim.run.id for claim in claims}) == 8
     assert one.take() is two.take() is None

@@ -80,6 +80,7 @@ def opened(path: Path, url: str) -> Board:
     """A sweep that was started on another machine."""
     board = Board(make_plan(read_sweep(path)), open_storage(url, GRACE), str(os.getpid()))
     board.open({})
+    board.note_grace(GRACE)
     return board
 
 

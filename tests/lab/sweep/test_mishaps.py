@@ -241,6 +241,18 @@ def test_workers_that_were_started_end_where_the_next_cannot_be(
     process.terminate.assert_called_once()
 
 
+def test_no_process_is_left_where_the_storage_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plan = plan_of(tmp_path)
+    board = Mock(bury=Mock(side_effect=RunError("gone")))
+    ours = Crew(Job(plan, "", GRACE, 1), board)
+    ours._members = [crew._Member(number, str(number), Mock(is_alive=lambda: True), Mock()) for number in (1, 2)]
+    monkeypatch.setattr(crew, "_PATIENCE", 0.0)
+    with pytest.raises(RunError, match="gone"):
+        ours.stop()
+    for member in ours._members:
+        member.process.kill.assert_called_once()
+
+
 def test_a_crew_starts_as_many_as_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     numbers: list[int] = []
     monkeypatch.setattr(Crew, "_start", lambda self, number: numbers.append(number))

@@ -61,6 +61,7 @@ def here(path: Path, url: str = "") -> tuple[Job, Board]:
     plan.folder.mkdir(exist_ok=True)
     board = Board(plan, open_storage(url, GRACE), "watch")
     board.open({})
+    board.note_grace(GRACE)
     return Job(plan, url, GRACE, 1), board
 
 
@@ -157,6 +158,15 @@ def test_a_changed_base_makes_other_runs_and_puts_the_old_ones_aside(base: dict[
     write_sweep(tmp_path, base=base, axes=None)
     assert "nothing to do" in said_by(SweepConfig(str(path)), tmp_path / "said")
     assert records_in(out).keys() == first
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_slip_in_the_command_puts_no_record_aside(base: dict[str, Any], tmp_path: Path):
+    path = write_sweep(tmp_path, base=base, axes=None)
+    first = {record.id for record in work_here(path).records()}
+    with pytest.raises(OSError, match="typo"):
+        sweep(SweepConfig(str(path), set=("model=./typo",)), Console(quiet=True))
+    assert records_in(tmp_path / "out").keys() == first
 
 
 @pytest.mark.usefixtures("no_training")
@@ -378,6 +388,13 @@ def test_a_worker_has_one_name_in_every_process(monkeypatch: pytest.MonkeyPatch)
     assert len(names) == 1
     monkeypatch.setattr(crew.uuid, "getnode", lambda: 0x0023_4567_89AB)
     assert crew.worker_name(12) not in names
+
+
+def test_containers_of_one_machine_count_their_processes_apart(monkeypatch: pytest.MonkeyPatch):
+    here = crew.worker_name(12)
+    monkeypatch.setattr(crew, "_NAMESPACE", Mock(readlink=lambda: Path("pid:[1234]")))
+    assert crew.worker_name(12) != here
+    assert crew.worker_name(12).endswith("-1234-12")
 
 
 @pytest.mark.parametrize(("metric", "lower"), [("loss", True), ("accuracy", False)])

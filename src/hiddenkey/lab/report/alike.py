@@ -38,8 +38,16 @@ def _require_one_data(name: str, records: Iterable[RunRecord]) -> None:
             )
 
 
+def require_one_setting(name: str, method: str, records: Iterable[RunRecord]) -> None:
+    """Raises RunError where a method's records of all conditions differ in more than seeds, axes and their trials."""
+    records = list(records)
+    free = {*_FREE, *(field for run in records for field in (*run.params, *run.axes))}
+    for field in {field: None for run in records for field in run.config if field not in free}:
+        _require_one(f"runs of {method} in the sweep {name!r}", field, records)
+
+
 def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunRecord]]) -> None:
-    """Raises RunError where a method's records differ in more than seeds and what its trials vary.
+    """Raises RunError where the trials of a method vary different things, or are more than were planned.
 
     groups: those of each seed, all of one condition.
     """
@@ -49,9 +57,6 @@ def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunReco
     if len(varied) > 1:
         said = " and ".join(sorted(", ".join(names) or "nothing" for names in varied))
         raise RunError(f"trials of {method} in the sweep {name!r} vary different things: {said}. {_WAY_OUT}")
-    free = {*records[0].params, *records[0].axes, *_FREE}
-    for field in {field: None for run in records for field in run.config if field not in free}:
-        _require_one(f"runs of {method} in the sweep {name!r}", field, records)
     for group in groups:
         planned = max(run.trials for run in group)
         if planned and len(group) > planned:

@@ -45,8 +45,9 @@ def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled
     First at the method's own last epoch, then at the one (to the nearest) that it reaches in the baseline's time.
     """
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, method)) is not None]
-    whole = pool.over(lambda task: _gains(task, method, 0.0))
-    budgeted = pool.over(lambda task: _gains(task, method, step_ratio(task, method)))
+    seen = pool.seeds(method, BASELINE)
+    whole = pool.over(lambda task: _gains(task, method, 0.0)).without(seen)
+    budgeted = pool.over(lambda task: _gains(task, method, step_ratio(task, method))).without(seen)
     return (statistics.fmean(ratios) if ratios else None), whole, budgeted
 
 

@@ -46,15 +46,16 @@ def _row(task: Task, condition: Condition, method: str) -> tuple[list[str], dict
     if method != BASELINE:
         gain = describe(list(differences(task, method, BASELINE, condition=condition).values()))
     failed = sum(group.failed for group in groups.values())
+    n = result.n if result else 0
     cells = [
         task.label,
         shown(condition),
         f"`{method}`",
         words.mean_sd(result, digits, words.NO_RESULT),
-        str(result.n if result else 0),
+        str(n),
         words.NOTHING
         if method == BASELINE
-        else words.difference(gain, digits, why_none(task.conditions[condition], method)),
+        else words.paired(gain, n, digits, why_none(task.conditions[condition], method)),
         str(failed),
     ]
     about = {"task": task.name, "model": task.model, "metric": task.metric.name, "method": method}

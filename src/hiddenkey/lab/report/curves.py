@@ -23,6 +23,8 @@ class Curve:
     """None where no seed has them all."""
     lost: tuple[Seed, ...] = ()
     """Seeds left out, as they lack some point."""
+    bare: tuple[float, ...] = ()
+    """Points left out, as no seed has them, on every task where it is a mean over tasks."""
 
 
 def rate_curves(tasks: Sequence[Task], part: Part) -> list[Curve]:
@@ -115,8 +117,9 @@ def _of_groups(task: Task, groups: dict[Seed, Group], part: Part) -> dict[Seed, 
 
 def _curve(method: str, points: dict[float, dict[Seed, float]], seen: set[Seed]) -> Curve:
     """Every point over the same seeds, those that all of them have: points of other seeds would not compare."""
+    bare = tuple(x for x, values in points.items() if not values)
     points = {x: values for x, values in points.items() if values}
     shared = set.intersection(*(set(values) for values in points.values())) if points else set()
     lost = tuple(sorted(seen - shared))
     summaries = {x: summarise([values[seed] for seed in sorted(shared)]) for x, values in points.items()}
-    return Curve(method, tuple((x, summary) for x, summary in summaries.items() if summary is not None), lost)
+    return Curve(method, tuple((x, summary) for x, summary in summaries.items() if summary is not None), lost, bare)

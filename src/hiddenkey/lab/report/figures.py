@@ -129,10 +129,14 @@ def _drawn(curves: Sequence[Curve]) -> list[Curve]:
 
 
 def _lost(curves: Sequence[Curve], what: str, where: str = "") -> str:
+    on = f" on {where}" if where else ""
     lost = words.seeds_of({curve.method: curve.lost for curve in curves})
-    return (
-        f" Seeds left out{f' on {where}' if where else ''}, as they lack a result at some {what}: {lost}."
-        if lost
+    bare = words.listed(
+        f"{', '.join(f'{x:g}' for x in curve.bare)} (`{curve.method}`)" for curve in curves if curve.bare
+    )
+    return (f" Seeds left out{on}, as they lack a result at some {what}: {lost}." if lost else "") + (
+        f" {what.capitalize()} left out{on}, as no seed has a result there on every task: {bare}."
+        if any(curve.bare for curve in curves)
         else ""
     )
 

@@ -44,15 +44,15 @@ def _table(number: int, task: Task) -> Table:
     rows, data = [], []
     for method in task.methods:
         cells = [words.mean_sd(summarise(_values(task, method, *pair)), metric(pair[1]).digits) for pair in shown]
-        row = [f"`{method}`"]
-        line = {"task": task.name, "model": task.model, "method": method, "n": len(task.values(method))}
+        row, n = [f"`{method}`"], len(task.values(method))
+        line = {"task": task.name, "model": task.model, "method": method, "n": n}
         line |= {key: value for pair in shown for key, value in _columns(task, method, *pair).items()}
         for name, found in found_by.items():
             gain, p = found.get(method, (None, None))
-            change = words.difference(gain, metric(name).digits, why_none(task.methods, method))
+            change = words.paired(gain, n, metric(name).digits, why_none(task.methods, method))
             row += [words.NOTHING if method == BASELINE else change, words.p_value(p)]
             line |= {f"{name}_{key}": value for key, value in machine.gain(gain, p).items()}
-        rows.append([*row, str(len(task.values(method))), *cells])
+        rows.append([*row, str(n), *cells])
         data.append(line)
     blank = [words.NOTHING] * (2 * len(found_by) + 1)
     rows += [[name, *blank, *cells] for name, *cells in _paper_rows(task, shown)]

@@ -37,7 +37,7 @@ class Pool:
         """First minus second, positive where the first is better."""
         both = self.with_both(first, second)
         pooled = self.over(lambda task: differences(task, first, second, when, second_when) if task in both else None)
-        return _without(pooled, self.seeds(first, second))
+        return pooled.without(self.seeds(first, second))
 
     def paper_gap(self, first: str, second: str) -> float | None:
         """How far the first lies above the second in the paper, on the tasks that `compare` takes."""
@@ -56,7 +56,8 @@ class Pool:
 
     def decline(self, method: str) -> Pooled:
         """The best epoch minus the last one of the same runs, those that the best epoch chose."""
-        return self.over(lambda task: task.declines(method) if method in task.methods else None)
+        pooled = self.over(lambda task: task.declines(method) if method in task.methods else None)
+        return pooled.without({seed for task in self.tasks for seed in task.methods.get(method, {})})
 
     def over(self, find: Callable[[Task], Values | None]) -> Pooled:
         """Average over the tasks for which differences are found; None of a task: it was not run."""
@@ -80,6 +81,10 @@ class Pooled:
     def difference(self) -> Difference | None:
         """With its interval; None where there is nothing in common."""
         return describe(list(self.values.values()))
+
+    def without(self, seen: Collection[Seed]) -> Pooled:
+        """With those named that were seen and have no difference."""
+        return replace(self, lost=tuple(sorted(set(seen) - self.values.keys())))
 
     @property
     def nothing(self) -> str:
@@ -195,15 +200,11 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
     if pool is None:
         return Pooled((), {})
     if claim.source == "rank":
-        return pool.over(_rank_differences)
+        return pool.over(_rank_differences).without({seed for task in pool.tasks for seed in _rank_seeds(task)})
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
     pooled = pool.over(lambda task: _pair_differences(task, claim))
-    return _without(pooled, {seed for pair in claim.pairs for seed in pool.seeds(*pair)})
-
-
-def _without(pooled: Pooled, seen: set[Seed]) -> Pooled:
-    return replace(pooled, lost=tuple(sorted(seen - pooled.values.keys())))
+    return pooled.without({seed for pair in claim.pairs for seed in pool.seeds(*pair)})
 
 
 def _paper_here(pool: Pool | None, claim: Claim) -> float | None:
@@ -218,8 +219,18 @@ def _pair_differences(task: Task, claim: Claim) -> dict[Seed, float] | None:
 
 
 def _rank_differences(task: Task) -> dict[Seed, float] | None:
-    ranks = {} if BASELINE in task.incomplete else task.ranks(BASELINE)  # the largest may be what is missing
-    if 8 not in ranks or max(ranks) == 8:
+    ends = _rank_ends(task)
+    if ends is None:
         return None
-    one, other = (task.values(BASELINE, condition=ranks[rank]) for rank in (8, max(ranks)))
+    one, other = (task.values(BASELINE, condition=condition) for condition in ends)
     return {seed: one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())}
+
+
+def _rank_seeds(task: Task) -> set[Seed]:
+    return {seed for condition in _rank_ends(task) or () for seed in task.conditions[condition][BASELINE]}
+
+
+def _rank_ends(task: Task) -> tuple[Condition, Condition] | None:
+    """The conditions of rank 8 and of the largest rank."""
+    ranks = {} if BASELINE in task.incomplete else task.ranks(BASELINE)  # the largest may be what is missing
+    return (ranks[8], ranks[max(ranks)]) if 8 in ranks and max(ranks) > 8 else None

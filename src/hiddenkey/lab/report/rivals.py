@@ -124,6 +124,9 @@ def equal_time(pool: Pool) -> Table:
         f"{CUT_SHORT} A method that was never timed on one machine and day with the baseline has no row in time. "
         "Runs were made side by side on shared cores, so times are rough."
     )
+    lost = {f"{method}, last epochs": whole.lost for method, _, whole, _ in found if whole.values}
+    lost |= {f"{method}, in the baseline's time": timed.lost for method, _, _, timed in found if timed.values}
+    note = f"{note} {words.left_out(lost)}".rstrip()
     return Table("equal-time", "At equal training time", headings, rows, data, note, long=True)
 
 

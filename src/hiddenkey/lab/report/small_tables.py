@@ -43,15 +43,16 @@ def _table(number: int, what: str, printed: Printed, tasks: Sequence[Task], mode
 def _row(task: Task, method: str, printed: Printed) -> tuple[list[str], dict[str, Any]]:
     found = summarise(list(task.values(method).values()))
     gain = None if method == BASELINE else describe(list(differences(task, method, BASELINE).values()))
+    n = found.n if found else 0
     cells = [
         f"{task.label} ({task.model})",
         task.metric.label,
         f"`{method}`",
         words.mean_sd(found, task.metric.digits, words.NO_RESULT),
-        str(found.n if found else 0),
+        str(n),
         words.NOTHING
         if method == BASELINE
-        else words.difference(gain, task.metric.digits, why_none(task.methods, method)),
+        else words.paired(gain, n, task.metric.digits, why_none(task.methods, method)),
         _printed(task, method, printed),
     ]
     about = {"task": task.name, "metric": task.metric.name, "method": method}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..errors import RunError
 from ..sweep.record import RUNS, RunRecord, method_key, read_record
-from .alike import require_one_plan, require_one_task
+from .alike import require_one_plan, require_one_setting, require_one_task
 from .metrics import Metric, metric
 from .paper import DECODERS, PRINTED_METRICS, PRINTED_TEXT_METRICS, TASK_LABELS, rank_of, task_key
 from .statistics import Seed
@@ -167,14 +167,14 @@ class Task:
     def ranks(self, method: str) -> dict[int, Condition]:
         """The conditions that differ in the rank alone, by rank.
 
-        The plain one is among them where no axis has its rank, if the method had as many trials there.
+        The plain one is among them where no axis has its rank, if the method had the same trials there.
         """
         found: dict[int, Condition] = {}
         for condition, methods in self.conditions.items():
             if method in methods and {name for name, _ in condition} == {_RANK}:
                 found[int(dict(condition)[_RANK])] = condition
         plain = self.conditions.get((), {}).get(method)
-        if found and plain and _trials(plain) == _trials(self.conditions[next(iter(found.values()))][method]):
+        if found and plain and _tried(plain) == _tried(self.conditions[next(iter(found.values()))][method]):
             run = next(iter(plain.values())).runs[0]
             found.setdefault(int(run.config[_RANK]), ())
         return dict(sorted(found.items()))
@@ -236,6 +236,8 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
     """
     records.sort(key=lambda run: (rank_of(method_key(run.method)), run.trial, run.id))
     require_one_task(name, records)
+    for method in dict.fromkeys(method_key(run.method) for run in records):
+        require_one_setting(name, method, (run for run in records if method_key(run.method) == method))
     found: dict[Condition, dict[str, dict[Seed, list[RunRecord]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
@@ -267,10 +269,15 @@ def _trials(groups: Groups) -> int:
     return max((len(group.runs) for group in groups.values()), default=0)
 
 
+def _tried(groups: Groups) -> set[str]:
+    return {str(sorted(run.params.items())) for group in groups.values() for run in group.runs}
+
+
 def _main(conditions: dict[Condition, dict[str, Groups]]) -> Condition:
     # Table 1 is of the condition without further axes; else of the paper's rank; else of the one with most methods.
-    def place(condition: Condition) -> tuple[bool, bool, int]:
-        return condition != (), condition != ((_RANK, 8),), -len(conditions[condition])
+    def place(condition: Condition) -> tuple[bool, bool, bool, int]:
+        other_rank = dict(condition).get(_RANK) != 8
+        return condition != (), condition != ((_RANK, 8),), other_rank, -len(conditions[condition])
 
     return min(conditions, key=place)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import machine, words
+from . import conditions, machine, words
 from .blocks import Table
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
 from .pool import gains, why_none
@@ -51,12 +51,14 @@ def chosen_values(task: Task, method: str) -> str:
 
 
 def about_task(task: Task) -> str:
-    """Model and sizes."""
+    """Model and sizes, and the condition where there is none without further axes."""
     parts = dict.fromkeys(part for run in task.shown for part in run.data_rows)
     sizes = ", ".join(f"{_size(task, part)} {part}" for part in parts)
     prompts = task.shown[0].config.get("test_size", 0) if task.generation and "test" in parts else 0
     rows = f"{sizes} rows" + (f" of {words.plural(prompts, 'prompt')}" if prompts else "")
-    return f"{task.model}, {rows}" if sizes else task.model
+    further = tuple((name, value) for name, value in task.main if name != "model")
+    condition = conditions.shown(further) if further else ""
+    return ", ".join(part for part in (task.model, rows if sizes else "", condition) if part)
 
 
 def _size(task: Task, part: str) -> str:
@@ -69,13 +71,14 @@ def _row(
 ) -> tuple[list[str], dict[str, object]]:
     groups, digits = task.methods[method], task.metric.digits
     summary = summarise(list(task.values(method).values()))
+    n = summary.n if summary else 0
     trials = max((len(group.runs) for group in groups.values()), default=0)
     failed, chosen = sum(group.failed for group in groups.values()), chosen_values(task, method)
     cells = [
         f"`{method}`",
         words.mean_sd(summary, digits, words.NO_RESULT),
-        str(summary.n if summary else 0),
-        words.NOTHING if method == BASELINE else words.difference(change, digits, why_none(task.methods, method)),
+        str(n),
+        words.NOTHING if method == BASELINE else words.paired(change, n, digits, why_none(task.methods, method)),
         words.bootstrapped(change, digits),
         words.p_value(change.p if change else None),
         words.p_value(adjusted),

@@ -17,8 +17,9 @@ from .study import Task, tested
 NOTE = (
     "Test metrics in points, mean over all ordered pairs of tasks, paired over seeds: for each seed the trial "
     "that validation chose on the one task is used on the other. The baseline is tuned on each task itself. "
-    "Left out: seeds of pairs of tasks without a value, counted; a run that failed there has no test metric and is "
-    "not in the means, so those of a method that fails are better than it is."
+    "Pairs: those with a value, of those where there was something to choose among; a seed that one of them lacks is "
+    "in no mean. Left out: seeds of pairs of tasks without a value, counted; a run that failed there has no test "
+    "metric and is not in the means, so those of a method that fails are better than it is."
 )
 FAILED = "failed there"
 ABSENT = "no whole set of trials"
@@ -48,25 +49,30 @@ def transfer_table(pool: Pool) -> Table:
     rows, data = [], []
     for (method, lost, gained), p in zip(found, adjusted, strict=True):
         gain = None if method == BASELINE else gained.difference
-        shown = words.NOTHING if method == BASELINE else words.difference(gain, nothing=gained.nothing)
-        cost, missing = lost.difference, left_out(pool, method)
+        shown = words.paired(gain, len(lost.values), nothing=gained.nothing)
+        shown = words.NOTHING if method == BASELINE else shown
+        cost, missing, pairs = lost.difference, left_out(pool, method), _pairs(pool, method)
+        used = sum(bool(pair.values) for pair in pairs)
         rows.append(
             [
                 f"`{method}`",
                 words.difference(cost, nothing=lost.nothing),
                 shown,
                 str(len(lost.values)),
+                f"{used} of {len(pairs)}",
                 words.p_value(p),
                 words.counted(missing),
             ]
         )
         about = {"method": method, "cost_of_transfer": machine.rounded(cost.mean if cost else None)}
+        about |= {"task_pairs": used, "task_pairs_run": len(pairs)}
         data.append(about | machine.gain(gain, p) | {"left_out": len(missing)})
     headings = (
         "method",
         "another task's choice minus its own [95 %]",
         "another task's choice over the tuned baseline [95 %]",
         "n",
+        "pairs of tasks",
         "p (Holm)",
         "left out",
     )
@@ -99,8 +105,12 @@ def transferred(source: Task, target: Task, method: str) -> Transfer | None:
 
 def left_out(pool: Pool, method: str) -> Sequence[str]:
     """Why a seed of a pair of tasks has no value, for each that has none."""
-    found = [transferred(source, target, method) for source, target in permutations(pool.tasks, 2)]
-    return [why for pair in found if pair for why in pair.left_out]
+    return [why for pair in _pairs(pool, method) for why in pair.left_out]
+
+
+def _pairs(pool: Pool, method: str) -> list[Transfer]:
+    found = (transferred(source, target, method) for source, target in permutations(pool.tasks, 2))
+    return [pair for pair in found if pair is not None]
 
 
 def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:

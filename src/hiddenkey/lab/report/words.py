@@ -46,6 +46,11 @@ def difference(found: Difference | None, digits: int = 2, nothing: str = NOT_RUN
     return f"{signed(found.mean, digits)} [{signed(found.low, digits)}, {signed(found.high, digits)}]"
 
 
+def paired(found: Difference | None, n: int, digits: int = 2, nothing: str = NOT_RUN) -> str:
+    """The same beside a result of n seeds: with its own number of pairs where that is another."""
+    return difference(found, digits, nothing) + (f" (n = {found.n})" if found and found.n != n else "")
+
+
 def bootstrapped(found: Difference | None, digits: int = 2) -> str:
     """The bootstrap's interval alone."""
     if found is None or found.bootstrap_low is None:

@@ -95,9 +95,10 @@ class Board:
         """What the process that opened the sweep said of it; None where it has said nothing."""
         return insist(lambda: self._storage.get_study_user_attrs(self._number())).get("grace")
 
-    def ready(self) -> bool:
-        """Whether the storage knows the sweep."""
-        return any(study.study_name == self.plan.name for study in insist(self._storage.get_all_studies))
+    def is_open(self) -> bool:
+        """Whether the storage knows the sweep, and all records that the process that opened it had."""
+        known = any(study.study_name == self.plan.name for study in insist(self._storage.get_all_studies))
+        return known and self.grace() is not None
 
     def take(self, without: Collection[str] = ()) -> Claim | None:
         """The next run that waits, now ours, of no slot in `without`; None where all others are done or at work.

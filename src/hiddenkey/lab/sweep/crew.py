@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +31,7 @@ _TICK = 5.0
 _PATIENCE = 30.0
 _STOPPED = 130
 _READY = "ready"
+_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Crew:
             if member.process.is_alive():
                 member.process.kill()
                 member.process.join()
+        for member in self._members:  # afterwards: a storage that is gone leaves no process behind
             self.board.bury(member.name)
 
     def _is_at_work(self, member: _Member) -> bool:
@@ -158,9 +160,13 @@ def bury_dead(board: Board) -> None:
 
 
 def _machine() -> str:
+    """Where a number of a process means one process: containers on the host's network have numbers of their own."""
     node = uuid.getnode()
     drawn = node >> 40 & 1  # without a network card: another number in every process
-    return f"{socket.gethostname()}-{0 if drawn else node:x}"
+    numbers = ""
+    with suppress(OSError):  # Linux alone
+        numbers = "".join(letter for letter in str(_NAMESPACE.readlink()) if letter.isdigit())
+    return f"{socket.gethostname()}-{0 if drawn else node:x}-{numbers}"
 
 
 def is_alive(pid: int) -> bool:

@@ -58,13 +58,14 @@ def _lead(job: Job, workers: int, console: Console) -> None:
     to_do = board.open(known)
     board.note_grace(job.grace)
     bury_dead(board)
-    _tidy(plan, board, known, console)
     if not to_do:
+        _tidy(plan, board, known, console)
         _write(plan, board)
         say(console, f"{plan.folder} holds all {plan.total} runs of {plan.sweep.name}: nothing to do.")
         return
     _check_dtypes(plan)
     _check(plan, board.records())
+    _tidy(plan, board, known, console)  # only now: a slip in the command must not put all records aside
     print_plan(plan, console)
     say(console, f"{plan.total - to_do} of {plan.total} runs are done, {to_do} to go, {workers} at a time.")
     crew = Crew(job, board)
@@ -109,7 +110,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
     _check_dtypes(job.plan)
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     deadline = time.monotonic() + _WAIT_FOR_SWEEP
-    while not board.ready():
+    while not board.is_open():
         if time.monotonic() > deadline:
             raise RunError(
                 f"The storage does not know this sweep ({job.plan.sweep.name}). Start it on one machine without "
@@ -118,7 +119,7 @@ def _join(job: Job, config: SweepConfig, console: Console) -> None:
         say(console, "Waiting for the sweep to be started on another machine.")
         time.sleep(5)
     known = board.grace()
-    if known not in (None, job.grace):
+    if known != job.grace:
         raise ConfigError(
             f"grace = {job.grace} is not allowed: the sweep was started with --grace {known}, and its workers have "
             "to agree on when one of them counts as dead."
