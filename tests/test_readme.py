@@ -86,7 +86,7 @@ def test_files_that_are_named_exist(path):
     assert (ROOT / path).exists()
 
 
-TASKS = ("sst2", "cola")
+TASKS = {"sst2": "SST-2", "cola": "CoLA", "stsb": "STS-B"}
 
 
 def signed(value):
@@ -121,7 +121,22 @@ def test_what_is_said_of_each_task_is_what_the_report_found():
     gains = {
         name: gain_of(next(row for row in rows_of(f"task-{name}") if row["method"] == "hiddenkey")) for name in TASKS
     }
-    assert f"on SST-2 `hiddenkey` lies {gains['sst2']} points over LoRA alone, on CoLA {gains['cola']}" in said
+    assert f"On SST-2 `hiddenkey` lies {gains['sst2']} points over LoRA alone; on CoLA {gains['cola']}" in said
+    assert f"; on STS-B {gains['stsb']}" in said
+    columns = re.search(
+        r"^\| recipe \| (.*) \| gain over LoRA alone, mean of three \[95 %\] \|", README, re.MULTILINE
+    )
+    assert [column.partition(",")[0] for column in columns[1].split(" | ")] == list(TASKS.values())
+
+
+def test_what_is_said_of_runs_that_do_not_get_going_is_what_the_report_found():
+    said = " ".join(README.split())
+    runs = [row for row in rows_of("runs") if row["sweep"] == "stsb"]
+    dropped = [row for row in runs if row["method"] in ("dropkey column", "hiddenkey-", "hiddenkey")]
+    others = [row for row in runs if row not in dropped]
+    counts = [(sum(float(row["validation_best"]) < 50 for row in rows), len(rows)) for rows in (dropped, others)]
+    assert f"below 50 points in {counts[0][0]} of {counts[0][1]} runs of the three recipes that drop keys" in said
+    assert f"recipes that drop keys, in {counts[1][0]} of {counts[1][1]} of the other two" in said
 
 
 def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
