@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
 import hiddenkey
@@ -119,6 +120,48 @@ def test_what_the_plain_model_cannot_do_is_not_blamed_on_the_recipe(family):
     assert verdicts(diagnosis, "generate") == ["skipped"]
 
 
+def test_texts_alone_enter_no_vision_tower():
+    """Its sites draw nothing then, which is no fault; a stack that is entered may not be silent."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = hf.LlamaConfig(**size, vocab_size=64, max_position_embeddings=64)
+    seen = hf.CLIPVisionConfig(**size, image_size=16, patch_size=4)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=seen, text_config=text, image_token_id=63))
+    model.train()
+    diagnosis = examined(model, "hiddenkey[:]@0.3")
+    assert diagnosis.ok, str(diagnosis)
+    assert sorted(verdicts(diagnosis, "rate")) == ["ok"] * 4 + ["skipped"] * 4
+    assert "enter no layer of this stack" in reason(diagnosis, "rate")
+
+
+def test_a_prompt_has_room_for_what_is_generated():
+    config = hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=24)
+    for length in (16, 24, 64):
+        diagnosis = examined(hf.GPT2LMHeadModel(config).train(), "hiddenkey[:]@0.3", length=length)
+        assert diagnosis.ok, str(diagnosis)
+        assert verdicts(diagnosis, "generate") == ["ok"]
+
+
+def test_a_model_that_draws_in_evaluation_is_not_blamed_on_the_recipe():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
+    config = hf.ViTMAEConfig(**size, **decoder, decoder_intermediate_size=64, image_size=16, patch_size=4)
+    diagnosis = examined(hf.ViTMAEForPreTraining(config).train(), "hidden[:]:element@0.3")
+    assert verdicts(diagnosis, "evaluation") == ["ok"], str(diagnosis)
+
+
+@pytest.mark.parametrize("names", (("math",), ("default", "math")))
+def test_adapters_of_any_name(names):
+    model = make("llama")
+    for name in names:
+        config = LoraConfig(target_modules=["q_proj"])
+        model = get_peft_model(model, config, name) if name == names[0] else model
+        if name != names[0]:
+            model.add_adapter(name, config)
+    diagnosis = examined(model, "hiddenkey[:]@0.3")
+    assert diagnosis.ok, str(diagnosis)
+    assert f"{8 * len(names)} keys of a plain PEFT adapter" in reason(diagnosis, "adapter keys")
+
+
 def count_training(module, args, output):
     if module.training:
         module.running += 1
@@ -203,6 +246,14 @@ def test_own_batches_are_used():
     assert set(seen) <= {(3, 12), (6, 12)}
     with pytest.raises(hiddenkey.UserError, match="batches is empty"):
         hiddenkey.doctor(model, batches=[])
+    with pytest.raises(hiddenkey.UserError, match=r"batches is a list of batches.*give \[batch\]"):
+        hiddenkey.doctor(model, batches=batch("bert"))
+
+
+def test_a_model_that_gives_tuples():
+    model = attached("bert", "hiddenkey@0.3")
+    model.config.return_dict = False
+    assert examined(model).ok
 
 
 @pytest.mark.parametrize("pattern", ("element", "column", "span"))
@@ -287,7 +338,7 @@ def test_a_parameter_that_nobody_reaches_is_no_fault_of_ours():
     assert "unused, nor does it without the recipe" in reason(diagnosis, "gradients")
 
 
-@pytest.mark.parametrize("recipe", ("baseline", "hiddenkey-@0", "hidden[:]:span@0.01"))
+@pytest.mark.parametrize("recipe", ("baseline", "hiddenkey-@0", "hidden[:]:span@0.01", "hidden[:]:span@0.01 ~ kl"))
 def test_recipes_that_drop_nothing(recipe):
     diagnosis = examined(make("llama"), recipe)
     assert diagnosis.ok, str(diagnosis)

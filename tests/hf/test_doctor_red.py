@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hiddenkey
 from hiddenkey import dropout
@@ -289,6 +290,35 @@ def test_other_dropouts_hide_nothing_of_what_a_site_does(whose):
     if whose == "the model's own":
         find_transformer(model)[1].bert.embeddings.dropout.p = 0.5
     assert reasons(examined(model), "effect")[-1] == "2 of 2 sites change it by themselves"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_few_keys_that_fall_where_nobody_sees_it_are_no_red_line(seed):
+    """Of a narrow slice at a small rate a few keys fall, and those on later ones or on padding show nowhere."""
+    torch.manual_seed(seed)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = LlamaConfig(**size, vocab_size=64, num_attention_heads=4, num_key_value_heads=1)
+    model = LlamaForCausalLM(config).train()
+    for p in (0.01, 0.02):
+        assert not {"effect", "consistency"} & red(model, f"logits[:]:column@{p} ~ kl").keys()
+
+
+def test_a_gradient_that_is_cut_under_a_wrapper_of_ones_own(monkeypatch):
+    """The names of the wrapper are not those of the plain model, the parameters are."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.network, self.config = model, model.config
+
+        def forward(self, **inputs):
+            return self.network(**inputs)
+
+    model = lora(make("llama"), ["q_proj", "down_proj"])
+    hiddenkey.attach(model, "hidden[:]:element@0.3")
+    for room in (sites, skip):
+        monkeypatch.setattr(room, "drop_stream", lambda x, drop, keep: (x * keep).detach())
+    assert "which the plain model does reach" in red(Wrapper(model))["gradients"]
 
 
 def test_what_falls_where_nobody_can_see_it():

@@ -7,6 +7,7 @@ from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForSequenceClassificati
 
 import hiddenkey
 from hiddenkey import PlanError
+from hiddenkey.hf.documents import documents as documents_of
 
 from ..models.shrink import shrink
 from .tiny import DECODERS, LENGTH, batch, make
@@ -68,6 +69,26 @@ def test_in_attention(family, layout, position, monkeypatch):
     assert len(record) == (12 if family == "t5" else 4)
     for drawn in record:
         check_rows(drawn.keep.squeeze(-2), layout)
+
+
+def test_packed_positions_without_a_mask():
+    """Flash attention is given no mask for packed texts."""
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    layer = make("llama").model.layers[0].self_attn
+    states = torch.zeros(2, 9, 32)
+    shape, segments = documents_of(layer, (states,), {"position_ids": packed})
+    assert shape == (2, 9)
+    assert segments.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3, 3]] * 2
+    assert documents_of(layer, (states,), {"position_ids": torch.arange(9)[None]})[1].unique().tolist() == [1]
+    assert documents_of(layer, (states,), {"position_ids": torch.arange(4)[None]})[1] is None
+    assert documents_of(layer, (states,), {})[1] is None
+
+
+def test_a_mask_that_is_no_tensor_is_told():
+    model = make("llama")
+    model.set_attn_implementation("flex_attention")
+    with hiddenkey.attach(model, "hidden[:]:span@0.3"), pytest.raises(hiddenkey.UserError, match="given a BlockMask"):
+        model(**batch("llama"))
 
 
 @pytest.mark.parametrize("position", ("input", "hidden"))

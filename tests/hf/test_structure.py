@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import hiddenkey
 from hiddenkey.hf.structure import find_transformer, read
@@ -47,6 +48,23 @@ def test_layers_attentions_and_feed_forwards(family, around):
         for stack in read(model).stacks
     ]
     assert found == expected(family, root)
+
+
+SHELLS = {"_orig_mod": torch.compile, "_checkpoint_wrapped_module": checkpoint_wrapper}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_in_shells_have_the_sites_that_they_have_without(family, shell):
+    """In BERT's and OPT's the feed-forward maps are the layer's own: nothing else tells a shell from a block."""
+    model, everywhere = make(family), "logits[:]:element@0.1 + hidden[:]:element@0.1"
+    wanted = [(site.path, site.side) for site in hiddenkey.plan(model, everywhere).sites]
+    for stack in read(model).stacks:
+        layers = model.get_submodule(stack.path)
+        for name, layer in list(layers.named_children()):
+            layers._modules[name] = SHELLS[shell](layer)
+    found = [(site.path, site.side) for site in hiddenkey.plan(model, everywhere).sites]
+    assert [(path.replace(f".{shell}", ""), side) for path, side in found] == wanted
 
 
 @pytest.mark.parametrize("around", AROUND)

@@ -290,6 +290,29 @@ def test_ctrl_c_in_a_softmax_of_the_models_own_leaves_no_drop_behind():
     assert torch.equal(make("mpnet").eval()(**batch("mpnet")).logits, plain)
 
 
+@pytest.mark.parametrize("learns", (False, True))
+def test_ctrl_c_in_a_reference_pass_undoes_no_evaluation_mode(learns):
+    """torch calls no hook after it, so the pass leaves the model in evaluation mode."""
+    model = lora(make("llama"), ["q_proj"])
+    hiddenkey.attach(model, "hiddenkey-[:]@0.5")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_submodule("base_model.model.model.norm").register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), model.disable_adapter():
+        model(**batch("llama"))
+    handle.remove()
+    if learns:
+        model(**batch("llama")).loss.backward()
+        assert all(module.training for module in model.modules())
+        return
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(logits_of(model, batch("llama")), logits_of(model, batch("llama")))
+    assert not any(module.training for module in model.modules())
+
+
 def test_the_doctor_looks_at_the_adapter_that_was_set_after_attach():
     model = lora(make("llama"), ["q_proj"])
     hiddenkey.attach(model, "hiddenkey-[:]@0.3")

@@ -19,6 +19,8 @@ BASES: dict[type[nn.Module] | type[BaseTunerLayer], tuple[str, ...]] = {
     BaseTunerLayer: ("base_layer",),
 }
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+# And under these what is put around a layer to compile it, to recompute its activations, or to shard it (FSDP1).
+SHELLS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # What tuners do in training by themselves, so that two passes differ in every layer. `MONTECLORA`: a kind of LoRA.
 RESTLESS = {
     "PVERA": "draws noise",
@@ -41,10 +43,11 @@ def is_wrapper(module: nn.Module) -> bool:
 
 
 def inner(module: nn.Module) -> nn.Module:
-    """What an adapter, or PEFT's wrapper of `modules_to_save`, is put around."""
+    """What an adapter, PEFT's wrapper of `modules_to_save`, or a shell around a layer is put around."""
     while True:
         name = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
-        wrapped = getattr(module, name, None)
+        shells = (part for shell, part in module.named_children() if shell in SHELLS)
+        wrapped = next(shells, None) or getattr(module, name, None)
         if not isinstance(wrapped, nn.Module):
             return module
         module = wrapped

@@ -6,9 +6,11 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from ..axes.pattern import PATTERNS
+from ..errors import UserError
 from ..masks import documents_in, read_mask
 from .structure import Layer, Structure
 
@@ -95,7 +97,14 @@ def documents(
     if not isinstance(states, Tensor) or states.dim() != 3:
         return None, None
     batch, length = states.shape[:2]
-    if mask is not None and not mask.is_floating_point():
+    if mask is None:
+        return (batch, length), _between_restarts(given.get("position_ids"), batch, length)
+    if not isinstance(mask, Tensor):
+        raise UserError(
+            f"a span needs to know where documents begin, and the attention here is given a {type(mask).__name__}; "
+            "load the model with attn_implementation='sdpa', or use the pattern element or column"
+        )
+    if not mask.is_floating_point():
         mask = mask.bool()  # layers without attention are given the padding mask itself, of integers
     full = read_mask(mask)[0].full
     if full is not None and full.dim() == 3:
@@ -104,3 +113,12 @@ def documents(
         # Keys of a prefix come before those of the sequence.
         return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]
     return (batch, length), None if full is None else full.long()
+
+
+def _between_restarts(positions: object, batch: int, length: int) -> Tensor | None:
+    """Flash attention is given no mask for packed texts: their positions begin anew in each."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != length:
+        return None
+    opens = positions[:, 1:] != positions[:, :-1] + 1
+    segments = F.pad(opens.long().cumsum(-1), (1, 0)) + 1
+    return segments.expand(batch, -1)

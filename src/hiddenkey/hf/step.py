@@ -19,7 +19,19 @@ from .random_state import RandomState
 from .ranks import check_wrapper, everywhere
 from .structure import find_transformer
 from .token_loss import Head
-from .views import Batch, Compared, LastLayer, compared, copied, count_labels, labels_of, second_view, tie, uncached
+from .views import (
+    Batch,
+    Compared,
+    LastLayer,
+    compared,
+    copied,
+    count_labels,
+    labels_of,
+    named,
+    second_view,
+    tie,
+    uncached,
+)
 
 Items = Tensor | int | None
 TaskLoss = Callable[[nn.Module, dict[str, Any], Items], tuple[Tensor, Any]]
@@ -115,7 +127,7 @@ def consistency_step(
     if attachment is None:
         raise AttachError("no recipe is attached to this model; call hiddenkey.attach(model, 'hiddenkey@0.1') first")
     with attachment.watch.step():
-        losses = _losses(attachment, model, _named(model, batch), num_items, task_loss, scale)
+        losses = _losses(attachment, model, named(model, batch), num_items, task_loss, scale)
     learns = losses.total.requires_grad or not torch.is_grad_enabled()
     if not learns and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
@@ -123,12 +135,6 @@ def consistency_step(
             "PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     return losses
-
-
-def _named(model: nn.Module, batch: Batch) -> Batch:
-    """The batch, so that the model's outputs have names, where it is set to give a tuple."""
-    by_default = getattr(find_transformer(model)[1].config, "return_dict", True)
-    return batch if batch.get("return_dict", by_default) else {**batch, "return_dict": True}
 
 
 def _losses(

@@ -89,6 +89,12 @@ def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return {**batch, "use_cache": False} if takes_it else dict(batch)
 
 
+def named(model: nn.Module, batch: Batch) -> Batch:
+    """The batch, so that the model's outputs have names, where it is set to give a tuple."""
+    by_default = getattr(find_transformer(model)[1].config, "return_dict", True)
+    return batch if batch.get("return_dict", by_default) else {**batch, "return_dict": True}
+
+
 def count_labels(transformer: nn.Module, labels: Tensor) -> Tensor:
     """How many labels count in the loss."""
     return ((labels[..., 1:] if shifts_labels(transformer) else labels) != IGNORED).sum()

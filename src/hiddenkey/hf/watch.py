@@ -62,8 +62,8 @@ class Watch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
-        if self._modes:  # a compiled forward that failed calls no hook after it
-            self._end_reference(module)
+        if self._modes:  # a compiled forward that failed calls no hook after it, nor does one that Ctrl-C ended
+            self._end_lost_reference(module)
         if not torch.compiler.is_compiling():
             self.attachment.end_softmaxes()
         if not module.training:
@@ -105,6 +105,13 @@ class Watch:
     @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
     def _end_reference(self, module: nn.Module) -> None:
         give_back_modes(self._modes.pop(id(module), []))
+
+    @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
+    def _end_lost_reference(self, module: nn.Module) -> None:
+        """Give back the modes to a pass that learns. Others may follow a `model.eval()` since, which stays."""
+        modes = self._modes.pop(id(module), [])
+        if torch.is_grad_enabled():
+            give_back_modes(modes)
 
     @torch.compiler.disable(reason="a backward pass from here would not teach what the recipe of hiddenkey says")
     def _tell(self, output: Any) -> None:

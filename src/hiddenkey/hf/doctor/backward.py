@@ -22,6 +22,7 @@ from .diagnosis import Finding
 from .forward import close, difference
 from .patient import REFUSALS, SEED, Patient
 from .preserve import seed_all
+from .rates import ENOUGH, TOO_LITTLE, fallen, recorded
 
 OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
 
@@ -35,7 +36,9 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
     _, found = patient.gradients(patient.model, patient.batch)
     _, plain = patient.gradients(patient.twin, patient.batch)
     lost = [name for name in trained if name not in found]
-    ours = [name for name in lost if _inner(name) in plain]
+    # By the parameter, which the twin shares: a wrapper around the model, or another inside of it, changes names.
+    reached = {id(p) for name, p in patient.twin.named_parameters() if name in plain}
+    ours = [name for name, p in patient.model.named_parameters() if name in lost and id(p) in reached]
     infinite = [name for name in found if not found[name].isfinite().all()]
     if ours:
         yield Finding("gradients", "wrong", f"none reaches {some(ours)}, which the plain model does reach")
@@ -132,7 +135,8 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
         return
     seed_all(SEED)
     try:
-        step = consistency_step(patient.model, patient.batch)
+        with recorded(patient) as records:
+            step = consistency_step(patient.model, patient.batch)
     except UserError as error:
         yield Finding("consistency", "wrong", str(error))
         return
@@ -141,6 +145,9 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
     name = f"{recipe.consistency}*{recipe.weight:g}"
     if not math.isfinite(value):
         yield Finding("consistency", "wrong", f"{name} is {value:g}, as are the logits of one view or both")
+        return
+    if not value > 0 and patient.rates and fallen(records) < ENOUGH:
+        yield Finding("consistency", "skipped", TOO_LITTLE)
         return
     if not value > 0:
         yield Finding("consistency", "wrong", f"{name} is {value:g}: the two views are the same")
@@ -172,11 +179,6 @@ def _whole_logits(attachment: Attachment) -> Iterator[None]:
         yield
     finally:
         attachment.dense = dense
-
-
-def _inner(name: str) -> str:
-    """A parameter's name without the prefixes of compilers and data-parallel wrappers."""
-    return name.removeprefix("module.").removeprefix("_orig_mod.")
 
 
 def _apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

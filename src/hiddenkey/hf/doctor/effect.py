@@ -16,11 +16,9 @@ from .diagnosis import Finding
 from .forward import difference
 from .patient import SEED, Patient, States, layers_kept, main_output
 from .preserve import only_our_drops, without_our_drops
-from .rates import recorded
+from .rates import ENOUGH, TOO_LITTLE, fallen, recorded
 
 DRAWS = 8
-# What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
-ENOUGH = 20
 
 
 def check_effect(patient: Patient) -> Iterator[Finding]:
@@ -30,13 +28,16 @@ def check_effect(patient: Patient) -> Iterator[Finding]:
         return
     with only_our_drops(patient.attachment.model), torch.no_grad():
         with recorded(patient) as records:
-            first, second = (_states(patient, patient.model, SEED + turn) for turn in (1, 2))
+            first = _states(patient, patient.model, SEED + 1)
+        with recorded(patient) as others_drawn:
+            second = _states(patient, patient.model, SEED + 2)
         with without_our_drops(patient.attachment):
             plain = _states(patient, patient.model, SEED + 1)
-    drawn = [record for record in records.values() if record.drawn]
+    drawn = [record for record in (*records.values(), *others_drawn.values()) if record.drawn]
     if drawn and not any(record.dropped for record in drawn):
         yield Finding("effect", "skipped", "nothing fell: the rates are too small for batches as small as these")
         return
+    few = min(fallen(records), fallen(others_drawn)) < ENOUGH
     others = {"without drops": plain, "with another draw": second}
     if drawn and all(record.dropped == record.drawn for record in drawn):
         del others["with another draw"]
@@ -47,6 +48,9 @@ def check_effect(patient: Patient) -> Iterator[Finding]:
         reason = f"the {what} in training differs from that {name} by {value:.3g} of its norm"
         if value == 0:
             reason = f"the output in training is the same as {name}: no drop reaches it"
+        if value == 0 and few and drawn:
+            yield Finding("effect", "skipped", TOO_LITTLE)
+            continue
         yield Finding("effect", "ok" if value else "wrong", reason, values={"difference": value})
     yield _check_each_site(patient)
 

@@ -13,7 +13,7 @@ from ...recipe import Recipe, parse
 from ..attach import Attachment, attach, find_attachment
 from ..random_state import RandomState
 from ..structure import find_transformer, require_model
-from ..views import uncached
+from ..views import named, uncached
 from .backward import check_consistency, check_reach, check_recompute
 from .batches import make_batches
 from .diagnosis import Diagnosis, Finding
@@ -97,10 +97,12 @@ def _examine(
     with preserved(model), fresh_counts(attachment), warnings_hidden():
         if batches is None:
             batches = make_batches(find_transformer(model)[1], 2, size, length)
+        if isinstance(batches, Mapping):
+            raise UserError("batches is a list of batches, here one batch; give [batch]")
         if not batches:
             raise UserError("batches is empty; give at least one batch, or None to have some made")
         # As training runs it: with a cache, transformers does not look for packed documents in the positions.
-        patient = Patient(model, attachment, [uncached(model, batch) for batch in batches])
+        patient = Patient(model, attachment, [named(model, uncached(model, batch)) for batch in batches])
         findings = tuple(_findings(patient, random_state, rounds))
     return Diagnosis(str(attachment.recipe), attachment.plan.model, findings)
 

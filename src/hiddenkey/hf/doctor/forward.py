@@ -44,7 +44,10 @@ def _check_generate(patient: Patient) -> Finding:
     transformer = patient.transformer
     if not transformer.can_generate() or transformer.main_input_name != "input_ids":
         return Finding("generate", "skipped", "this model generates no text")
-    prompt = {name: patient.batch[name][:1] for name in ("input_ids", "attention_mask") if name in patient.batch}
+    limit = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
+    room = max(limit - TOKENS - 2, 1) if isinstance(limit, int) else None  # some begin to count at 2
+    names = (name for name in ("input_ids", "attention_mask") if name in patient.batch)
+    prompt = {name: patient.batch[name][:1, :room] for name in names}
     # Forced on, or an early end mark would compare nothing.
     options: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
     try:

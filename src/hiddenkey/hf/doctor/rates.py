@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,13 @@ from .patient import SEED, Patient
 
 # Over all sites of one diagnosis, the probability of a red rate by chance.
 FALSE_ALARM = 1e-6
+ASIDE = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
 UNITS = {"entry": "draws", "row": "rows", "fixed": "places"}
+
+
+# What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
+ENOUGH = 20
+TOO_LITTLE = "too little fell to be seen: the rates are too small for batches as small as these"
 
 
 class Record:
@@ -55,6 +61,11 @@ class Record:
     @property
     def draws(self) -> float:
         return self.drawn**2 / self.squares
+
+
+def fallen(records: Mapping[str, Record]) -> int:
+    """How many entries fell in all."""
+    return sum(record.dropped for record in records.values())
 
 
 def fixed_count(grid: Grid, p: float) -> tuple[int, int]:
@@ -110,7 +121,7 @@ def _watch_stream(site: StreamSite, records: list[Record]) -> Any:
 
 def check_rates(patient: Patient, rounds: int) -> Iterator[Finding]:
     """One finding per site, over `rounds` training forwards of every batch."""
-    with recorded(patient) as records, torch.no_grad():
+    with recorded(patient) as records, _entered(patient) as entered, torch.no_grad():
         for turn in range(rounds):
             for index, batch in enumerate(patient.batches):
                 patient.train(patient.model, batch, SEED + turn * len(patient.batches) + index)
@@ -120,10 +131,34 @@ def check_rates(patient: Patient, rounds: int) -> Iterator[Finding]:
             record = records[f"{drop.position} {path}"]
             if not switch.is_on:
                 yield Finding("rate", "wrong", switched_off([switch]), where)
+            elif record.drawn == 0 and _is_aside(patient, path, entered):
+                yield Finding("rate", "skipped", ASIDE, where)
             elif record.drawn == 0:
                 yield Finding("rate", "wrong", _why_silent(patient, path), where)
             else:
                 yield _rate(record, where, len(records))
+
+
+@contextmanager
+def _entered(patient: Patient) -> Iterator[set[str]]:
+    """The paths of the stacks of which a layer was entered meanwhile."""
+    model, entered = patient.attachment.model, set[str]()
+    handles = [
+        model.get_submodule(layer.path).register_forward_pre_hook(lambda *_, path=stack.path: entered.add(path))
+        for stack in patient.attachment.plan.structure.stacks
+        for layer in stack.layers
+    ]
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_aside(patient: Patient, path: str, entered: set[str]) -> bool:
+    """Whether the site is in a stack that no batch enters, as texts alone do not enter a vision tower."""
+    stacks = [stack.path for stack in patient.attachment.plan.structure.stacks if path.startswith(stack.path + ".")]
+    return bool(stacks) and not entered.intersection(stacks)
 
 
 def _why_silent(patient: Patient, path: str) -> str:

@@ -76,7 +76,10 @@ def check_keys(patient: Patient) -> Iterator[Finding]:
     if hasattr(patient.attachment.model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        adapters = [list(get_peft_model_state_dict(m)) for m in (patient.attachment.model, patient.twin)]
+        models: tuple[Any, Any] = (patient.attachment.model, patient.twin)
+        adapters = [
+            [key for name in m.peft_config for key in get_peft_model_state_dict(m, adapter_name=name)] for m in models
+        ]
         same = adapters[0] == adapters[1]
         reason = f"{len(adapters[0])} keys of a plain PEFT adapter" if same else "keys that plain PEFT does not write"
         yield Finding("adapter keys", "ok" if same else "wrong", reason)
@@ -99,7 +102,10 @@ def check_ranks(patient: Patient, random_state: RandomState) -> Iterator[Finding
     same = draws < len(seen)
     reason = f"{draws} different draws in {len(seen)} processes"
     if same:
-        reason += ": give every data-parallel rank its own seed, torch.manual_seed(seed + rank)"
+        reason += (
+            ": give every data-parallel rank its own seed, torch.manual_seed(seed + rank) once the model is built, "
+            "on an accelerator for its own generator alone; DropTrainer does so when training begins"
+        )
     yield Finding("ranks", "wrong" if same else "ok", reason)
 
 
