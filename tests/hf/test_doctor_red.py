@@ -303,6 +303,13 @@ def test_a_few_keys_that_fall_where_nobody_sees_it_are_no_red_line(seed):
         assert not {"effect", "consistency"} & red(model, f"logits[:]:column@{p} ~ kl").keys()
 
 
+def test_two_views_in_which_nothing_is_drawn_are_red(monkeypatch):
+    model = attached("bert", "hidden[:]:element@0.3 ~ kl")
+    for _, site in hiddenkey.find_attachment(model).sites:
+        monkeypatch.setattr(site, "is_active", lambda module: False, raising=False)
+    assert {"rate", "consistency"} <= red(model).keys()
+
+
 def test_a_gradient_that_is_cut_under_a_wrapper_of_ones_own(monkeypatch):
     """The names of the wrapper are not those of the plain model, the parameters are."""
 

@@ -146,7 +146,7 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
     if not math.isfinite(value):
         yield Finding("consistency", "wrong", f"{name} is {value:g}, as are the logits of one view or both")
         return
-    if not value > 0 and patient.rates and fallen(records) < ENOUGH:
+    if not value > 0 and any(record.drawn for record in records.values()) and fallen(records) < ENOUGH:
         yield Finding("consistency", "skipped", TOO_LITTLE)
         return
     if not value > 0:
