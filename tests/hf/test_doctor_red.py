@@ -154,7 +154,9 @@ def test_a_key_that_would_be_saved_with_the_adapter(monkeypatch):
     hiddenkey.attach(model, "hidden[:]:element@0.3")
     real = peft.get_peft_model_state_dict
     ours = {"hiddenkey_drops.count": torch.zeros(1)}
-    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda m: real(m) | (ours if m is model else {}))
+    monkeypatch.setattr(
+        peft, "get_peft_model_state_dict", lambda m, **names: real(m, **names) | (ours if m is model else {})
+    )
     assert red(model) == {"adapter keys": "keys that plain PEFT does not write"}
 
 

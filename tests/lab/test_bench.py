@@ -83,6 +83,12 @@ def test_peak_memory_counts_what_is_held():
     assert found == {"two": 2 * 2**20, "keeps": 2**20, "two again": 2 * 2**20, "view": 0}
 
 
+def test_what_vmap_left_behind_is_no_memory():
+    left: list[Any] = []
+    torch.vmap(lambda x: left.append(x) or x)(torch.ones(2, 3))
+    assert peak_memory({"work": lambda: torch.ones(256, 1024)}, CPU) == {"work": 2**20}
+
+
 def test_peak_memory_counts_what_numpy_makes():
     given = torch.from_numpy(np.ones(2**20, dtype=np.int8))
     buffer = given[1:]

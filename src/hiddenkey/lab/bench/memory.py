@@ -36,7 +36,8 @@ class LiveBytes(TorchDispatchMode):
         objects = gc.get_objects()
         kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
         for tensor in [found for found in objects if type(found) in kinds]:
-            if tensor.layout == torch.strided:
+            # What vmap left behind, as an error inside of it does, has no storage of its own.
+            if tensor.layout == torch.strided and not torch._C._functorch.is_batchedtensor(tensor):
                 self._follow(tensor, 0)
         return super().__enter__()
 
