@@ -293,6 +293,21 @@ def test_an_error_is_tried_again_and_then_stops_the_sweep(
             work_here(path)
 
 
+def test_an_error_that_nobody_foresaw_ends_the_process_of_a_crew(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A GPU that failed fails on in that process; a worker by itself has no other."""
+    monkeypatch.setattr(worker, "make_run", Mock(side_effect=RuntimeError("an illegal memory access")))
+    job, board = here(write_sweep(tmp_path, base=base, axes=None))
+    for tries in (1, 2, 3):
+        with pytest.raises(SystemExit, match="1"):
+            serve(job, Console(quiet=True), replaced=True)
+        assert worker.make_run.call_count == tries
+    with pytest.raises(RunError, match=r"failed 3 times(?s:.*)an illegal memory access"):
+        serve(job, Console(quiet=True), replaced=True)
+    assert not board.busy()
+
+
 def test_workers_that_end_before_their_time_are_told(base: dict[str, Any], tmp_path: Path):
     job, board = here(write_sweep(tmp_path, base=base))
     idle = crew.Crew.__new__(crew.Crew)

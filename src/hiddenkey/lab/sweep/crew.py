@@ -182,8 +182,8 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def serve(job: Job, console: Console, ready: Callable[[], None] = lambda: None) -> None:
-    """Be one worker, in this process, until all runs are done.
+def serve(job: Job, console: Console, ready: Callable[[], None] = lambda: None, *, replaced: bool = False) -> None:
+    """Be one worker, in this process, until all runs are done; replaced: see `work`.
 
     Raises:
         UserError: the sweep cannot go on.
@@ -200,7 +200,7 @@ def serve(job: Job, console: Console, ready: Callable[[], None] = lambda: None) 
     board = Board(job.plan, open_storage(job.storage, job.grace), worker_name(os.getpid()))
     ready()
     with terminated():
-        work(job.plan, board, job.grace / 4, console)
+        work(job.plan, board, job.grace / 4, console, replaced=replaced)
 
 
 def _run(job: Job, number: int, log: Path, told: Connection) -> None:
@@ -214,7 +214,7 @@ def _run(job: Job, number: int, log: Path, told: Connection) -> None:
         os.dup2(file.fileno(), 2)
         threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            serve(job, Console(file=file, width=200), lambda: told.send(_READY))
+            serve(job, Console(file=file, width=200), lambda: told.send(_READY), replaced=True)
         except KeyboardInterrupt:
             sys.exit(_STOPPED)
         except (hiddenkey.UserError, OSError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -29,17 +30,22 @@ from .record import RunRecord, keep_texts, write_record
 
 _PAUSE = 1.0
 _HELD = 30.0
+_UNFORESEEN = 1
 _OF_RESULT = (
     *("config", "recipe", "failure", "task", "metric", "best", "last", "test", "epochs", "data_rows"),
     *("trainable_parameters", "drop_rates", "step_seconds", "seconds", "versions", "commit", "data_digest"),
 )
 
 
-def work(plan: SweepPlan, board: Board, interval: float, console: Console) -> None:
+def work(plan: SweepPlan, board: Board, interval: float, console: Console, *, replaced: bool = False) -> None:
     """Make runs until all of the sweep are done, by whomever; the heartbeat goes every `interval` seconds.
+
+    replaced: another process takes this one's place when it ends, so it ends after an error that nobody foresaw: a
+    GPU that failed fails on in the process that saw it.
 
     Raises:
         UserError: a run cannot be made, and why.
+        SystemExit: after such an error, which is noted.
     """
     held: dict[str, float] = {}  # slots whose folder another process holds, and until when others go first
     while True:
@@ -47,7 +53,7 @@ def work(plan: SweepPlan, board: Board, interval: float, console: Console) -> No
         claim = board.take({slot for slot, until in held.items() if time.monotonic() < until})
         if claim is not None:
             console.print(f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}", highlight=False, soft_wrap=True)
-            if not _work_on(plan, board, claim, interval, console):
+            if not _work_on(plan, board, claim, interval, console, replaced):
                 held[claim.slot] = time.monotonic() + _HELD
         elif board.finished():
             return
@@ -55,7 +61,7 @@ def work(plan: SweepPlan, board: Board, interval: float, console: Console) -> No
             time.sleep(_PAUSE)  # the others are at the last runs, which may yet be ours
 
 
-def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, console: Console) -> bool:
+def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, console: Console, replaced: bool) -> bool:
     """Whether the folder was free."""
     with _heartbeat(board, claim, interval, console):
         try:
@@ -76,6 +82,8 @@ def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, conso
             raise
         except Exception as error:  # noqa: BLE001 - kept, tried again, and told when it stays
             _note(board, claim, error, console)
+            if replaced:
+                sys.exit(_UNFORESEEN)
             return True
     if board.finish(claim, record):
         write_record(record, plan.folder)
