@@ -45,10 +45,10 @@ def is_wrapper(module: nn.Module) -> bool:
 def inner(module: nn.Module) -> nn.Module:
     """What an adapter, PEFT's wrapper of `modules_to_save`, or a shell around a layer is put around."""
     while True:
-        name = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
-        shells = (part for shell, part in module.named_children() if shell in SHELLS)
-        wrapped = next(shells, None) or getattr(module, name, None)
-        if not isinstance(wrapped, nn.Module):
+        own = "original_module" if isinstance(module, AuxiliaryTrainingWrapper) else "base_layer"
+        parts = (getattr(module, name, None) for name in (*SHELLS, own))
+        wrapped = next((part for part in parts if isinstance(part, nn.Module)), None)
+        if wrapped is None:
             return module
         module = wrapped
 

@@ -24,6 +24,12 @@ def make_batches(model: PreTrainedModel, count: int, size: int, length: int) -> 
     return [_batch(model, size, length) for _ in range(count)]
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has learned positions for, where its configuration says so."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def _batch(model: PreTrainedModel, size: int, length: int) -> Batch:
     name = model.main_input_name
     if name == "input_ids":
@@ -45,8 +51,8 @@ def _batch(model: PreTrainedModel, size: int, length: int) -> Batch:
 def _text(model: PreTrainedModel, size: int, length: int) -> Batch:
     config = model.config
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    length = min(length, limit - 4) if isinstance(limit, int) and limit > 8 else length
+    limit = positions(model)
+    length = min(length, limit - 4) if limit is not None and limit > 8 else length
     pad = text.pad_token_id if isinstance(getattr(text, "pad_token_id", None), int) else None
     if pad is None and type(model).__name__.endswith("ForSequenceClassification"):
         size = 1  # a decoder finds the token to classify by the padding after it

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import positions
 from .diagnosis import Finding, Verdict
 from .patient import REFUSALS, Batch, Patient, layers_kept, main_output
 from .preserve import only_our_drops
@@ -44,8 +45,8 @@ def _check_generate(patient: Patient) -> Finding:
     transformer = patient.transformer
     if not transformer.can_generate() or transformer.main_input_name != "input_ids":
         return Finding("generate", "skipped", "this model generates no text")
-    limit = getattr(transformer.config.get_text_config(), "max_position_embeddings", None)
-    room = max(limit - TOKENS - 2, 1) if isinstance(limit, int) else None  # some begin to count at 2
+    limit = positions(transformer)
+    room = None if limit is None else max(limit - TOKENS - 2, 1)  # some begin to count at 2
     names = (name for name in ("input_ids", "attention_mask") if name in patient.batch)
     prompt = {name: patient.batch[name][:1, :room] for name in names}
     # Forced on, or an early end mark would compare nothing.

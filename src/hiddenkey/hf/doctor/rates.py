@@ -22,12 +22,10 @@ from .patient import SEED, Patient
 
 # Over all sites of one diagnosis, the probability of a red rate by chance.
 FALSE_ALARM = 1e-6
-ASIDE = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
 UNITS = {"entry": "draws", "row": "rows", "fixed": "places"}
-
-
 # What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
 ENOUGH = 20
+ASIDE = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
 TOO_LITTLE = "too little fell to be seen: the rates are too small for batches as small as these"
 
 

@@ -46,8 +46,8 @@ def within_budget(pool: Pool, method: str) -> tuple[float | None, Pooled, Pooled
     """
     ratios = [ratio for task in pool.tasks if (ratio := step_ratio(task, method)) is not None]
     seen = pool.seeds(method, BASELINE)
-    whole = pool.over(lambda task: _gains(task, method, 0.0)).without(seen)
-    budgeted = pool.over(lambda task: _gains(task, method, step_ratio(task, method))).without(seen)
+    whole = pool.over(lambda task: _gains(task, method, 0.0)).among(seen)
+    budgeted = pool.over(lambda task: _gains(task, method, step_ratio(task, method))).among(seen)
     return (statistics.fmean(ratios) if ratios else None), whole, budgeted
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from . import machine, words
 from .blocks import Block, Table
+from .cells import gain_beside
 from .paper import BASELINE
-from .pool import differences, why_none
+from .pool import differences
 from .statistics import describe, summarise
 from .study import Condition, Task
 
@@ -53,9 +54,7 @@ def _row(task: Task, condition: Condition, method: str) -> tuple[list[str], dict
         f"`{method}`",
         words.mean_sd(result, digits, words.NO_RESULT),
         str(n),
-        words.NOTHING
-        if method == BASELINE
-        else words.paired(gain, n, digits, why_none(task.conditions[condition], method)),
+        gain_beside(n, gain, method, task.conditions[condition], digits),
         str(failed),
     ]
     about = {"task": task.name, "model": task.model, "metric": task.metric.name, "method": method}

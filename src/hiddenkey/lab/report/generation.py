@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from . import figures, machine, words
 from .blocks import Block, Table, Text
+from .cells import gain_beside
 from .metrics import metric
 from .paper import BASELINE, PRINTED_TEXT_METRICS, TABLE2, TABLE3, TASK_LABELS
-from .pool import gains, why_none
+from .pool import gains
 from .statistics import describe, summarise
 from .study import Task
 from .task_table import about_task
@@ -49,8 +50,7 @@ def _table(number: int, task: Task) -> Table:
         line |= {key: value for pair in shown for key, value in _columns(task, method, *pair).items()}
         for name, found in found_by.items():
             gain, p = found.get(method, (None, None))
-            change = words.paired(gain, n, metric(name).digits, why_none(task.methods, method))
-            row += [words.NOTHING if method == BASELINE else change, words.p_value(p)]
+            row += [gain_beside(n, gain, method, task.methods, metric(name).digits), words.p_value(p)]
             line |= {f"{name}_{key}": value for key, value in machine.gain(gain, p).items()}
         rows.append([*row, str(n), *cells])
         data.append(line)

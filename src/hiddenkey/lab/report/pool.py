@@ -37,7 +37,7 @@ class Pool:
         """First minus second, positive where the first is better."""
         both = self.with_both(first, second)
         pooled = self.over(lambda task: differences(task, first, second, when, second_when) if task in both else None)
-        return pooled.without(self.seeds(first, second))
+        return pooled.among(self.seeds(first, second))
 
     def paper_gap(self, first: str, second: str) -> float | None:
         """How far the first lies above the second in the paper, on the tasks that `compare` takes."""
@@ -57,7 +57,7 @@ class Pool:
     def decline(self, method: str) -> Pooled:
         """The best epoch minus the last one of the same runs, those that the best epoch chose."""
         pooled = self.over(lambda task: task.declines(method) if method in task.methods else None)
-        return pooled.without({seed for task in self.tasks for seed in task.methods.get(method, {})})
+        return pooled.among({seed for task in self.tasks for seed in task.methods.get(method, {})})
 
     def over(self, find: Callable[[Task], Values | None]) -> Pooled:
         """Average over the tasks for which differences are found; None of a task: it was not run."""
@@ -82,8 +82,8 @@ class Pooled:
         """With its interval; None where there is nothing in common."""
         return describe(list(self.values.values()))
 
-    def without(self, seen: Collection[Seed]) -> Pooled:
-        """With those named that were seen and have no difference."""
+    def among(self, seen: Collection[Seed]) -> Pooled:
+        """The same, of the seeds that were seen: those without a difference are named as lost."""
         return replace(self, lost=tuple(sorted(set(seen) - self.values.keys())))
 
     @property
@@ -200,11 +200,11 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
     if pool is None:
         return Pooled((), {})
     if claim.source == "rank":
-        return pool.over(_rank_differences).without({seed for task in pool.tasks for seed in _rank_seeds(task)})
+        return pool.over(_rank_differences).among({seed for task in pool.tasks for seed in _rank_seeds(task)})
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
     pooled = pool.over(lambda task: _pair_differences(task, claim))
-    return pooled.without({seed for pair in claim.pairs for seed in pool.seeds(*pair)})
+    return pooled.among({seed for pair in claim.pairs for seed in pool.seeds(*pair)})
 
 
 def _paper_here(pool: Pool | None, claim: Claim) -> float | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from . import machine, words
 from .blocks import Block, Table, Text
+from .cells import gain_beside
 from .paper import BASELINE, HIDDENKEY, TABLE4, TABLE5, other_metric
-from .pool import differences, why_none
+from .pool import differences
 from .statistics import describe, summarise
 from .study import Task
 
@@ -50,9 +51,7 @@ def _row(task: Task, method: str, printed: Printed) -> tuple[list[str], dict[str
         f"`{method}`",
         words.mean_sd(found, task.metric.digits, words.NO_RESULT),
         str(n),
-        words.NOTHING
-        if method == BASELINE
-        else words.paired(gain, n, task.metric.digits, why_none(task.methods, method)),
+        gain_beside(n, gain, method, task.methods, task.metric.digits),
         _printed(task, method, printed),
     ]
     about = {"task": task.name, "metric": task.metric.name, "method": method}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from . import conditions, machine, words
 from .blocks import Table
+from .cells import gain_beside
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
-from .pool import gains, why_none
+from .pool import gains
 from .statistics import Difference, summarise
 from .study import Task
 
@@ -78,7 +79,7 @@ def _row(
         f"`{method}`",
         words.mean_sd(summary, digits, words.NO_RESULT),
         str(n),
-        words.NOTHING if method == BASELINE else words.paired(change, n, digits, why_none(task.methods, method)),
+        gain_beside(n, change, method, task.methods, digits),
         words.bootstrapped(change, digits),
         words.p_value(change.p if change else None),
         words.p_value(adjusted),

@@ -49,15 +49,14 @@ def transfer_table(pool: Pool) -> Table:
     rows, data = [], []
     for (method, lost, gained), p in zip(found, adjusted, strict=True):
         gain = None if method == BASELINE else gained.difference
-        shown = words.paired(gain, len(lost.values), nothing=gained.nothing)
-        shown = words.NOTHING if method == BASELINE else shown
+        over_tuned = words.paired(gain, len(lost.values), nothing=gained.nothing)
         cost, missing, pairs = lost.difference, left_out(pool, method), _pairs(pool, method)
         used = sum(bool(pair.values) for pair in pairs)
         rows.append(
             [
                 f"`{method}`",
                 words.difference(cost, nothing=lost.nothing),
-                shown,
+                words.NOTHING if method == BASELINE else over_tuned,
                 str(len(lost.values)),
                 f"{used} of {len(pairs)}",
                 words.p_value(p),
