@@ -133,10 +133,23 @@ def test_what_is_said_of_runs_that_do_not_get_going_is_what_the_report_found():
     said = " ".join(README.split())
     runs = [row for row in rows_of("runs") if row["sweep"] == "stsb"]
     dropped = [row for row in runs if row["method"] in ("dropkey column", "hiddenkey-", "hiddenkey")]
-    others = [row for row in runs if row not in dropped]
-    counts = [(sum(float(row["validation_best"]) < 50 for row in rows), len(rows)) for rows in (dropped, others)]
+    cut = [row for row in runs if row["method"] == "hiddencut element"]
+    plain = [row for row in runs if row["method"] == "baseline" and "0.0005" in row["params"]]
+    groups = (dropped, cut, plain)
+    counts = [(sum(float(row["validation_best"]) < 50 for row in rows), len(rows)) for rows in groups]
     assert f"below 50 points in {counts[0][0]} of {counts[0][1]} runs of the three recipes that drop keys" in said
-    assert f"recipes that drop keys, in {counts[1][0]} of {counts[1][1]} of the other two" in said
+    assert counts[1] == (0, 15)
+    alone = f"in {counts[2][0]} of {counts[2][1]} of LoRA alone at their learning rate"
+    assert f"recipes that drop keys, in none of 15 of `hiddencut:element`, and {alone}" in said
+
+
+def test_what_is_said_of_equal_settings_is_what_the_report_found():
+    said = " ".join(README.split())
+    row = next(row for row in rows_of("same-settings") if row["method"] == "hiddenkey")
+    every = gain_of({name: row[f"all_{name}"] for name in ("gain_mean", "gain_low", "gain_high")})
+    assert f"the same runs of `hiddenkey` lie {gain_of(row)} points in the mean of the three tasks" in said
+    assert f"and the mean of its three rates {every}" in said
+    assert row["pairs"] == row["all_pairs"] == "5"
 
 
 def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
@@ -149,6 +162,9 @@ def test_what_is_said_of_ranks_and_early_stopping_is_what_the_report_found():
     assert f"No sign was seen that LoRA overfits as its rank grows ({ranks}), nor that" in said
     assert f"stopping early helps it ({gain_of(last)})" in said
     assert all(float(row["gain_low"]) <= 0 for row in (rank, last))
+
+
+ENDS, TURNED = ("mean", "low", "high"), ("mean", "high", "low")
 
 
 def early_of(task):
@@ -169,11 +185,24 @@ def test_what_is_said_of_texts_is_what_the_report_found():
     assert f"the last of ten epochs was the best in {runs - early} of {runs} runs" in said
     assert f"`hiddenkey` minus LoRA alone {gain(e2e['hiddenkey'], 'bleu', 2)} BLEU" in said
     assert "the validation loss turned in {} of {} runs".format(*early_of("webnlg")) in said
-    row = webnlg["hiddenkey-"]
-    harm = f"{gain(row, 'nll', 3)} from that of LoRA alone (negative is worse; "
-    assert f"the test NLL of `hiddenkey-` lies {harm}p = {float(row['nll_p_holm']):.3f} corrected)" in said
-    assert f"that of `dropkey:column` {gain(webnlg['dropkey column'], 'nll', 3)}" in said
-    assert "**On generated texts nothing helped" in said
+    row, key = webnlg["hiddenkey-"], webnlg["dropkey column"]
+    above, low, high = (f"{-float(row[f'nll_gain_{name}']):.3f}" for name in ("mean", "high", "low"))
+    harm = f"{above} [{low}, {high}] above that of LoRA alone (p = {float(row['nll_p_holm']):.3f} corrected)"
+    assert f"the test NLL of `hiddenkey-` lies {harm}" in said
+    others = [webnlg[method] for method in ("hiddenkey", "hiddencut element")]
+    means = " and ".join(f"{-float(one['nll_gain_mean']):.3f}" for one in others)
+    sure = " and ".join(f"{float(one['nll_p_holm']):.3f}" for one in others)
+    assert f"features {means} (p = {sure})" in said
+    turned = {f"nll_gain_{name}": -float(key[f"nll_gain_{other}"]) for name, other in zip(ENDS, TURNED, strict=True)}
+    assert f"that of `dropkey:column` {gain(turned, 'nll', 3)}" in said
+    assert "**On generated texts nothing helped, and `hiddenkey-` did harm**" in said
+    harmed = [
+        (table is webnlg, method)
+        for table in (e2e, webnlg)
+        for method, one in table.items()
+        if method != "baseline" and float(one["nll_gain_high"]) < 0 and float(one["nll_p_holm"]) <= 0.05
+    ]
+    assert harmed == [(True, "hiddenkey-")]
     tables = [row for table in (e2e, webnlg) for row in table.values() if row["method"] != "baseline"]
     assert all(float(row["bleu_gain_low"]) <= 0 for row in tables)
     assert all(not (float(row["nll_gain_low"]) > 0 and float(row["nll_p_holm"]) <= 0.05) for row in tables)

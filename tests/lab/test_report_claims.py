@@ -11,7 +11,7 @@ from hiddenkey.lab.report.claims_table import table
 from hiddenkey.lab.report.figures import gains
 from hiddenkey.lab.report.paper import METHODS
 from hiddenkey.lab.report.pool import Pool, against, differences, findings, pools
-from hiddenkey.lab.report.statistics import Difference
+from hiddenkey.lab.report.statistics import Difference, describe
 from hiddenkey.lab.report.study import make_task
 
 from .made_up import World, make_records
@@ -56,6 +56,11 @@ def test_nothing_run_and_one_seed_decide_nothing():
     assert verdict(MORE, None, None) == "not run"
     assert verdict(MORE, Difference(1, 3.0), None) == "undecided"
     assert verdict(MORE, Difference(2, 3.0, 0.1, 2.0, 4.0), 0.01) == "undecided"
+
+
+@pytest.mark.parametrize("claim", [MORE, SAME, NO_GAIN])
+def test_seeds_that_all_differ_alike_decide_nothing(claim):
+    assert verdict(claim, describe([0.36] * 5), 0.0625) == "undecided"
 
 
 def test_three_seeds_are_enough():
@@ -106,6 +111,19 @@ def test_patterns_count_as_far_as_both_were_run():
     assert not found(pool, "`column` beats `element`").partly
     assert found(pool, "DropKey beats DropAttention").difference.mean == pytest.approx(2.0, abs=0.3)
     assert found(pool, "`hiddenkey` beats LoRA").verdict == "not run"
+
+
+def test_all_tasks_of_a_claim_have_the_same_pairs():
+    names = ["dropattention element", "dropattention column", "dropattention span"]
+    worlds = [
+        World(methods=("baseline", names[2]), task="rte", effects={names[2]: -0.05}),
+        World(methods=("baseline", *names), noise=0.001),
+    ]
+    pool = pools([make_task(world.task, make_records(world)) for world in worlds])[0]
+    patterns = found(pool, "mean of its patterns")
+    assert (patterns.tasks, patterns.partly) == (("SST-2",), False)
+    assert patterns.difference.mean == pytest.approx(0.0, abs=0.3)
+    assert patterns.paper_here == pytest.approx((95.76 + 95.87 + 96.10) / 3 - 95.99)
 
 
 def test_the_papers_own_numbers_of_the_same_tasks_stand_beside_its_mean():

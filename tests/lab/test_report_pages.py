@@ -233,10 +233,10 @@ def test_what_was_never_timed_together_was_run_all_the_same(tmp_path: Path):
         for one in make_records(SEVERAL)
     ]
     text = told(tmp_path / "study", later, tmp_path)
-    assert "`hiddenkey` at the baseline's training time: never timed on one machine and day." in text
-    assert "A step of `hiddenkey` over one of the baseline: never timed on one machine and day." in text
+    assert "`hiddenkey` at the baseline's training time: never timed on one day and one kind of machine." in text
+    assert "A step of `hiddenkey` over one of the baseline: never timed on one day and one kind of machine." in text
     [row] = [row for row in rivals.equal_time(pools([make_task("sst2", later)])[0]).rows if row[0] == "`hiddenkey`"]
-    assert row[3] == "never timed on one machine and day"
+    assert row[3] == "never timed on one day and one kind of machine"
 
 
 def test_a_task_is_headed_with_the_model_it_shows():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hiddenkey.lab.errors import RunError
+from hiddenkey.lab.report import headline
 from hiddenkey.lab.report.budget import within_budget
 from hiddenkey.lab.report.conditions import blocks
 from hiddenkey.lab.report.costs import cost_table
@@ -171,6 +172,20 @@ def test_ranks_of_another_plan_are_refused():
         make_task("sst2", longer)
 
 
+def test_plain_runs_of_another_rank_are_refused_beside_ranks():
+    records = make_records(replace(SMALL, rank_effects={4: 0.0, 64: 0.0}))
+    other = [replace(one, config=one.config | {"lora_r": 16}) if one.axes == {"seed": 2} else one for one in records]
+    with pytest.raises(RunError, match="runs of baseline in the sweep 'sst2' differ in lora_r: 16, 8"):
+        make_task("sst2", other)
+
+
+def test_ranks_of_other_rows_are_refused():
+    records = make_records(replace(SMALL, rank_effects={64: 0.0}))
+    dated = [replace(one, data_digest="rank" if one.axes.get("lora_r") else "plain") for one in records]
+    with pytest.raises(RunError, match="different rows where they should have the same"):
+        make_task("sst2", dated)
+
+
 def test_seeds_that_the_largest_rank_lacks_are_named():
     records = make_records(replace(SMALL, rank_effects={64: -0.05}))
     gone = {"status": "failed", "best": {}, "last": {}, "test": {}}
@@ -207,7 +222,21 @@ def test_of_several_conditions_one_of_rank_8_is_the_main_one_and_named():
     ]
     task = make_task("sst2", pairs)
     assert dict(task.main) == {"lora_r": 8, "lora_alpha": 16}
-    assert about_task(task).endswith("lora_alpha 16 lora_r 8")
+    assert task.label == "SST-2 (lora_alpha 16 lora_r 8)"
+
+
+def test_of_several_sizes_the_smallest_is_the_main_one_and_named_wherever_the_task_is():
+    records = make_records(replace(SMALL, noise=0.0, effects={"hiddenkey": 0.02}))
+    sizes = [
+        replace(one, id=f"{one.id}-{size}", axes=one.axes | size, config=one.config | size)
+        for one in records
+        for size in ({"train_size": 1000}, {"train_size": 200})
+    ]
+    task = make_task("sst2", sizes)
+    assert task.label == "SST-2 (train_size 200)"
+    (pool,) = pools([task])
+    assert "1 task (SST-2 (train_size 200))" in headline.blocks(pool, findings(pool))[0].text
+    assert {row["train_size"] for row in blocks([task])[0].data} == {1000}
 
 
 def test_a_gain_of_fewer_pairs_says_so():

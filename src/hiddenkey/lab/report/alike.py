@@ -29,8 +29,8 @@ def require_one_task(name: str, records: Iterable[RunRecord]) -> None:
 def _require_one_data(name: str, records: Iterable[RunRecord]) -> None:
     found: dict[str, RunRecord] = {}
     for run in (run for run in records if run.data_digest):
-        axes = {axis: value for axis, value in run.axes.items() if axis != "seed"} | {"": run.config["data_seed"]}
-        other = found.setdefault(str(sorted(axes.items())), run)
+        of_rows = {axis: value for axis, value in run.axes.items() if axis in OF_A_TASK}
+        other = found.setdefault(str(sorted((of_rows | {"data_seed": run.config["data_seed"]}).items())), run)
         if other.data_digest != run.data_digest:
             raise RunError(
                 f"runs of the sweep {name!r} have different rows where they should have the same: {other.id} and "
@@ -41,9 +41,10 @@ def _require_one_data(name: str, records: Iterable[RunRecord]) -> None:
 def require_one_setting(name: str, method: str, records: Iterable[RunRecord]) -> None:
     """Raises RunError where a method's records of all conditions differ in more than seeds, axes and their trials."""
     records = list(records)
-    free = {*_FREE, *(field for run in records for field in (*run.params, *run.axes))}
+    free = {*_FREE, *(field for run in records for field in run.params)}
     for field in {field: None for run in records for field in run.config if field not in free}:
-        _require_one(f"runs of {method} in the sweep {name!r}", field, records)
+        fixed = [run for run in records if field not in run.axes]
+        _require_one(f"runs of {method} in the sweep {name!r}", field, fixed)
 
 
 def require_one_plan(name: str, method: str, groups: Iterable[Collection[RunRecord]]) -> None:

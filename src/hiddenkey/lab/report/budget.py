@@ -13,7 +13,7 @@ from .statistics import Seed
 from .study import Group, Groups, Task
 
 Place = tuple[str, str]
-"""Machine and day; records of earlier versions do not name the machine."""
+"""The processor's name and the day; records of earlier versions have no name."""
 
 
 def step_seconds(groups: Groups) -> dict[Place, float]:

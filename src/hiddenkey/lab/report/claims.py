@@ -44,7 +44,7 @@ class Claim:
     place: str
     kind: Kind
     pairs: tuple[tuple[str, str], ...] = ()
-    """Methods: first minus second. Of several pairs those count of which both were run."""
+    """Methods: first minus second. Of several pairs those that one task has, on the tasks that have them all."""
     source: Source = "methods"
     """rank: the baseline at rank 8 minus that at the largest rank; epochs: what its best epoch chooses minus what its
     last one chooses."""

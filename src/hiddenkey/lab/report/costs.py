@@ -13,8 +13,8 @@ from .paper import BASELINE, HIDDENKEY, rank_of
 from .study import Task
 
 ROUGH = (
-    "Method and baseline were timed on one day and one machine (records of earlier versions do not name it), else "
-    "there is no ratio. Runs were made side by side on shared cores, so times are rough."
+    "Method and baseline were timed on one day and processors of one name (records of earlier versions have none), "
+    "else there is no ratio. Runs were made side by side on shared cores, so times are rough."
 )
 
 

@@ -191,9 +191,20 @@ def _verdict(claim: Claim, pooled: Pooled, adjusted: float | None) -> Verdict:
 
 
 def _as_run(pool: Pool | None, claim: Claim) -> Claim:
+    """With those of its pairs that the task with most of them has, so that all tasks are asked the same."""
     tasks = pool.tasks if pool else ()
-    run = tuple(pair for pair in claim.pairs if any(set(pair) <= set(task.methods) for task in tasks))
-    return replace(claim, pairs=run) if run else claim
+    run = [tuple(pair for pair in claim.pairs if _has(task, pair)) for task in tasks]
+    most = max(run, key=len, default=())
+    return replace(claim, pairs=most) if most else claim
+
+
+def _asked(pool: Pool, claim: Claim) -> Pool:
+    """The tasks that have all of its pairs."""
+    return Pool(tuple(task for task in pool.tasks if _has(task, *claim.pairs)))
+
+
+def _has(task: Task, *pairs: tuple[str, str]) -> bool:
+    return all(method in task.methods for pair in pairs for method in pair)
 
 
 def _measure(pool: Pool | None, claim: Claim) -> Pooled:
@@ -203,19 +214,15 @@ def _measure(pool: Pool | None, claim: Claim) -> Pooled:
         return pool.over(_rank_differences).among({seed for task in pool.tasks for seed in _rank_seeds(task)})
     if claim.source == "epochs":
         return pool.compare(BASELINE, BASELINE, "best", "last")
-    pooled = pool.over(lambda task: _pair_differences(task, claim))
-    return pooled.among({seed for pair in claim.pairs for seed in pool.seeds(*pair)})
+    asked = _asked(pool, claim)
+    pooled = asked.over(lambda task: average([differences(task, *pair) for pair in claim.pairs]))
+    return pooled.among({seed for pair in claim.pairs for seed in asked.seeds(*pair)})
 
 
 def _paper_here(pool: Pool | None, claim: Claim) -> float | None:
-    gaps = [pool.paper_gap(*pair) for pair in claim.pairs] if pool else []
+    gaps = [_asked(pool, claim).paper_gap(*pair) for pair in claim.pairs] if pool else []
     known = [gap for gap in gaps if gap is not None]
     return sum(known) / len(known) if known and len(known) == len(gaps) else None
-
-
-def _pair_differences(task: Task, claim: Claim) -> dict[Seed, float] | None:
-    run = [differences(task, *pair) for pair in claim.pairs if set(pair) <= task.methods.keys()]
-    return average([found for found in run if found]) if run else None
 
 
 def _rank_differences(task: Task) -> dict[Seed, float] | None:

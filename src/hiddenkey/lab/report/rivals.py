@@ -1,8 +1,8 @@
-"""What reviewers would ask: rivals, early stopping, equal time, values chosen on another task."""
+"""What reviewers would ask: rivals, equal settings, early stopping, equal time, values chosen on another task."""
 
 from __future__ import annotations
 
-from . import machine, words
+from . import machine, same_settings, words
 from .blocks import Block, Table, Text
 from .budget import within_budget
 from .cells import gain_cells
@@ -30,8 +30,9 @@ CUT_SHORT = (
 
 
 def blocks(pool: Pool) -> list[Block]:
-    """Four tables; the long ones with what they say of HiddenKey."""
-    found: list[Block] = [rivals_table(pool), early_stopping(pool), _in_time(pool), equal_time(pool)]
+    """Five tables; the long ones with what they say of HiddenKey."""
+    found: list[Block] = [rivals_table(pool), *same_settings.blocks(pool), early_stopping(pool)]
+    found += [_in_time(pool), equal_time(pool)]
     if len(pool.tasks) == 1:
         return [*found, Text(f"Values chosen on another task: {words.NOT_RUN}; it takes two tasks.")]
     return [*found, transfer_words(pool), transfer_table(pool)]
@@ -121,8 +122,8 @@ def equal_time(pool: Pool) -> Table:
         "alone. One epoch for each side, and for each seed the trial with the best metric at it, so that no side has "
         "more epochs to choose from. Last epochs: the method's own last one. In the baseline's time: the one (to the "
         "nearest) that the method reaches while the baseline trains, by the ratio of step times. "
-        f"{CUT_SHORT} A method that was never timed on one machine and day with the baseline has no row in time. "
-        "Runs were made side by side on shared cores, so times are rough."
+        f"{CUT_SHORT} A method that was never timed on one day and one kind of machine with the baseline has no row "
+        "in time. Runs were made side by side on shared cores, so times are rough."
     )
     lost = {f"{method}, last epochs": whole.lost for method, _, whole, _ in found if whole.values}
     lost |= {f"{method}, in the baseline's time": timed.lost for method, _, _, timed in found if timed.values}

@@ -37,7 +37,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of n paired differences, first minus second; intervals and tests are None where n is 1."""
+    """Mean of n paired differences, first minus second; intervals and tests are None where n is 1.
+
+    Where all differences are equal nothing tells how far another seed may lie from them: there is no interval, and
+    the p-value is that of the sign flips.
+    """
 
     n: int
     mean: float
@@ -46,7 +50,7 @@ class Difference:
     """Lower end of Student's interval."""
     high: float | None = None
     bootstrap_low: float | None = None
-    """Lower end of the bias-corrected and accelerated bootstrap's interval; None below three pairs."""
+    """Lower end of the bias-corrected and accelerated bootstrap's interval; None below three pairs too."""
     bootstrap_high: float | None = None
     p: float | None = None
     """Paired t-test, two-sided."""
@@ -73,7 +77,11 @@ def describe(differences: Sequence[float]) -> Difference | None:
         return Difference(n, float(found[0])) if n else None
     equal = np.ptp(found) == 0  # of which a mean and an sd in binary numbers miss by a bit
     mean, sd = (float(found[0]), 0.0) if equal else (float(found.mean()), float(found.std(ddof=1)))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
+    flips = sign_flip(found)
+    if equal:
+        return Difference(n, mean, sd, p=flips, p_flip=flips)
+    error = sd / math.sqrt(n)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     low, high = bootstrap(found)
     return Difference(
         n,
@@ -83,18 +91,16 @@ def describe(differences: Sequence[float]) -> Difference | None:
         mean + half,
         low,
         high,
-        p=_paired_t(mean, sd, n),
-        p_flip=sign_flip(found),
-        hedges=mean / sd * (1 - 3 / (4 * (n - 1) - 1)) if sd and n > 2 else None,
+        p=float(2 * stats.t.sf(abs(mean) / error, n - 1)),
+        p_flip=flips,
+        hedges=mean / sd * (1 - 3 / (4 * (n - 1) - 1)) if n > 2 else None,
     )
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float | None, float | None]:
-    """Interval of the mean: BCa (Efron 1987) with a fixed seed; the value itself where all are equal."""
+    """Interval of the mean: BCa (Efron 1987) with a fixed seed; None of fewer than three."""
     if len(differences) < 3:
         return None, None
-    if np.ptp(differences) == 0:
-        return float(differences[0]), float(differences[0])
     rng = np.random.default_rng(_SEED)
     found = stats.bootstrap(
         (differences,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, method="BCa", rng=rng
@@ -132,9 +138,3 @@ def average(maps: Sequence[Values]) -> dict[Seed, float]:
         return {}
     shared = set(maps[0]).intersection(*maps[1:])
     return {seed: float(np.mean([values[seed] for values in maps])) for seed in sorted(shared)}
-
-
-def _paired_t(mean: float, sd: float, n: int) -> float:
-    if sd == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(mean) / (sd / math.sqrt(n)), n - 1))

@@ -85,9 +85,10 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The name as shown."""
+        """The name as shown; with the axes of its main condition, beside which there may be others."""
         plain = "".join(letter for letter in self.name.lower() if letter.isalnum())
-        return TASK_LABELS.get(plain, self.name)
+        axes = " ".join(f"{axis} {value}" for axis, value in self.main if axis != "model")
+        return TASK_LABELS.get(plain, self.name) + (f" ({axes})" if axes else "")
 
     @property
     def methods(self) -> dict[str, Groups]:
@@ -167,14 +168,14 @@ class Task:
     def ranks(self, method: str) -> dict[int, Condition]:
         """The conditions that differ in the rank alone, by rank.
 
-        The plain one is among them where no axis has its rank, if the method had the same trials there.
+        The plain one is among them where no axis has its rank, if the method had the same trials at all of them.
         """
         found: dict[int, Condition] = {}
         for condition, methods in self.conditions.items():
             if method in methods and {name for name, _ in condition} == {_RANK}:
                 found[int(dict(condition)[_RANK])] = condition
         plain = self.conditions.get((), {}).get(method)
-        if found and plain and _tried(plain) == _tried(self.conditions[next(iter(found.values()))][method]):
+        if found and plain and all(_tried(plain) == _tried(self.conditions[rank][method]) for rank in found.values()):
             run = next(iter(plain.values())).runs[0]
             found.setdefault(int(run.config[_RANK]), ())
         return dict(sorted(found.items()))
@@ -247,7 +248,7 @@ def make_task(name: str, records: list[RunRecord]) -> Task:
         found[condition][method_key(run.method)][seed].append(run)
     conditions: dict[Condition, dict[str, Groups]] = {}
     incomplete: list[str] = []
-    for condition in sorted(found, key=str):
+    for condition in sorted(found, key=_in_order):
         conditions[condition] = {}
         for method, seeds in found[condition].items():
             require_one_plan(name, method, seeds.values())
@@ -274,12 +275,17 @@ def _tried(groups: Groups) -> set[str]:
 
 
 def _main(conditions: dict[Condition, dict[str, Groups]]) -> Condition:
-    # Table 1 is of the condition without further axes; else of the paper's rank; else of the one with most methods.
+    # Table 1 is of the condition without further axes; else of the paper's rank; else of the first with most methods.
     def place(condition: Condition) -> tuple[bool, bool, bool, int]:
         other_rank = dict(condition).get(_RANK) != 8
         return condition != (), condition != ((_RANK, 8),), other_rank, -len(conditions[condition])
 
     return min(conditions, key=place)
+
+
+def _in_order(condition: Condition) -> list[tuple[str, bool, float, str]]:
+    numbers = {name: value for name, value in condition if isinstance(value, int | float)}
+    return [(name, name not in numbers, numbers.get(name, 0), str(value)) for name, value in condition]
 
 
 def _plain(value: Any) -> Any:

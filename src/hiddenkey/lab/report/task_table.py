@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import conditions, machine, words
+from . import machine, words
 from .blocks import Table
 from .cells import gain_beside
 from .paper import BASELINE, TABLE1, TABLE1_TASKS, other_metric
@@ -52,14 +52,12 @@ def chosen_values(task: Task, method: str) -> str:
 
 
 def about_task(task: Task) -> str:
-    """Model and sizes, and the condition where there is none without further axes."""
+    """Model and sizes."""
     parts = dict.fromkeys(part for run in task.shown for part in run.data_rows)
     sizes = ", ".join(f"{_size(task, part)} {part}" for part in parts)
     prompts = task.shown[0].config.get("test_size", 0) if task.generation and "test" in parts else 0
     rows = f"{sizes} rows" + (f" of {words.plural(prompts, 'prompt')}" if prompts else "")
-    further = tuple((name, value) for name, value in task.main if name != "model")
-    condition = conditions.shown(further) if further else ""
-    return ", ".join(part for part in (task.model, rows if sizes else "", condition) if part)
+    return ", ".join(part for part in (task.model, rows if sizes else "") if part)
 
 
 def _size(task: Task, part: str) -> str:

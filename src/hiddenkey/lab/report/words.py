@@ -11,7 +11,7 @@ from .statistics import Difference, Seed, Summary
 MINUS = "\N{MINUS SIGN}"
 NOT_RUN = "not run"
 NO_RESULT = "run, no result"
-NOT_TIMED = "never timed on one machine and day"
+NOT_TIMED = "never timed on one day and one kind of machine"
 NO_COMMON = "run, but no seed in common"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
