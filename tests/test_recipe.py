@@ -256,22 +256,37 @@ COMPENSATIONS = {"logits": ("none",), "weights": ("none", "rescale", "normalize"
 CONSISTENCIES = ("kl", "kl-clean", "kl-rdrop", "js", "jsd", "mse")
 
 
+@pytest.mark.parametrize("start", (None, 0, Fraction(0)))
+@pytest.mark.parametrize("stop", (None, Fraction(1)))
+def test_ends_are_ends_however_they_are_written(start, stop):
+    made = LayerSlice(start, stop)
+    assert (made, str(made), list(made.resolve(4))) == (LayerSlice(), ":", [0, 1, 2, 3])
+    assert str(LayerSlice(stop=1)) == ":1"
+    assert list(LayerSlice(stop=1).resolve(4)) == [0]
+
+
+@pytest.mark.parametrize("bounds", ((3, 2), (-1, -4), (Fraction(1, 2), Fraction(1, 3)), (None, 0)))
+def test_a_slice_made_by_hand_that_is_empty_in_every_model_is_refused(bounds):
+    with pytest.raises(RecipeError, match="are empty in every model: the start must lie before the stop"):
+        LayerSlice(*bounds)
+
+
 @st.composite
 def layer_slices(draw):
-    """None, or a slice whose normal form it is itself and which holds layers in some model."""
+    """None, or a slice which holds layers in some model."""
     if draw(st.booleans()):
         return None
     if draw(st.booleans()):
         start = draw(st.integers(0, 90))
         stop = draw(st.none() | st.integers(start + 1, 200))
-        return LayerSlice(start or None, stop)
+        return LayerSlice(start, stop)
     if draw(st.booleans()):
         start = draw(st.integers(-40, -2))
         return LayerSlice(start, draw(st.none() | st.integers(start + 1, -1)))
     below = draw(st.integers(2, 12))
     start = draw(st.integers(0, below - 2))
-    stop = draw(st.integers(start + 1, below - 1))
-    return LayerSlice(Fraction(start, below) or None, draw(st.sampled_from([None, -1, Fraction(stop, below)])))
+    stop = draw(st.integers(start + 1, below))
+    return LayerSlice(Fraction(start, below), draw(st.sampled_from([None, -1, Fraction(stop, below)])))
 
 
 @st.composite

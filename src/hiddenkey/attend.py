@@ -71,17 +71,16 @@ def attend(
     mask: Mask,
     bias: Tensor | None = None,
     scale: float | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """The output (B, H, Q, Dv), by the fastest path that is exact for this call.
 
     keeps: one bool mask per drop, (B, Hkv or H, Q or 1, K). bias: float, broadcastable to (B, H, Q, K).
     """
-    if softcap is None and [space_of(drop) for drop in drops] == ["logits"]:
+    if [space_of(drop) for drop in drops] == ["logits"]:
         path = attend_keys if keeps[0].shape[2] == 1 else attend_cells
         keep = keeps[0].expand(*keeps[0].shape[:-1], key.shape[2])
         return path(query, key, value, keep, mask, bias, scale)
-    return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale, softcap=softcap)
+    return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
 
 
 def reference(
@@ -94,12 +93,11 @@ def reference(
     mask: Mask,
     bias: Tensor | None = None,
     scale: float | None = None,
-    softcap: float | None = None,
 ) -> Tensor:
     """The same as `attend`, from the equations: logits, softmax and weights in float32 (float64 for float64)."""
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    logits = attention_logits(query, key, scale, softcap, bias)
+    logits = attention_logits(query, key, scale, bias)
     visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
     weights = drop_weights(logits, visible, drops, [spread(keep, heads) for keep in keeps])
     return weights.to(value.dtype) @ value
@@ -112,17 +110,23 @@ def draw_keeps(drops: Sequence[Drop], shape: Shape, device: torch.device, mask: 
     return [draw(drop, grid) for drop in drops]
 
 
-def attention_logits(
-    query: Tensor, key: Tensor, scale: float | None, softcap: float | None, bias: Tensor | None
-) -> Tensor:
-    """Scaled, soft-capped, biased logits (B, H, Q, K) in float32, or float64 for float64 input."""
+def attention_logits(query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None) -> Tensor:
+    """Scaled, biased logits (B, H, Q, K) in float32, or float64 for float64 input."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def guarded(drops: Sequence[Drop], keeps: Sequence[Tensor], allowed: Tensor) -> list[Tensor]:
+    """What each drop leaves to see of what is allowed, (B, H, Q, K): the draws of logits one after the other."""
+    found = []
+    for drop, keep in zip(drops, keeps, strict=True):
+        left = guard(keep, allowed)
+        allowed = left if space_of(drop) == "logits" else allowed
+        found.append(left)
+    return found
 
 
 def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], keeps: Sequence[Tensor]) -> Tensor:

@@ -69,7 +69,8 @@ def hiding(mask: Tensor) -> Tensor:
     """
     low, lowest = mask.amin(), torch.finfo(mask.dtype).min
     hides = mask == low
-    only = ((mask == 0) | hides).all() & (low <= FAR) & (low > lowest / 2)
+    shown = mask == 0
+    only = (shown | hides).all() & shown.any() & (low <= FAR) & (low > lowest / 2)
     return mask.masked_fill(hides & only, lowest)
 
 

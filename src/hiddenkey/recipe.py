@@ -34,10 +34,22 @@ NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class LayerSlice:
-    """Which layers of a stack: Python's slice with counts, negative counts, or fractions of the depth."""
+    """Which layers of a stack: Python's slice with counts, negative counts, or fractions of the depth.
+
+    A start of 0 and a stop of 1 as a fraction are the ends, as None is. Raises RecipeError for what is empty in every
+    model.
+    """
 
     start: int | Fraction | None = None
     stop: int | Fraction | None = None
+
+    def __post_init__(self) -> None:
+        if self.start == 0:
+            object.__setattr__(self, "start", None)
+        if isinstance(self.stop, Fraction) and self.stop == 1:
+            object.__setattr__(self, "stop", None)
+        if not any(self.resolve(depth) for depth in DEPTHS):
+            raise RecipeError(f"the layers [{self}] are empty in every model: the start must lie before the stop")
 
     def resolve(self, count: int) -> range:
         """The layer indices among `count`; a fraction of the depth is rounded down. May be empty."""
@@ -201,12 +213,7 @@ def _layers(text: str) -> LayerSlice:
         raise RecipeError(
             f"can't read the layers [{text}]: write a slice such as [:], [1/2:], [12:24] or [-4:]; one layer is [3:4]"
         )
-    start, stop = (_bound(bound, text) for bound in bounds)
-    whole = isinstance(stop, Fraction) and stop == 1
-    layers = LayerSlice(None if start == 0 else start, None if whole else stop)
-    if not any(layers.resolve(depth) for depth in DEPTHS):
-        raise RecipeError(f"the layers [{text}] are empty in every model: the start must lie before the stop")
-    return layers
+    return LayerSlice(*(_bound(bound, text) for bound in bounds))
 
 
 def _bound(text: str, layers: str) -> int | Fraction | None:

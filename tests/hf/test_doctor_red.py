@@ -205,7 +205,7 @@ def test_drops_in_the_tokens_that_follow_a_first_which_ends_the_text(monkeypatch
 # The effect of every site, of which one may be lost while others show.
 
 
-def ignore_the_mask(query, key, value, drops, keeps, *, mask, bias=None, scale=None, softcap=None):
+def ignore_the_mask(query, key, value, drops, keeps, *, mask, bias=None, scale=None):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
 
 

@@ -22,6 +22,7 @@ def test_one_low_number_hides(low, shape):
 
 BIASES = {
     "none": torch.zeros(6, 6),
+    "a constant, which cancels": torch.full((6, 6), -100.0),
     "a little": torch.where(FUTURE, -49.0, 0.0),
     "far keys": -100.0 * torch.arange(6.0).expand(6, 6),
     "relative positions": torch.tensor([0.0, -60.0, -70.0]).repeat(2).expand(6, 6),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import numpy
 import pytest
 import torch
 import transformers as hf
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hiddenkey
 
 from .tiny import batch, make
+from .tools import assert_same_gradients, gradients
 
 SPEECH = {
     "hidden_size": 16,
@@ -89,6 +93,43 @@ def test_the_second_view_is_the_inference_pass(why, shares, position):
             found = hiddenkey.consistency_step(model, inputs, **options)
             assert float(found.consistency) == pytest.approx(by_hand(model, inputs, found.outputs.logits), abs=1e-6)
         assert attachment.shares_lower is shares
+
+
+@pytest.mark.parametrize("recipe", ("hiddenkey@0.3 ~ kl-rdrop", "hiddenkey@0.3"))
+@pytest.mark.parametrize("reentrant", (False, True))
+@pytest.mark.parametrize("chunked", (False, True))
+def test_layers_that_are_checkpointed_from_outside_learn_the_same(chunked, reentrant, recipe, monkeypatch):
+    """As transformers before 5.23 does it, and code from the hub: the layer's hooks stand inside the checkpoint."""
+    checkpoint_around(LlamaDecoderLayer, monkeypatch)
+
+    def learned(checkpoints):
+        model, inputs = make("llama"), batch("llama")
+        model.lm_head.requires_grad_(not chunked)
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        hiddenkey.attach(model.train(), recipe)
+        torch.manual_seed(9)
+        for _ in range(2):
+            hiddenkey.consistency_step(model, inputs).total.backward()
+        return gradients(model)
+
+    assert_same_gradients(learned(False), learned(True), rtol=1e-4, atol=1e-5)
+
+
+def checkpoint_around(layer, monkeypatch):
+    inner = getattr(layer.forward, "__wrapped__", None)
+    if inner is None:
+        return
+
+    def call(self, *args, **kwargs):
+        if not (self.gradient_checkpointing and self.training):
+            return nn.Module.__call__(self, *args, **kwargs)
+        kwargs |= {"use_cache": False, "past_key_values": None}
+        return self._gradient_checkpointing_func(partial(nn.Module.__call__, self, **kwargs), *args)
+
+    monkeypatch.setattr(layer, "forward", inner)
+    monkeypatch.setattr(layer, "__call__", call)
 
 
 def whole_logits(model, inputs, num_items):

@@ -259,7 +259,7 @@ def test_a_fused_loss_that_never_calls_the_head():
 
 
 def test_a_kernel_that_draws_and_does_not_drop(monkeypatch):
-    def ignore(query, key, value, drops, keeps, *, mask, bias=None, scale=None, softcap=None):
+    def ignore(query, key, value, drops, keeps, *, mask, bias=None, scale=None):
         return F.scaled_dot_product_attention(query, key, value, is_causal=mask.causal, scale=scale, enable_gqa=True)
 
     model = attached("gemma3", "logits[:]:column@0.3")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 import hiddenkey
+from hiddenkey.hf.step import model_loss
 
 from .tiny import CLASSES, DEPTH, batch, decoder, make
 from .tools import assert_same_gradients, attached, draws, gradients, inputs_for, logits_of, lora
@@ -125,6 +126,36 @@ def test_mse_compares_predictions():
         return task, (first.logits - second.logits).square().sum(-1).mean()
 
     check(model, inputs, "mse", by_hand)
+
+
+@pytest.mark.parametrize("outputs", (1, 4))
+def test_mse_is_the_same_whoever_counts_the_labels(outputs):
+    """The Trainer counts every label of a row, of which there are as many as predictions."""
+    model = build("bert", "mse", num_labels=outputs, problem_type="regression")
+    labels = torch.randn(3, outputs) if outputs > 1 else torch.randn(3)
+    inputs, found = {**batch("bert"), "labels": labels}, []
+    for num_items in (None, labels.numel()):
+        torch.manual_seed(5)
+        found.append(hiddenkey.consistency_step(model, inputs, num_items=num_items))
+    assert float(found[0].consistency) > 0
+    torch.testing.assert_close(found[0].consistency, found[1].consistency)
+    torch.testing.assert_close(found[0].task, found[1].task)
+
+
+def test_a_batch_without_labels_is_nothing_in_half_precision_too():
+    """A sum over many logits is infinite there, and no number once it is multiplied by 0."""
+    model, items = make("t5"), torch.tensor(7)
+    shape = (3, 12, 50_000)
+
+    class Overflowing(type(model)):
+        def forward(self, **_):
+            logits = torch.full(shape, -5.0, dtype=torch.float16, requires_grad=True)
+            return {"loss": logits.sum() * float("nan"), "logits": logits}
+
+    model.__class__ = Overflowing
+    loss, _ = model_loss(model, {"labels": torch.full(shape[:2], -100)}, items)
+    assert float(loss) == 0
+    assert loss.requires_grad
 
 
 def shifted(logits, labels):

@@ -90,7 +90,6 @@ def sdpa_forward(
         mask=mask,
         bias=bias,
         scale=kwargs.get("scaling"),
-        softcap=kwargs.get("softcap"),
     )
     return output.transpose(1, 2).contiguous(), None
 

@@ -14,7 +14,7 @@ from .attach import Attachment
 from .modes import another_forward
 from .plan import Site
 from .random_state import RandomState
-from .ranks import everywhere
+from .ranks import everywhere, has_reentrant_checkpoints
 from .structure import find_transformer, reads_lower_keys
 from .views import Batch
 
@@ -26,8 +26,9 @@ class LowerLayers:
     """Remembers what the last layer below the first drop put out, and returns it in their place.
 
     `layers` is empty where nothing can be shared: several stacks, drops from the start, noise on the embedded tokens
-    (NEFTune), layers above that read keys of those below, what every layer puts out is asked for, or an adapter that
-    draws in every layer, or came after the plan. What cannot be foreseen is seen in the first step, whose second view
+    (NEFTune), layers above that read keys of those below, what every layer puts out is asked for, an adapter that
+    draws in every layer, or came after the plan, or gradient of both views through reentrant checkpoints, inside of
+    which an output has no graph yet. What cannot be foreseen is seen in the first step, whose second view
     is computed in both ways: layers that act otherwise in training or at random (SpecAugment, noise of a router), or
     that are read by more than the layer after them. constant: the second view gets no gradient; otherwise both
     views' meets in them. batch: the model's arguments. looked_into: the second view's layers are asked for.
@@ -47,7 +48,8 @@ class LowerLayers:
         noise = any("neftune_noise_alpha" in vars(module) for module in attachment.model.modules())
         layers = [attachment.model.get_submodule(layer.path) for stack in stacks[:1] for layer in stack.layers]
         looked_into = looked_into or any(map(reads_lower_keys, layers)) or _collects(attachment, batch or {})
-        self.layers = [] if noise or looked_into else layers[:shared]
+        hidden = not constant and has_reentrant_checkpoints(attachment.model)
+        self.layers = [] if noise or looked_into or hidden else layers[:shared]
         self.output: Any = None
 
     @contextmanager

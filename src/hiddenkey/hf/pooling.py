@@ -22,7 +22,7 @@ def pooled(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Te
     padding at its end behind a prompt, where transformers takes the last place.
     """
     places = _places(last, batch, attachment)
-    prompted = attachment.plan.structure.stacks[-1].latter_half and virtual_tokens(attachment.model) > 0
+    prompted = _decodes(attachment) and virtual_tokens(attachment.model) > 0
     if not attachment.pooling_seen or (prompted and bool((places < last.shape[1] - 1).any())):
         _refuse_other_pooling(batch, attachment)
         attachment.pooling_seen = True
@@ -31,12 +31,17 @@ def pooled(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Te
 
 def _places(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Tensor:
     """(B): where the token is, virtual tokens before it or not."""
-    if not attachment.plan.structure.stacks[-1].latter_half:
+    if not _decodes(attachment):
         return torch.zeros(len(last), dtype=torch.long, device=last.device)
     real = _real(batch, find_transformer(attachment.model)[1])
     if real is None:
         return torch.full((len(last),), last.shape[1] - 1, device=last.device)
     return (torch.arange(real.shape[1], device=real.device) * real).argmax(-1) + last.shape[1] - real.shape[1]
+
+
+def _decodes(attachment: Attachment) -> bool:
+    stack = attachment.plan.structure.last
+    return stack is not None and stack.latter_half
 
 
 def _real(batch: Mapping[str, Any], transformer: Any) -> Tensor | None:
@@ -54,7 +59,7 @@ def _refuse_other_pooling(batch: Mapping[str, Any], attachment: Attachment) -> N
         others[torch.arange(len(last), device=last.device), _places(last, batch, attachment)] = False
     if not (read & others).any() and read.any():
         return
-    token = "last real token" if attachment.plan.structure.stacks[-1].latter_half else "first token"
+    token = "last real token" if _decodes(attachment) else "first token"
     name = type(find_transformer(attachment.model)[1]).__name__
     raise UserError(
         f"the consistency {attachment.recipe.consistency!r} of a regression compares the last layer's vector of the "
@@ -76,8 +81,9 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
         seen.append(state.detach().requires_grad_())
         return (seen[-1], *output[1:]) if isinstance(output, tuple) else seen[-1]
 
-    path = attachment.plan.structure.stacks[-1].layers[-1].path
-    handle = model.get_submodule(path).register_forward_hook(cut)
+    stack = attachment.plan.structure.last
+    assert stack is not None  # whose last layer's output was kept
+    handle = model.get_submodule(stack.layers[-1].path).register_forward_hook(cut)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     try:
         with (

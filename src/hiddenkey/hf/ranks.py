@@ -52,13 +52,18 @@ def check_wrapper(model: nn.Module, consistency: Consistency) -> None:
     """
     if not consistency.both or not isinstance(model, DistributedDataParallel):
         return
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
-    if any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+    if has_reentrant_checkpoints(model):
         raise UserError(
             f"the consistency {consistency.name!r} takes gradient from two forwards, which DistributedDataParallel "
             "does not add up under reentrant activation checkpointing; enable checkpointing with "
             "use_reentrant=False, or use 'kl'"
         )
+
+
+def has_reentrant_checkpoints(model: nn.Module) -> bool:
+    """Whether activation checkpointing is on in the way that hides a layer's own graph."""
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in model.modules())
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
 
 
 def everywhere(model: nn.Module, answer: bool) -> bool:

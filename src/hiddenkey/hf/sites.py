@@ -111,10 +111,11 @@ class StreamSite:
                 f"'{drop}' needs a sequence of tokens, but this model passes vectors of shape {tuple(x.shape)} "
                 "here; use the pattern element or column"
             )
-        if known is not None and known.is_more_than(folded):
+        if known is not None and not known.fits(folded):
             raise UserError(
-                f"'{drop}' needs whole texts, but this model computes parts of {folded.shape[1]} tokens here; "
-                "set chunk_size_feed_forward=0 in its configuration, or use the pattern element or column"
+                f"'{drop}' needs the text that attention sees, but this model computes parts of {folded.shape[1]} "
+                "tokens here; set chunk_size_feed_forward=0 in its configuration where it has that, or use the "
+                "pattern element or column"
             )
         keep = draw_stream(folded, drop, None if known is None else known.segments)
         self.tallies[0].add(keep, drawn_together(drop, keep, lead=1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attend import attend, drop_weights
+from ..attend import attend, drop_weights, guarded
 from ..drop import spread
 from ..masks import Mask, read_mask
 from .sites import AttentionSite
@@ -84,8 +84,11 @@ class DropAtSoftmax(TorchFunctionMode):
         keys = columns if self.keys is None else self.keys
         kv_heads = self.kv_heads if self.kv_heads and heads % self.kv_heads == 0 else heads
         shape = (batch, kv_heads, queries, keys)
-        keeps = self.site.draw(shape, logits.device, Mask(full=visible[..., :keys]))
-        keeps = [F.pad(spread(keep, heads), (0, columns - keys), value=True) for keep in keeps]
+        seen = visible[..., :keys]
+        keeps = [spread(keep, heads) for keep in self.site.draw(shape, logits.device, Mask(full=seen))]
+        if columns > keys:
+            # A sink alone would be left of a row all of whose keys a draw takes.
+            keeps = [F.pad(keep, (0, columns - keys), value=True) for keep in guarded(self.site.active, keeps, seen)]
         return drop_weights(logits, visible, self.site.active, keeps)
 
     def _attention(

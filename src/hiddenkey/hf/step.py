@@ -84,7 +84,7 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
         return outputs["loss"], outputs
     count = count_labels(transformer, batch["labels"])
     if not count:  # a mean over nothing, and so would its gradient be
-        return outputs["logits"].sum() * 0, outputs
+        return outputs["logits"][:0].sum(), outputs
     return outputs["loss"] * (count / num_items), outputs
 
 

@@ -56,6 +56,14 @@ class Structure:
     stacks: tuple[Stack, ...]
     heads: tuple[str, ...]
 
+    @property
+    def last(self) -> Stack | None:
+        """The stack whose output enters the heads: a decoder where there is one, wherever the towers that see or hear
+        stand; None without any stack.
+        """
+        decoders = [stack for stack in self.stacks if stack.causal]
+        return next(reversed(decoders or self.stacks), None)
+
 
 def read(model: nn.Module) -> Structure:
     """Read the structure of a transformers model, inside a PEFT or other wrapper or not.

@@ -27,10 +27,11 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Compared:
-    """What is compared: logits (…, V) of one view, and which rows count (bool (…), None: all)."""
+    """What is compared: logits (…, V) of one view, which rows count (bool (…), None: all), and labels per row."""
 
     logits: Tensor
     valid: Tensor | None
+    labels_per_row: int = 1
 
 
 @contextmanager
@@ -41,11 +42,11 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 class LastLayer:
-    """While active, keeps what the last layer of the last stack puts out: (B, T, D), or None without any stack."""
+    """While active, keeps what the last layer puts out: (B, T, D), or None without any stack."""
 
     def __init__(self, attachment: Attachment) -> None:
-        stacks = attachment.plan.structure.stacks
-        self.layers = [attachment.model.get_submodule(stack.layers[-1].path) for stack in stacks[-1:]]
+        stack = attachment.plan.structure.last
+        self.layers = [attachment.model.get_submodule(stack.layers[-1].path)] if stack else []
         self.output: Tensor | None = None
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -126,7 +127,7 @@ def compared(
                 f"the consistency {consistency.name!r} compares predictions of a regression, but this model has "
                 f"{logits.shape[-1]} outputs for labels of {labels.dtype}; use 'kl'"
             )
-        return Compared(logits, None)
+        return Compared(logits, None, labels_per_row=labels.numel() // max(len(labels), 1))
     if regression and logits.shape[-1] == 1:
         if last is None:
             raise UserError(
@@ -184,7 +185,7 @@ def tie(consistency: Consistency, first: Compared, second: Compared, num_items: 
     if num_items is None:
         return consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid)
     total = consistency_loss(consistency.name, first.logits, second.logits, valid=first.valid, reduction="sum")
-    return total / num_items
+    return total * first.labels_per_row / num_items
 
 
 def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None) -> bool:

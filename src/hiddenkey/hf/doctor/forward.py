@@ -67,8 +67,8 @@ def _generated(patient: Patient, model: Any, prompt: Mapping[str, Tensor], optio
 
 def check_causality(patient: Patient) -> Iterator[Finding]:
     """With the same draws, another later token leaves the earlier outputs as they are."""
-    stacks = patient.attachment.plan.structure.stacks
-    if not stacks or not stacks[-1].causal:
+    stack = patient.attachment.plan.structure.last
+    if stack is None or not stack.causal:
         yield Finding("causality", "skipped", "the model is not causal")
         return
     changed = _later_tokens_changed(patient)
