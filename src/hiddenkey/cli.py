@@ -32,9 +32,9 @@ LAB_EXTRA = (
 class PlanCommand:
     """Show what a recipe would drop where, without weights and without training."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Hub name or local folder of the model."""
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """For instance hiddenkey@0.1."""
     task: Literal["auto", "classification", "causal-lm"] = "auto"
     """Head of the model; auto takes the published one."""
@@ -46,9 +46,9 @@ class PlanCommand:
 class DoctorCommand:
     """Prove that a recipe is at work on a model: load it, add LoRA, attach, and look. Exit status 0 or 1."""
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Hub name or local folder of the model, with its weights."""
-    recipe: tyro.conf.Positional[str]
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RECIPE")]
     """For instance hiddenkey@0.1."""
     task: Literal["auto", "classification", "causal-lm"] = "auto"
     """Head of the model; auto takes the published one."""
@@ -70,7 +70,7 @@ class DoctorCommand:
 class ReportCommand:
     """Write tables, figures and a page from the runs of sweeps: `hiddenkey report results/study --out docs`."""
 
-    folders: tyro.conf.Positional[tuple[str, ...]]
+    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER ...")]
     """Folders of sweeps, or folders above them; every runs/*.json below them is read."""
     out: str = "docs"
     """Where results.md, results.html and the folder results of tables and figures are written."""
@@ -235,13 +235,14 @@ def _require_file_first(arguments: list[str]) -> None:
 
 
 def _way_on(command: Any) -> str:
-    if not isinstance(command, (TrainConfig, SweepConfig)):
+    if isinstance(command, SweepConfig) and not command.dry_run:
+        return " The same command continues from the last checkpoints."
+    if not isinstance(command, TrainConfig):
         return ""
-    if not isinstance(command, TrainConfig) or not command.overwrite:
-        return " The same command continues from the last checkpoint."
+    without = " without --overwrite" if command.overwrite else ""
     if is_begun(command):
-        return " The same command without --overwrite continues from the last checkpoint."
-    return " Nothing was deleted yet."
+        return f" The same command{without} continues from the last checkpoint."
+    return " Nothing was deleted yet." if command.overwrite else " Nothing was begun yet."
 
 
 def _metrics(values: Mapping[str, float | None]) -> str:

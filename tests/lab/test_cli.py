@@ -170,14 +170,38 @@ def test_ctrl_c_promises_nothing_where_nothing_was_kept(
 
 
 @pytest.mark.parametrize(
+    ("flags", "said"), [([], " The same command continues from the last checkpoints."), (["--dry-run"], "")]
+)
+def test_ctrl_c_in_a_sweep(
+    flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(command: cli.SweepConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.RUNNERS, cli.SweepConfig, stop)
+    with pytest.raises(SystemExit, match="130"):
+        main(["sweep", "any.yaml", *flags])
+    assert capsys.readouterr().err == f"\nStopped.{said}\n"
+
+
+@pytest.mark.parametrize(
     ("flags", "begun", "advice"),
     [
         ([], {}, "The same command continues from the last checkpoint."),
+        ([], {"seed": 9}, "Nothing was begun yet."),
+        ([], None, "Nothing was begun yet."),
         (["--overwrite"], {}, "The same command without --overwrite continues from the last checkpoint."),
         (["--overwrite"], {"seed": 9}, "Nothing was deleted yet."),
         (["--overwrite"], None, "Nothing was deleted yet."),
     ],
-    ids=["plain", "begun anew", "another run is there", "nothing is there"],
+    ids=[
+        "plain",
+        "plain, another run is there",
+        "plain, nothing is there",
+        "begun anew",
+        "another run is there",
+        "nothing is there",
+    ],
 )
 def test_ctrl_c_does_not_advise_to_delete(
     flags: list[str],

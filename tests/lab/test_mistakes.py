@@ -25,10 +25,11 @@ from hiddenkey.lab import checked, run
 from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_fields, read_yaml
-from hiddenkey.lab.data import describe, load_examples
+from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.models import load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
+from hiddenkey.lab.told import describe
 
 from ..models.shrink import shrink
 from . import tiny
@@ -96,6 +97,17 @@ class TestFiles:
         examples = load_examples(replace(config, data=str(tmp_path / "data.csv"), train_size=8))
         assert len(examples.train.shuffle(seed=1).map(lambda row: {"n": len(row["first"])}).filter(bool)) == 8
 
+    def test_one_text_of_a_pair_may_be_empty(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        rows = "sentence1,sentence2,label\n" + "".join(f"a{i},{'b' * (i % 2)},{i % 2}\n" for i in range(12))
+        assert "" in load(config, tmp_path, "d.csv", rows).train["second"]
+        with pytest.raises(DataError, match="no text in column 'sentence1' or 'sentence2' in 1 rows: 13 "):
+            load(config, tmp_path, "d.csv", rows + ",,1\n")
+
+    @pytest.mark.parametrize("data", ("./nowhere", "/nowhere/at/all", "~/nowhere"))
+    def test_a_path_is_not_asked_of_the_hub(self, config: TrainConfig, data: str):  # noqa: F811
+        with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+            load_examples(replace(config, data=data))
+
     @pytest.mark.parametrize("name", ("data.txt", "data.xlsx", "data.csv.gz", "data"))
     def test_another_format(self, config: TrainConfig, tmp_path: Path, name: str):  # noqa: F811
         (tmp_path / name).write_text(ROWS)
@@ -116,6 +128,8 @@ SENTENCES = [{"text": ["a", "b"], "label": i % 2} for i in range(12)]
 SEVERAL = [{"text": "a", "label": [i % 2, 2]} for i in range(12)]
 FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
 ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "done"} for i in range(12)]
+QUESTIONS = "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(12))
+MESSAGES = "".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) + "\n" for i in range(12))
 MISTAKES = {
     "two columns of one name": ("d.csv", ROWS.replace("text,label", "label,label"), {}, "two columns named 'label'"),
     "names for a file that has them": ("d.csv", ROWS, {"column_names": ("text", "label")}, "has a header line"),
@@ -126,6 +140,15 @@ MISTAKES = {
     "several labels": ("d.json", json.dumps(SEVERAL), {}, "holds lists"),
     "classes as floats": ("d.csv", FLOATS, {}, "0.0, 1.0: classes or scores"),
     "semicolons": ("d.csv", ROWS.replace(",", ";"), {}, "other separators"),
+    "a label among the texts": ("d.csv", ROWS, {"text_columns": ("text", "label")}, "would be text and label"),
+    "a text as its own label": ("d.csv", ROWS, {"label_column": "text"}, "'text' would be text and label"),
+    "one column twice": ("d.csv", ROWS, {"text_columns": ("text", "text")}, "named twice: 'text', 'text'"),
+    "an empty text": ("d.csv", ROWS + '" ",1\n', {}, "no text in column 'text' in 1 rows: 25 "),
+    "a row of too few fields": ("d.csv", "label,text\n0,a\n1,b\n0\n", {}, "no text in column 'text' in 1 rows: 3 "),
+    "a class for each row": ("d.csv", "text,label\n" + "".join(f"a,c{i}\n" for i in range(9)), {}, "9 different "),
+    "one score": ("d.csv", ROWS.replace(",1", ",0.5").replace(",0\n", ",0.5\n"), {}, "holds one score only, 0.5"),
+    "questions and answers": ("d.jsonl", QUESTIONS, {}, r"--text-columns.*--prompt-column.*are: question, answer\.$"),
+    "messages": ("d.jsonl", MESSAGES, {}, r"Messages need a chat template.*TRL"),
 }  # fmt: skip
 
 
@@ -280,8 +303,22 @@ class TestModels:
         with pytest.raises(FileNotFoundError, match="there is no such folder"):
             run.train(replace(config, model="./nowhere", out=f"{config.out}-2"))
 
+    def test_a_name_that_neither_a_folder_nor_the_hub_has(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+        with pytest.raises(OSError, match="model = 'minilm': here is no folder of that name, and from the hub: "):
+            run.train(replace(config, model="minilm"))
+
 
 class TestYaml:
+    def test_what_is_no_file(self, tmp_path: Path):
+        for path, said in ((tmp_path, "is a folder"), (tmp_path / "no.yaml", "is not there")):
+            with pytest.raises(FileNotFoundError, match=f"{said}; a YAML file is wanted here"):
+                read_fields(path)
+
+    def test_a_wrong_type_names_the_file(self, tmp_path: Path):
+        (tmp_path / "run.yaml").write_text("epochs: three")
+        with pytest.raises(ConfigError, match=r"run\.yaml: epochs = 'three' is not allowed"):
+            read_fields(tmp_path / "run.yaml")
+
     def test_merge_keys(self, tmp_path: Path):
         path = tmp_path / "run.yaml"
         path.write_text("base: &b {seed: 1, lora_r: 4}\nrun:\n  <<: *b\n  seed: 2\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure as Canvas
 
 from hiddenkey.cli import main
 from hiddenkey.lab.errors import RunError
-from hiddenkey.lab.report import generation, headline, how, rivals, small_tables, table1, words
+from hiddenkey.lab.report import generation, headline, how, rivals, small_tables, table1, words, write
 from hiddenkey.lab.report.blocks import Figures, Report, Section, Table, Text
 from hiddenkey.lab.report.claims import CLAIMS, verdict
 from hiddenkey.lab.report.files import latex_text, markdown_text
@@ -120,6 +121,34 @@ def test_a_report_deletes_what_an_earlier_one_wrote_and_nothing_else(study: Path
     assert "task-sst2.csv" not in second
     assert {name for name in second if second[name] == b"mine"} == {"mine.csv", "mine.tex", "mine.svg"}
     assert (tmp_path / "outside.csv").exists()
+
+
+@pytest.mark.parametrize("mine", ("results.md", "results.html", "results/table1.csv", "results/manifest.txt.csv"))
+def test_a_report_overwrites_nothing_that_none_wrote(study: Path, tmp_path: Path, mine: str):
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text("mine")
+    fits = mine == "results/manifest.txt.csv"  # a name that no report has
+    with nullcontext() if fits else pytest.raises(RunError, match=f"{mine} would be overwritten, which no report"):
+        write_report([str(study / "e2e"), str(study / "sst2")], str(tmp_path))
+    assert (tmp_path / mine).read_text() == "mine"
+    assert (tmp_path / "results" / "manifest.txt").exists() == fits
+
+
+def test_a_report_that_was_killed_is_written_again(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[Path] = []
+
+    def ended(path: Path, text: str) -> None:
+        if len(written) > 9:
+            raise KeyboardInterrupt
+        path.write_text(text)
+        written.append(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(write, "write_text", ended)
+        write_report([str(study)], str(tmp_path))
+    assert len(written) == 10
+    write_report([str(study)], str(tmp_path))
+    assert (tmp_path / "results.md").exists()
 
 
 def test_table_1_says_what_the_records_say(study: Path, docs: Path):
@@ -444,10 +473,10 @@ def test_tasks_without_a_seed_in_common_were_run_all_the_same(tmp_path: Path):
     records = [*make_records(SEVERAL), *make_records(replace(SEVERAL, task="rte", seeds=(4, 5)))]
     renamed = [replace(one, id=f"{one.sweep}-{one.id}") for one in records]
     text = told(tmp_path / "study", renamed, tmp_path)
-    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    assert "`hiddenkey` against LoRA alone: run, but no seed with a result on both sides." in text
     row = next(line for line in text.splitlines() if line.startswith("| `hiddenkey` | "))
-    assert row.startswith("| `hiddenkey` | run, but no seed in common | ")
-    assert "| run, but no seed in common | 8" in row
+    assert row.startswith("| `hiddenkey` | run, but no seed with a result on both sides | ")
+    assert "| run, but no seed with a result on both sides | 8" in row
     assert "as a task or a side has no result of them: 1, 2, 3, 4, 5 (`hiddenkey`)." in text
     claims = {row["claim"]: row["verdict"] for row in rows_of(tmp_path, "claims")}
     assert claims["hiddenkey beats LoRA alone"] == "undecided"
@@ -457,10 +486,10 @@ def test_tasks_without_a_seed_in_common_were_run_all_the_same(tmp_path: Path):
 def test_a_method_and_a_baseline_of_other_seeds_were_run_all_the_same(tmp_path: Path):
     records = [one for one in make_records(SEVERAL) if (one.method == "baseline") == (one.axes["seed"] == 1)]
     text = told(tmp_path / "study", records, tmp_path)
-    assert "`hiddenkey` against LoRA alone: run, but no seed in common." in text
+    assert "`hiddenkey` against LoRA alone: run, but no seed with a result on both sides." in text
     row = {row["method"]: row for row in rows_of(tmp_path, "task-sst2")}["hiddenkey"]
     assert (row["n"], row["pairs"]) == ("2", "0")
-    assert "run, but no seed in common" in (tmp_path / "results" / "task-sst2.tex").read_text()
+    assert "run, but no seed with a result on both sides" in (tmp_path / "results" / "task-sst2.tex").read_text()
 
 
 def test_a_method_whose_trials_all_failed_was_run(tmp_path: Path):

@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 from datasets import Dataset
-from rich.console import Console
 
 import hiddenkey
 
@@ -132,16 +131,6 @@ def _refuse_consistency(recipe: Recipe, task: str) -> None:
         raise ConfigError(
             f"'{recipe}': the consistency {recipe.consistency!r} compares predictions of a regression, and this task "
             f"is {task}; use kl."
-        )
-
-
-def tell_of_cuts(checked: Checked, max_length: int, console: Console) -> None:
-    """Say how many training rows may have been cut."""
-    full = checked.train_lengths.count(max_length)
-    if full:
-        total = len(checked.train)
-        console.print(
-            f"{full} of {total} training rows fill max_length = {max_length} and may be cut.", highlight=False
         )
 
 

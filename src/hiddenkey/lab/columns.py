@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
@@ -31,6 +32,8 @@ TEXTS = (
     ("text",),
 )
 LABELS = ("label", "labels", "score", "target", "Quality")
+_LABELLED = ("texts and labels", "such as text and label", "--text-columns and --label-column")
+_WRITTEN = ("prompts and completions", "such as prompt and completion", "--prompt-column and --completion-column")
 # Up to so many different numbers may be classes that a table program has given a ".0".
 _FEW_CLASSES = 20
 # Says of a row of WebNLG's test part whether training had its category.
@@ -58,24 +61,31 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
     Raises:
         DataError: a column is missing, or none has a usual name.
     """
-    given = [*config.text_columns, config.label_column, config.prompt_column, config.completion_column]
-    require_columns(rows, [name for name in given if name], "training data")
+    fields = (*config.text_columns, config.label_column, config.prompt_column, config.completion_column)
+    given = [name for name in fields if name]
+    require_columns(rows, given, "training data")
+    if len(set(given)) < len(given):
+        raise DataError(f"A column is named twice: {', '.join(map(repr, given))}; a text is not its own label.")
     if config.prompt_column:
         return Columns("causal-lm", (config.prompt_column,), config.completion_column)
     labelled = bool(config.text_columns or config.label_column)
     pair = None if labelled else _first(PROMPT_COMPLETION, rows)
     if config.task == "causal-lm":
         if pair is None:
-            raise _not_found("prompt and completion", "--prompt-column and --completion-column", rows)
+            raise _not_found([_WRITTEN], rows, config)
         return _written(pair, rows)
     texts = config.text_columns or _first(TEXTS, rows)
     label = config.label_column or next((name for name in LABELS if name in rows.column_names), "")
+    if texts and label in texts:
+        raise DataError(
+            f"Column {label!r} would be text and label; name the others with --text-columns or --label-column."
+        )
     if texts and label:
         task = config.task if config.task != "auto" else _task_of(rows, label)
         return Columns(task, texts, label)
     if pair and config.task == "auto":
         return _written(pair, rows)
-    raise _not_found("text and label", "--text-columns and --label-column", rows)
+    raise _not_found([_LABELLED] if labelled or config.task != "auto" else [_LABELLED, _WRITTEN], rows, config)
 
 
 def _written(pair: tuple[str, ...], rows: Dataset) -> Columns:
@@ -115,15 +125,20 @@ def _task_of(rows: Dataset, label: str) -> TaskName:
     return "regression"
 
 
-def _not_found(what: str, flags: str, rows: Dataset) -> DataError:
+def _not_found(kinds: list[tuple[str, str, str]], rows: Dataset, config: TrainConfig) -> DataError:
+    usual = "; ".join(f"{what} ({names}): name them with {flags}" for what, names, flags in kinds)
     has = ", ".join(rows.column_names)
-    return DataError(
-        f"No {what} columns of a usual name; name them with {flags}. The columns are: {has}."
-        f"{_guess(rows.column_names)}"
-    )
+    return DataError(f"No columns of a usual name for {usual}. The columns are: {has}.{_guess(rows, config)}")
 
 
-def _guess(names: list[str]) -> str:
+def _guess(rows: Dataset, config: TrainConfig) -> str:
+    names = rows.column_names
     if len(names) == 1 and re.search(r"[;\t]", names[0]):
         return " They look like one line with other separators: a .csv has commas, a .tsv tabs."
-    return " Where these are data, the file (.csv, .tsv) has no header line: give --column-names."
+    if "messages" in names:
+        return (
+            " Messages need a chat template: train on them with TRL (docs/trainers.md), or write them as two columns."
+        )
+    if config.data.lower().endswith((".csv", ".tsv")) or Path(config.data).expanduser().is_dir():
+        return " Where these are data, the file (.csv, .tsv) has no header line: give --column-names."
+    return ""

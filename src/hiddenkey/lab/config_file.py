@@ -37,6 +37,9 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: it is not YAML, or a key stands twice in it.
         OSError: the file cannot be read.
     """
+    if not Path(path).is_file():
+        kind = "is a folder" if Path(path).is_dir() else "is not there"
+        raise FileNotFoundError(f"{path} {kind}; a YAML file is wanted here, and all else stands behind its flag.")
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -59,7 +62,10 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     for name in given:
         if name not in FIELD_TYPES:
             raise ConfigError(f"{path}: {_unknown(str(name))}")
-    return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
+    try:
+        return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _unknown(name: str) -> str:

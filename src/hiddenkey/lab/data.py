@@ -18,6 +18,8 @@ from .errors import DataError
 from .sources import read_source
 
 _SHOWN_ROWS = 10
+_MANY_CLASSES = 5
+"""More than these, with less than two rows each, are no classes."""
 _WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 
@@ -46,14 +48,6 @@ class Examples:
             columns = {} if rows is None else {name: values(rows, name) for name in rows.column_names}
             found.update(json.dumps(columns).encode())
         return found.hexdigest()[:16]
-
-
-def describe(examples: Examples) -> str:
-    """One line on what is learnt from which columns."""
-    columns, names = examples.columns, examples.label_names
-    classes = f" ({', '.join(names[:_SHOWN_ROWS])}{', …' if len(names) > _SHOWN_ROWS else ''})" if names else ""
-    unread = f"; not read: {', '.join(examples.unread)}" if examples.unread else ""
-    return f"{examples.task}: {columns.label!r}{classes} from {' and '.join(map(repr, columns.texts))}{unread}."
 
 
 def load_examples(config: TrainConfig) -> Examples:
@@ -94,8 +88,12 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
         _require_texts(rows.features[name], name, part, lists=written)
     if not written and isinstance(rows.features[columns.label], (List, LargeList)):
         raise DataError(f"Column {columns.label!r} of the {part} holds lists; a row has one label here, not several.")
-    for name in columns.texts:
-        _refuse(part, f"no text in column {name!r}", [i for i, v in enumerate(values(rows, name)) if _has_none(v)])
+    texts = {name: values(rows, name) for name in columns.texts}
+    for name, found in texts.items():
+        _refuse(part, f"no text in column {name!r}", [i for i, text in enumerate(found) if _has_none(text)])
+    if not written:  # of a pair one text may be empty, and a prompt may be
+        blank = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if not any(str(t).strip() for t in row)]
+        _refuse(part, f"no text in column {' or '.join(map(repr, texts))}", blank)
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
     what = "completion" if columns.task == "causal-lm" else "label"
     unlabelled = [i for i, value in enumerate(values(rows, columns.label)) if _is_missing(value, hidden)]
@@ -180,7 +178,7 @@ def _label_names(rows: Dataset, column: str) -> tuple[str, ...]:
     names = {_canonical(value) for value in values(rows, column)}
     if len(names) < 2:
         raise DataError(f"Column {column!r} holds one label only, {names.pop()!r}; classification needs two or more.")
-    if len(names) > 20 and len(names) > len(rows) / 2:
+    if len(names) > _MANY_CLASSES and len(names) > len(rows) / 2:
         raise DataError(
             f"Column {column!r} holds {len(names)} different labels in {len(rows)} rows: too many for classes. "
             "Give --task regression or another --label-column."
@@ -209,7 +207,9 @@ def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: st
         fields["second"] = [str(text) for text in values(rows, columns.texts[1])]
     labels = values(rows, columns.label)
     fields["label"] = (
-        _scores(labels, columns) if columns.task == "regression" else _classes(labels, rows, columns, names, part)
+        _scores(labels, columns, part)
+        if columns.task == "regression"
+        else _classes(labels, rows, columns, names, part)
     )
     return Dataset.from_dict(fields)
 
@@ -234,13 +234,15 @@ def _prompt(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _scores(labels: list[Any], columns: Columns) -> list[float]:
+def _scores(labels: list[Any], columns: Columns, part: str) -> list[float]:
     try:
         scores = [float(label) for label in labels]
     except (TypeError, ValueError) as error:
         raise DataError(f"Column {columns.label!r} holds something that is not a number: {error}.") from error
     if not all(map(math.isfinite, scores)):
         raise DataError(f"Column {columns.label!r} holds a score that is not finite.")
+    if part == "training data" and len(set(scores)) == 1:
+        raise DataError(f"Column {columns.label!r} of the {part} holds one score only, {scores[0]:g}: none to learn.")
     return scores
 
 

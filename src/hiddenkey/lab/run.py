@@ -30,10 +30,9 @@ from .artifacts import (
     write_result,
 )
 from .callbacks import EarlyStopping, Interrupts, LossGuard, ProgressBar, Schedule, StepClock
-from .checked import Checked, check_run, tell_of_cuts
+from .checked import Checked, check_run
 from .checkpoints import is_last, last_checkpoint, unmark
 from .config import Keep, TrainConfig
-from .data import describe
 from .errors import LabError, RunError
 from .generation import generation_scores
 from .interrupts import postponed
@@ -42,6 +41,7 @@ from .models import load_model
 from .order import ByLength
 from .settings import require_one_device, training_arguments
 from .testing import final_scores, load_weights
+from .told import tell
 
 _TORCHS_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """One of these is in what torch says of a file that it cannot write, which it calls a RuntimeError."""
@@ -74,13 +74,17 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     started = time.perf_counter()
     earlier = open_folder(config)
     if earlier is not None and earlier.status == "finished":
-        console.print(f"{config.out} holds this run, finished: nothing to do.", highlight=False)
+        console.print(
+            f"{config.out} holds this run, finished: nothing to do. If its data have changed since, --overwrite "
+            "makes it anew.",
+            highlight=False,
+            soft_wrap=True,
+        )
         return earlier
     checked = check_run(config, recipe)
     if earlier is not None:
         require_same_data(earlier, checked.examples.digest)
-    console.print(describe(checked.examples), highlight=False, soft_wrap=True, markup=False)
-    tell_of_cuts(checked, config.max_length, console)
+    tell(checked, config, recipe, console)
     trainer = _make_trainer(config, recipe, checked, console)
     with postponed():
         if config.overwrite:

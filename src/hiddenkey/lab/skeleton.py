@@ -52,7 +52,10 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"{name} cannot be read: {error} Here that option is --trust-remote-code.") from error
+        option = " Here that option is --trust-remote-code." if "trust_remote_code" in str(error) else ""
+        raise ConfigError(f"{name} cannot be read: {error}{option}") from error
+    except OSError as error:
+        raise OSError(f"model = {name!r}: here is no folder of that name, and from the hub: {error}") from error
 
 
 def _refuse_other_folders(name: str) -> None:

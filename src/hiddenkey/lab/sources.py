@@ -55,6 +55,8 @@ def read_source(config: TrainConfig) -> Source:
         there = {"train": (str(path.resolve()),)}
     elif path.exists():
         raise DataError(f"{path} is of no format that is read; these are: {', '.join(FORMATS)}.")
+    elif config.data.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"data = {config.data!r}: there is no such file or folder.")
     else:
         hub = _load_hub(config)
         there = {name: (name,) for name in hub}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ def base(llama: Path, pairs: Path, tmp_path: Path) -> dict[str, Any]:
 
 def dry_run(path: Path) -> None:
     sweep(SweepConfig(str(path), dry_run=True), Console(quiet=True))
+
+
+def test_a_sweep_without_a_test_part_says_what_that_means(base: dict[str, Any], tmp_path: Path):
+    said = []
+    for fields in (base, {name: value for name, value in base.items() if name != "test"}):
+        with io.StringIO() as heard:
+            path = write_sweep(tmp_path, base=fields, axes=None, methods=METHODS)
+            sweep(SweepConfig(str(path), dry_run=True), Console(file=heard))
+            said.append("a report will have no results of these runs" in heard.getvalue())
+    assert said == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ),
         ({"axes": {"metric": ["accuracy", "f1"]}}, "axes: metric cannot be one"),
         ({"axes": {"task": ["auto", "regression"]}}, "axes: task cannot be one"),
+        ({"axes": {"num_beams": [1, 5]}}, "axes: num_beams changes nothing without generation_metrics in base"),
         ({"axes": {"sed": [1]}}, "did you mean 'seed'"),
         ({"axes": {"seed": 1}}, "a list of one or more values"),
         ({"axes": {"seed": [1, 1]}}, "stands in it twice"),

@@ -12,7 +12,7 @@ MINUS = "\N{MINUS SIGN}"
 NOT_RUN = "not run"
 NO_RESULT = "run, no result"
 NOT_TIMED = "never timed on one day and one kind of machine"
-NO_COMMON = "run, but no seed in common"
+NO_COMMON = "run, but no seed with a result on both sides"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..artifacts import write_text
@@ -22,7 +22,8 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     """Write `results.md`, `results.html` and the folder `results` into `out`; the same runs give the same bytes.
 
     Raises:
-        RunError: there are no runs below the folders, one or their notes cannot be read, or two names are too alike.
+        RunError: there are no runs below the folders, one or their notes cannot be read, two names are too alike, or
+            a file that no report wrote would be overwritten.
         OSError: something cannot be written.
     """
     paths = [Path(folder) for folder in folders]
@@ -34,15 +35,29 @@ def write_report(folders: Sequence[str], out: str) -> Path:
     texts |= {f"{figure.name}.svg": figure.svg for figure in report.figures}
     target = Path(out).expanduser()
     folder = target / NAME
+    pages = {f"{NAME}.html": page_text(report, NAME), f"{NAME}.md": markdown_text(report, f"{NAME}.html", NAME)}
+    before = _written_before(folder)
+    _refuse_files_of_others(target, pages, folder, texts.keys() - before)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in _written_before(folder) - texts.keys():
+    for name in before - texts.keys():
         (folder / name).unlink()
-    texts[MANIFEST] = "".join(f"{name}\n" for name in sorted(texts))
+    # First, so that what a report wrote that was killed is known for its own.
+    write_text(folder / MANIFEST, "".join(f"{name}\n" for name in sorted(texts)))
     for name, text in sorted(texts.items()):
         write_text(folder / name, text)
-    write_text(target / f"{NAME}.html", page_text(report, NAME))
-    write_text(target / f"{NAME}.md", markdown_text(report, f"{NAME}.html", NAME))
+    for name, text in pages.items():
+        write_text(target / name, text)
     return target / f"{NAME}.md"
+
+
+def _refuse_files_of_others(target: Path, pages: Iterable[str], folder: Path, new: Iterable[str]) -> None:
+    others = [] if (folder / MANIFEST).exists() else [target / name for name in pages]
+    others = [path for path in (*others, *(folder / name for name in sorted(new))) if path.exists()]
+    if others:
+        raise RunError(
+            f"{', '.join(map(str, others[:3]))} would be overwritten, which no report of hiddenkey wrote; move it "
+            "away or give another folder with --out."
+        )
 
 
 def _require_names_apart(names: Sequence[str]) -> None:

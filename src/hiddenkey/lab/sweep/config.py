@@ -14,7 +14,7 @@ from ..errors import ConfigError
 class SweepConfig:
     """Run every method, trial and seed that a sweep file asks for; the same command continues after any stop."""
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """The sweep file, in YAML; docs/sweeps.md says what stands in it."""
     workers: int = 1
     """Processes on this machine, each with one run at a time."""

@@ -23,6 +23,7 @@ _METHOD_KEYS = ("recipe", "set", "grid")
 _NOT_SHARED = ("out", "overwrite", "recipe")
 _SAME_FOR_ALL = (*OF_A_TASK, "seed", "data_seed")
 _ONE_PER_SWEEP = ("task", "metric")
+_OF_GENERATION = ("num_beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,10 @@ def _check_places(sweep: SweepFile) -> None:
     for name in in_axes:
         if in_axes.count(name) > 1:
             raise ConfigError(f"axes: {name} stands in two axes; give it in one.")
+        if name in _OF_GENERATION and not sweep.base.get("generation_metrics"):
+            raise ConfigError(
+                f"axes: {name} changes nothing without generation_metrics in base, and all runs would be made twice."
+            )
         if name in _ONE_PER_SWEEP:
             raise ConfigError(f"axes: {name} cannot be one: a sweep's runs are judged alike; write a sweep for each.")
         if name in sweep.base:

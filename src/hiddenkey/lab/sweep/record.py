@@ -9,7 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import hiddenkey
 
@@ -159,9 +159,30 @@ def _require_kinds(record: RunRecord) -> None:
         kind = get_origin(hint) or hint
         if kind in _KINDS and (not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool)):
             raise TypeError(f"{name} is {value!r}")
+        if kind is Literal and value not in get_args(hint):
+            raise TypeError(f"{name} is {value!r}")
+    if not record.sweep:
+        raise TypeError("sweep is empty")
+    for name in ("best", "last", "step_seconds", "data_rows"):
+        _require_numbers(name, getattr(record, name))
+    for part, numbers in record.test.items():
+        _require_numbers(f"test.{part}", numbers)
+    for row in record.epochs:
+        _require_numbers("a row of epochs", row)
+    for name, text in record.versions.items():
+        if not isinstance(text, str):
+            raise TypeError(f"versions.{name} is {text!r}")
     absent = [name for name in ("seed", "data_seed", "model") if name not in record.config]
     if absent:
         raise TypeError(f"config has no {absent[0]}")
+
+
+def _require_numbers(where: str, found: Any) -> None:
+    if not isinstance(found, dict):
+        raise TypeError(f"{where} is {found!r}")
+    for name, value in found.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise TypeError(f"{where}.{name} is {value!r}")
 
 
 def _short(value: Any) -> str:

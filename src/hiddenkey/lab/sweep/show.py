@@ -25,6 +25,8 @@ def print_plan(plan: SweepPlan, console: Console) -> None:
     for method in plan.sweep.methods:
         say(console, f"{method.name:<{width}}  {counts[method.name]:>5}  {method.recipe}")
     say(console, f"{'total':<{width}}  {plan.total:>5}  runs in {len(plan.groups)} groups, into {plan.folder}")
+    if "test" not in {*plan.sweep.base, *(name for axis in plan.sweep.axes for name in axis[0])}:
+        say(console, "No test part is named (`test` in base), so a report will have no results of these runs.")
 
 
 class Display:

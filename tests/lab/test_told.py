@@ -1,0 +1,103 @@
+"""What is told of a run before it begins: its rows, and what is allowed but seldom meant."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import hiddenkey
+from hiddenkey.lab import run
+from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab.checked import check_run
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.told import doubts, is_idle
+
+from . import tiny
+from .test_run import config  # noqa: F401
+
+PATIENT = {"epochs": 3, "batch_size": 4, "warmup": 0.0}
+
+
+def told(base: TrainConfig, **fields: object) -> str:
+    asked = replace(base, **PATIENT | fields)
+    recipe = hiddenkey.parse(asked.recipe)
+    return " ".join(doubts(check_run(asked, recipe), asked, recipe))
+
+
+@pytest.fixture
+def base(config: TrainConfig) -> TrainConfig:  # noqa: F811
+    return config
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return str(tiny.write_csv(tmp_path / "rows.csv", tiny.labelled_rows(300)))
+
+
+def test_a_run_as_it_is_meant_leaves_no_doubt(base: TrainConfig, rows: str):
+    assert told(base, data=rows) == ""
+
+
+def test_the_counts_of_rows_are_told(base: TrainConfig, rows: str, capsys: pytest.CaptureFixture[str]):
+    run.train(replace(base, data=rows, train_size=100, epochs=1))
+    assert "100 rows to learn from, 30 to choose the epoch by, none to test on." in capsys.readouterr().err
+
+
+def test_a_choice_on_few_rows(base: TrainConfig, rows: str):
+    assert "The epoch is chosen on 19 rows alone" in told(base, data=rows, eval_size=19)
+    assert "alone" not in told(base, data=rows, eval_size=20)
+
+
+def test_a_class_that_a_subset_has_lost(base: TrainConfig, tmp_path: Path):
+    rare = [{"text": "the film", "label": "rare" if i == 7 else "often"} for i in range(300)]
+    data = str(tiny.write_csv(tmp_path / "rare.csv", rare))
+    said = told(base, data=data)
+    assert ("No validation row is of class rare." in said) != ("No training row is of class rare." in said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warmup", "steps"),
+    [
+        ({"max_steps": 1, "warmup": 0.06}, 1, 1),
+        ({"max_steps": 2, "warmup": 0.06}, 1, 2),
+        ({"max_steps": 40, "warmup": 40}, 40, 40),
+        ({"epochs": 1, "batch_size": 64, "gradient_accumulation": 8, "warmup": 0.5}, 1, 1),
+        ({"epochs": 2, "batch_size": 64, "gradient_accumulation": 2, "warmup": 500}, 500, 6),
+    ],
+)
+def test_a_warm_up_that_takes_all_steps(
+    fields: dict[str, float], warmup: int, steps: int, base: TrainConfig, rows: str
+):
+    said = f"Warm-up takes {warmup} of {steps} steps, so the learning rate never gets to"
+    assert (said in told(base, data=rows, **fields)) == (warmup >= steps)
+
+
+def test_that_count_of_steps_is_the_trainers(base: TrainConfig, rows: str):
+    fields = {"epochs": 2, "batch_size": 64, "gradient_accumulation": 2, "warmup": 0.0}
+    result: RunResult = run.train(replace(base, data=rows, **fields))
+    assert result.last["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "idle"),
+    [
+        ("baseline ~ kl", {}, True),
+        ("hiddenkey@0", {}, True),
+        ("baseline ~ kl", {"lora_dropout": 0.1}, False),
+        ("baseline ~ js", {"neftune_alpha": 5.0}, False),
+        ("hiddenkey@0.1", {}, False),
+        ("baseline", {}, False),
+    ],
+)
+def test_a_consistency_of_two_views_that_are_the_same(
+    recipe: str, fields: dict[str, float], idle: bool, base: TrainConfig
+):
+    assert is_idle(hiddenkey.parse(recipe), replace(base, **fields)) is idle
+
+
+def test_a_finished_run_says_how_it_is_made_anew(base: TrainConfig, capsys: pytest.CaptureFixture[str]):
+    run.train(replace(base, max_steps=1))
+    run.train(replace(base, max_steps=1))
+    assert "nothing to do. If its data have changed since, --overwrite makes it anew." in capsys.readouterr().err
