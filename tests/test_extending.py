@@ -278,3 +278,13 @@ def test_a_position_that_is_not_there():
 
     with pytest.raises(hiddenkey.PlanError, match=r"'lost' yields model\.layers\.2\.self_attn\.v_porj, which Llama"):
         hiddenkey.plan(make("llama"), "lost:element@0.5")
+
+
+def test_a_position_with_the_name_of_a_preset():
+    @hiddenkey.register_position("dropkey", compensation="none")
+    def dropkey(layer):
+        """One name for two things."""
+        yield from ()
+
+    with pytest.raises(hiddenkey.RecipeError, match="'dropkey' is a preset and a plugin's position"):
+        hiddenkey.parse("dropkey@0.1")

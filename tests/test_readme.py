@@ -9,6 +9,7 @@ import pytest
 
 import hiddenkey
 from hiddenkey import cli
+from hiddenkey.axes.compensation import COMPENSATIONS
 from hiddenkey.axes.pattern import PATTERNS
 from hiddenkey.axes.position import POSITIONS
 from hiddenkey.consistency import CONSISTENCIES
@@ -44,6 +45,116 @@ def test_the_code_under_extending_runs(clean_registries):
 
         hiddenkey.consistency_step(names["model"], batch("llama")).total.backward()
         assert 0.2 < attachment.position_rates()["attended"] < 0.8
+
+
+def setting(tmp_path):
+    """What the snippets take for granted."""
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import TrainingArguments
+
+    from .hf.tiny import batch
+
+    rows, tensors = batch("llama"), [torch.randn(2, 4, 6, 8) for _ in range(3)]
+    logits = torch.randn(2, 6, 9, requires_grad=True)
+    return {
+        "hiddenkey": hiddenkey,
+        "model": make("llama").train(False),
+        "args": TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True),
+        "data": [{name: value[i] for name, value in rows.items()} for i in range(len(rows["labels"]))],
+        "loader": [rows],
+        "self": SimpleNamespace(training=True),
+        **dict(zip("qkv", tensors, strict=True)),
+        "task": torch.zeros(()),
+        "logits": logits,
+        "other_logits": logits + 1,
+        "mask": torch.ones(2, 6).bool(),
+    }
+
+
+def snippets():
+    return [
+        code
+        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+        if code not in blocks("python", "Extending")
+    ]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_every_other_snippet_runs(place, tmp_path):
+    codes = snippets()
+    assert len(codes) == 3
+    names = setting(tmp_path)
+    exec(compile(codes[place], "README.md", "exec"), names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == 1
+    if "loss" in names:
+        total = getattr(names["loss"], "total", names["loss"])
+        assert total.requires_grad
+    if "out" in names:
+        assert names["out"].shape == names["q"].shape
+
+
+def rows_under(heading):
+    """The cells of the table whose first heading this is."""
+    lines = README.split(f"| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def test_a_preset_is_what_stands_beside_it():
+    seen, before = 0, ""
+    for left, right, *_ in rows_under("preset"):
+        presets, recipes = (re.findall(r"`([^`]*)`", cell) for cell in (left, right))
+        if right.startswith("the same"):
+            presets, recipes = presets[-1:], [f"{before} {recipes[0]}"]
+        if len(recipes) == len(presets) and "@p" in left:
+            for preset, recipe in zip(presets, recipes, strict=True):
+                assert str(hiddenkey.parse(preset.replace("@p", "@0.1"))) == str(
+                    hiddenkey.parse(recipe.replace("@p", "@0.1"))
+                )
+                seen += 1
+        before = recipes[0] if recipes else before
+    assert seen == 7
+
+
+def test_the_names_of_the_axes_are_all_there_are():
+    axes = {row[0]: re.findall(r"`([^`]*)`", row[1]) for row in rows_under("axis")}
+    registries = {"position": POSITIONS, "pattern": PATTERNS, "compensation": COMPENSATIONS}
+    for axis, registry in (registries | {"consistency": CONSISTENCIES}).items():
+        assert sorted(axes[axis]) == sorted(registry.names()), axis
+    defaults = {name: POSITIONS[name].compensation for name in POSITIONS.names()}
+    assert "Default: `none` for `logits`, `normalize` for `weights`, `rescale` elsewhere" in README
+    rest = dict.fromkeys(("hidden", "input", "output"), "rescale")
+    assert defaults == {"logits": "none", "weights": "normalize"} | rest
+
+
+def test_the_counts_and_versions_are_those_of_the_rest():
+    said = " ".join(README.split())
+    supported = re.search(r"\| (\d+) \| supported \|", (ROOT / "docs/models.md").read_text())[1]
+    assert f"Tested on {supported} model types of transformers" in said
+    kinds = re.search(r"(\d+) kinds of PEFT adapters", (ROOT / "CHANGELOG.md").read_text())[1]
+    assert f"and on {kinds} kinds of PEFT adapters" in said
+    needs = dict(re.findall(r'"(torch|transformers)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert f"torch {needs['torch']} or newer, transformers {needs['transformers']} or newer" in said
+    turned = re.search(r"\| `baseline` \|.*?\(epoch (\d+)\)", (ROOT / "docs/demo/README.md").read_text())[1]
+    assert f"LoRA's validation loss turns after epoch {turned} while" in said
+
+
+def test_no_method_is_surely_better_and_a_step_takes_so_long():
+    said = " ".join(README.split())
+    methods = [row for row in rows_of("table1") if row["method"] != "baseline"]
+    sure = [row for row in methods if float(row["gain_low"]) > 0 and float(row["p_holm"]) <= 0.05]
+    assert (len(methods), sure) == (14, [])
+    assert "None of the fourteen methods of the paper's Table 1" in said
+    assert "is surely better than LoRA alone after correction for many comparisons" in said
+    points = ("sst2", "cola", "stsb")
+    ratios = [
+        float(row["step_time_ratio"])
+        for row in rows_of("cost")
+        if row["method"] == "hiddenkey" and row["task"] in points
+    ]
+    assert f"a step of `hiddenkey` took about {sum(ratios) / len(ratios):.1f} times as long" in said
 
 
 def commands():

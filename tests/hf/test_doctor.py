@@ -243,6 +243,7 @@ def test_own_batches_are_used():
     model, seen = attached("bert", "hiddenkey@0.3"), []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     assert hiddenkey.doctor(model, batches=[batch("bert")], rounds=1).ok
+    assert (3, 12) in seen
     assert set(seen) <= {(3, 12), (6, 12)}
     with pytest.raises(hiddenkey.UserError, match="batches is empty"):
         hiddenkey.doctor(model, batches=[])

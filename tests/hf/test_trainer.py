@@ -1,17 +1,21 @@
 """The trainers: what is logged, gradient accumulation, evaluation, checkpoints, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 import hiddenkey
 from hiddenkey.hf import views
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.hf.trainer import ConsistencyMixin
 
-from .tiny import CLASSES, VOCABULARY, make
+from .tiny import CLASSES, VOCABULARY, batch, make
 from .tools import arguments, assert_same_gradients, lora, one_epoch
 
 RECIPE = "hiddenkey@0.2 ~ kl*0.5"
@@ -66,7 +70,9 @@ def training_logs(trainer):
 @pytest.mark.parametrize("accumulation", (1, 2))
 @pytest.mark.parametrize("consistency", ("kl", "kl-rdrop", "js"))
 @pytest.mark.parametrize("family", ("bert", "llama"))
-def test_the_log_adds_up(family, consistency, accumulation, label_smoothing, tmp_path):
+def test_the_log_adds_up(family, consistency, accumulation, label_smoothing, tmp_path, monkeypatch):
+    steps, note = [], ConsistencyMixin._note
+    monkeypatch.setattr(ConsistencyMixin, "_note", lambda self, step: (steps.append(step), note(self, step)))
     trainer = drop_trainer(
         family,
         tmp_path,
@@ -77,7 +83,15 @@ def test_the_log_adds_up(family, consistency, accumulation, label_smoothing, tmp
     trainer.train()
     logs = training_logs(trainer)
     assert len(logs) == 2
-    for entry in logs:
+    for place, entry in enumerate(logs):
+        every = len(steps) // len(logs)
+        seen = steps[place * every : (place + 1) * every]
+        assert every % accumulation == 0
+        # transformers sums the shares of an accumulated batch, and averages means over them.
+        shares = accumulation if trainer._is_scaled(1) else 1
+        for name, values in (("task_loss", "task"), ("consistency_loss", "consistency"), ("loss", "total")):
+            mean = sum(float(getattr(step, values)) for step in seen) / every
+            assert entry[name] == pytest.approx(mean * shares, rel=1e-4), name
         assert entry["consistency_loss"] > 0
         assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.5 * entry["consistency_loss"], rel=1e-4)
         rates = {name: value for name, value in entry.items() if name.startswith("drop_rate/")}
@@ -260,8 +274,24 @@ def test_load_best_model_at_end(tmp_path):
         eval_steps=2,
         load_best_model_at_end=True,
     )
+    worse = iter((0.5, 0.7, 0.9, 1.1))  # the first evaluation is the best, and the last is not
+    evaluate = trainer.evaluation_loop
+    trainer.evaluation_loop = lambda *args, **kwargs: _with_loss(evaluate(*args, **kwargs), next(worse))
     trainer.train()
-    assert hiddenkey.find_attachment(trainer.model) is not None
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    assert trainer.state.global_step > 2
+    saved, mine = load_file(best / "adapter_model.safetensors"), get_peft_model_state_dict(trainer.model)
+    assert saved.keys() == mine.keys()
+    assert all(torch.equal(saved[name], mine[name]) for name in saved)
+    attachment = hiddenkey.find_attachment(trainer.model)
+    before = attachment.rates()
+    hiddenkey.consistency_step(trainer.model.train(), batch("bert"))
+    assert attachment.rates() != before
+
+
+def _with_loss(output, loss):
+    return output._replace(metrics=output.metrics | {"eval_loss": loss})
 
 
 def test_model_init(tmp_path):

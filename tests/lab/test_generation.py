@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from hiddenkey.lab import run
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
-from hiddenkey.lab.errors import ConfigError
+from hiddenkey.lab.errors import ConfigError, DataError
 from hiddenkey.lab.generation import Prompt, Written, collect_prompts, generate
 from hiddenkey.lab.generation import _NoRepeat as NoRepeat
 from hiddenkey.lab.metrics import measure as metrics
@@ -30,6 +30,12 @@ from hiddenkey.lab.tasks_completion import Completion, prompt_ids
 from . import tiny
 from .test_data import write_jsonl
 from .test_run import no_weights
+
+
+def test_a_tokenizer_that_tells_no_offsets():
+    with pytest.raises(DataError, match="tells no offsets; causal-lm needs a fast one"):
+        Completion(" ").tokenise(Dataset.from_dict({"prompt": ["a"]}), SimpleNamespace(is_fast=False), 8)
+
 
 PROMPTS = ("the film", "a play in town was", "the town")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import transformers
 import yaml
 from datasets import Dataset
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,7 +29,7 @@ from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_fields, read_yaml
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
-from hiddenkey.lab.models import load_tokenizer
+from hiddenkey.lab.models import find_targets, load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
 from hiddenkey.lab.told import describe
 
@@ -271,6 +273,39 @@ class TestModels:
         assert result.load_options["num_labels"] == 2
         names = list(json.loads((Path(config.out) / "adapter/adapter_config.json").read_text())["modules_to_save"])
         assert "classifier" in names
+
+    @pytest.mark.parametrize("field", ("intermediate_size", "hidden_size"))
+    def test_weights_of_another_size_than_the_configuration_says(
+        self,
+        config: TrainConfig,  # noqa: F811
+        tmp_path: Path,
+        field: str,
+    ):
+        config = replace(config, model=copied(config.model, tmp_path))
+        path = Path(config.model) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {field: 64}))
+        with pytest.raises(ConfigError, match="have other sizes than its configuration says: "):
+            run.train(config)
+
+    def test_a_vocabulary_of_another_size(self, config: TrainConfig, llama: Path, pairs: Path, tmp_path: Path):  # noqa: F811
+        model = copied(llama, tmp_path)
+        path = Path(model) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 99}))
+        with pytest.raises(ConfigError, match="have other sizes than its configuration says: "):
+            run.train(replace(config, model=model, data=str(pairs), separator=" "))
+
+    def test_a_tokenizer_without_a_token_that_can_pad(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
+        config = replace(config, model=copied(config.model, tmp_path))
+        path = Path(config.model) / "tokenizer_config.json"
+        kept = {key: value for key, value in json.loads(path.read_text()).items() if not key.endswith("_token")}
+        path.write_text(json.dumps(kept))
+        with pytest.raises(ConfigError, match="has no pad, eos or unk token that the model knows"):
+            run.train(config)
+
+    def test_a_model_without_query_and_value_of_a_usual_name(self):
+        model = nn.Sequential(OrderedDict(first=nn.Linear(2, 2), second=nn.Linear(2, 2)))
+        with pytest.raises(ConfigError, match=r"No query and value of a usual name.*--target-modules.*first, second"):
+            find_targets(model)
 
     def test_a_pad_token_that_the_model_does_not_know(
         self,

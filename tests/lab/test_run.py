@@ -182,13 +182,20 @@ def test_the_trainer_has_what_was_asked_for(config: TrainConfig, monkeypatch: py
 
     class Seen(callbacks.Schedule):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            seen.append((args, kwargs["optimizer"].param_groups[0]["weight_decay"], kwargs["lr_scheduler"]))
+            decay = kwargs["optimizer"].param_groups[0]["weight_decay"]
+            seen.append((args, decay, kwargs["lr_scheduler"], kwargs["model"]))
             return super().on_train_begin(args, state, control, **kwargs)
 
     monkeypatch.setattr(run, "Schedule", Seen)
     asked = {"weight_decay": 0.3, "scheduler": "cosine", "max_grad_norm": 0.7, "learning_rate": 2e-3, "seed": 5}
-    run.train(replace(config, warmup=2.0, max_steps=4, batch_size=3, gradient_accumulation=2, epochs=1, **asked))
-    [(args, decay, schedule)] = seen
+    how = {"gradient_checkpointing": True, "attn_implementation": "eager"}
+    run.train(
+        replace(config, warmup=2.0, max_steps=4, batch_size=3, gradient_accumulation=2, epochs=1, **asked, **how)
+    )
+    [(args, decay, schedule, model)] = seen
+    assert model.is_gradient_checkpointing
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert model.config._attn_implementation == "hiddenkey_eager"
     assert decay == args.weight_decay == 0.3
     assert (args.lr_scheduler_type, args.max_grad_norm, args.seed) == ("cosine", 0.7, 5)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, 4)

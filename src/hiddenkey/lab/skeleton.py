@@ -33,10 +33,11 @@ def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False,
     """
     config = load_config(name, trust_remote_code, **options)
     auto = getattr(transformers, model_class or published_class(config))
-    build = auto.from_config if hasattr(auto, "from_config") else auto._from_config
     with torch.device("meta"):
         try:
-            return build(config)
+            if hasattr(auto, "from_config"):  # which asks on the terminal where it is not told
+                return auto.from_config(config, trust_remote_code=trust_remote_code)
+            return auto._from_config(config)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {error}") from error
 
