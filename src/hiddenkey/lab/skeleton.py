@@ -53,7 +53,8 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (ValueError, ImportError) as error:
-        option = " Here that option is --trust-remote-code." if "trust_remote_code" in str(error) else ""
+        own = any(word in str(error) for word in ("trust_remote_code", "model type"))
+        option = " Here that option is --trust-remote-code." if own else ""
         raise ConfigError(f"{name} cannot be read: {error}{option}") from error
     except OSError as error:
         raise OSError(f"model = {name!r}: here is no folder of that name, and from the hub: {error}") from error
