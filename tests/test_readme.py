@@ -125,7 +125,8 @@ def names_of_a_new_process():
     code = (
         "import json, hiddenkey.axes.position as p, hiddenkey.axes.pattern as q, hiddenkey.axes.compensation as c\n"
         "import hiddenkey.consistency as k\n"
-        "axes = dict(position=p.POSITIONS, pattern=q.PATTERNS, compensation=c.COMPENSATIONS, consistency=k.CONSISTENCIES)\n"
+        "axes = dict(position=p.POSITIONS, pattern=q.PATTERNS, compensation=c.COMPENSATIONS)\n"
+        "axes['consistency'] = k.CONSISTENCIES\n"
         "print(json.dumps({axis: registry.names() for axis, registry in axes.items()}))"
     )
     return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
