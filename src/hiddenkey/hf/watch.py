@@ -63,7 +63,7 @@ class Watch:
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
         if self._modes:  # a compiled forward that failed calls no hook after it, nor does one that Ctrl-C ended
-            self._end_lost_reference(module)
+            self._end_reference(module, lost=True)
         if not torch.compiler.is_compiling():
             self.attachment.end_softmaxes()
         if not module.training:
@@ -103,14 +103,12 @@ class Watch:
         self._modes[id(module)] = to_evaluation(module)
 
     @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
-    def _end_reference(self, module: nn.Module) -> None:
-        give_back_modes(self._modes.pop(id(module), []))
-
-    @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
-    def _end_lost_reference(self, module: nn.Module) -> None:
-        """Give back the modes to a pass that learns. Others may follow a `model.eval()` since, which stays."""
+    def _end_reference(self, module: nn.Module, lost: bool = False) -> None:
+        """lost: without its hooks. Then a pass that learns gets the modes back; before another there may have been a
+        `model.eval()`, which stays.
+        """
         modes = self._modes.pop(id(module), [])
-        if torch.is_grad_enabled():
+        if not lost or torch.is_grad_enabled():
             give_back_modes(modes)
 
     @torch.compiler.disable(reason="a backward pass from here would not teach what the recipe of hiddenkey says")

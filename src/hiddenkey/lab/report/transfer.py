@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -38,20 +37,25 @@ class Transfer:
     """Why, for every other seed of either."""
 
 
+Pairs = list[tuple[Task, Transfer]]
+"""Of one method, the ordered pairs of tasks with something to choose among: the target, and what came of it."""
+
+
 def transfer_table(pool: Pool) -> Table:
     """Own choice, another task's choice, and the difference, as means over all ordered pairs of tasks."""
-    names = [method for method in (*METHODS, *RIVALS) if method in pool.methods]
-    found = [(method, _lost(pool, method), _gained(pool, method)) for method in names]
-    found = [row for row in found if row[1].run]
+    pairs_of = {method: _pairs(pool, method) for method in (*METHODS, *RIVALS) if method in pool.methods}
+    found = [
+        (method, pairs, _over(pairs, method), _over(pairs, BASELINE)) for method, pairs in pairs_of.items() if pairs
+    ]
     adjusted = holm(
-        [gained.difference.p if gained.difference and name != BASELINE else None for name, _, gained in found]
+        [gained.difference.p if gained.difference and name != BASELINE else None for name, *_, gained in found]
     )
     rows, data = [], []
-    for (method, lost, gained), p in zip(found, adjusted, strict=True):
+    for (method, pairs, lost, gained), p in zip(found, adjusted, strict=True):
         gain = None if method == BASELINE else gained.difference
         over_tuned = words.paired(gain, len(lost.values), nothing=gained.nothing)
-        cost, missing, pairs = lost.difference, left_out(pool, method), _pairs(pool, method)
-        used = sum(bool(pair.values) for pair in pairs)
+        cost, missing = lost.difference, left_out(pairs)
+        used = sum(bool(pair.values) for _, pair in pairs)
         rows.append(
             [
                 f"`{method}`",
@@ -80,8 +84,8 @@ def transfer_table(pool: Pool) -> Table:
 
 def transfer_words(pool: Pool) -> Text:
     """What becomes of HiddenKey."""
-    lost, gained = _lost(pool, HIDDENKEY), _gained(pool, HIDDENKEY)
-    missing = left_out(pool, HIDDENKEY)
+    pairs = _pairs(pool, HIDDENKEY)
+    lost, gained, missing = _over(pairs, HIDDENKEY), _over(pairs, BASELINE), left_out(pairs)
     without = f" Left out: {words.counted(missing)}." if missing else ""
     if lost.difference is None or gained.difference is None:
         return Text(f"`{HIDDENKEY}` with values chosen on another task: {gained.nothing}.{without}")
@@ -102,14 +106,14 @@ def transferred(source: Task, target: Task, method: str) -> Transfer | None:
     return Transfer(values, tuple(why for why in found.values() if isinstance(why, str)))
 
 
-def left_out(pool: Pool, method: str) -> Sequence[str]:
+def left_out(pairs: Pairs) -> list[str]:
     """Why a seed of a pair of tasks has no value, for each that has none."""
-    return [why for pair in _pairs(pool, method) for why in pair.left_out]
+    return [why for _, pair in pairs for why in pair.left_out]
 
 
-def _pairs(pool: Pool, method: str) -> list[Transfer]:
-    found = (transferred(source, target, method) for source, target in permutations(pool.tasks, 2))
-    return [pair for pair in found if pair is not None]
+def _pairs(pool: Pool, method: str) -> Pairs:
+    found = ((target, transferred(source, target, method)) for source, target in permutations(pool.tasks, 2))
+    return [(target, pair) for target, pair in found if pair is not None]
 
 
 def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:
@@ -128,21 +132,13 @@ def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:
     return UNTESTED if value is None else value
 
 
-def _lost(pool: Pool, method: str) -> Pooled:
-    return _over_pairs(pool, method, method)
-
-
-def _gained(pool: Pool, method: str) -> Pooled:
-    return _over_pairs(pool, method, BASELINE)
-
-
-def _over_pairs(pool: Pool, method: str, reference: str) -> Pooled:
-    maps, names, run = [], set(), False
-    for source, target in permutations(pool.tasks, 2):
-        found, own = transferred(source, target, method), target.values(reference)
-        run = run or (found is not None and reference in target.methods)
-        shared = found.values.keys() & own.keys() if found else set()
-        if found and shared:
-            maps.append({seed: found.values[seed] - own[seed] for seed in sorted(shared)})
+def _over(pairs: Pairs, reference: str) -> Pooled:
+    """The transferred values minus those of the reference, tuned on the target itself."""
+    maps, names = [], set()
+    for target, found in pairs:
+        own = target.values(reference)
+        shared = sorted(found.values.keys() & own.keys())
+        if shared:
+            maps.append({seed: found.values[seed] - own[seed] for seed in shared})
             names.add(target.label)
-    return Pooled(tuple(sorted(names)), average(maps), run)
+    return Pooled(tuple(sorted(names)), average(maps), any(reference in target.methods for target, _ in pairs))
