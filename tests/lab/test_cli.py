@@ -157,6 +157,15 @@ def test_train_from_yaml_with_flags_on_top(
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
 
 
+def test_a_broken_file_is_told_of_once(bert: Path, tmp_path: Path):
+    (tmp_path / "rows.csv").write_text("text,label\na,0\nb,1\nc,0,1,1\n")
+    flags = {"--model": bert, "--data": tmp_path / "rows.csv", "--out": tmp_path / "out"}
+    done = hiddenkey("train", *(str(part) for flag in flags.items() for part in flag))
+    assert done.returncode == 2
+    assert done.stderr.count("Expected 2 fields in line 4, saw 4") == 1
+    assert "Failed to read file" not in done.stderr
+
+
 def test_ctrl_c_promises_nothing_where_nothing_was_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,5 +1,6 @@
 """Less noise from the libraries below, for programs that show their own progress."""
 
+import logging
 import warnings
 from importlib.util import find_spec
 
@@ -14,4 +15,5 @@ def quieten() -> None:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised too, and told once
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\b.*")
