@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from datasets import Dataset
 from rich.console import Console
 
-from ..consistency import CONSISTENCIES
 from ..recipe import Recipe
 from .checked import Checked
 from .columns import values
@@ -60,7 +59,7 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
 def is_idle(recipe: Recipe, config: TrainConfig) -> bool:
     """Whether a consistency has nothing to tell apart, with the model's own dropouts off."""
     draws = config.lora_dropout or config.neftune_alpha or any(drop.p > 0 for drop in recipe.drops)
-    return recipe.consistency in CONSISTENCIES.names() and not draws
+    return recipe.consistency is not None and not draws
 
 
 def _counts(rows: dict[str, int]) -> str:

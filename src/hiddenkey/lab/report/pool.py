@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from . import words
 from .claims import CLAIMS, Claim, Verdict, verdict
@@ -77,7 +78,7 @@ class Pooled:
     lost: tuple[Seed, ...] = ()
     """Seeds that were run and left out, as a task or a side has no result of them."""
 
-    @property
+    @cached_property
     def difference(self) -> Difference | None:
         """With its interval; None where there is nothing in common."""
         return describe(list(self.values.values()))
