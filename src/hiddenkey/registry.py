@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -67,11 +67,15 @@ class Registry(Generic[T]):
         return list(self._objects)
 
 
-def unknown(kind: str, name: str, allowed: list[str]) -> str:
+def unknown(kind: str, name: str, allowed: Collection[str]) -> str:
     """The message for a name that does not exist: what was given, what is near, what is allowed."""
+    return f"unknown {kind} {name!r}.{nearest(name, allowed)} Known: {', '.join(allowed)}"
+
+
+def nearest(name: str, allowed: Collection[str]) -> str:
+    """A sentence with the name that was meant, after a space; empty where none is near."""
     near = get_close_matches(name.lower(), allowed, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}.{hint} Known: {', '.join(allowed)}"
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def load_plugins() -> None:

@@ -112,7 +112,7 @@ def test_unknown_yaml_name_gets_the_nearest_and_all_names(tmp_path: Path):
         read_fields(path)
     message = str(caught.value)
     assert "'lerning_rate'" in message
-    assert "did you mean 'learning_rate'" in message
+    assert "Did you mean 'learning_rate'" in message
     assert all(field.name in message for field in dataclasses.fields(TrainConfig))
 
 

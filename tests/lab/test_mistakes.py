@@ -370,7 +370,7 @@ class TestYaml:
             read_fields(tmp_path / "run.yaml")
 
     @pytest.mark.parametrize(
-        ("name", "meant"), (("learning_rat", "; did you mean 'learning_rate'?"), ("zzz", ". Allowed"))
+        ("name", "meant"), (("learning_rat", ". Did you mean 'learning_rate'?"), ("zzz", ". Known"))
     )
     def test_only_a_near_name_is_guessed(self, tmp_path: Path, name: str, meant: str):
         (tmp_path / "run.yaml").write_text(f"{name}: 1")

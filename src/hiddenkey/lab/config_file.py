@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..registry import unknown
 from .config import FIELD_TYPES, convert
 from .errors import ConfigError
 
@@ -61,18 +60,8 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")
     for name in given:
         if name not in FIELD_TYPES:
-            raise ConfigError(f"{path}: {_unknown(str(name))}")
+            raise ConfigError(f"{path}: {unknown('name', str(name), FIELD_TYPES)}")
     try:
         return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def _unknown(name: str) -> str:
-    return f"unknown name {name!r}{hint(name, FIELD_TYPES)} Allowed: {', '.join(FIELD_TYPES)}."
-
-
-def hint(name: str, allowed: Iterable[str]) -> str:
-    """The end of a sentence: the name that was meant, where one is near."""
-    nearest = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else "."

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from ...registry import nearest, unknown
 from ..config import FIELD_TYPES, OF_A_TASK, expanded
-from ..config_file import hint, read_yaml
+from ..config_file import read_yaml
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
 
@@ -91,9 +92,7 @@ def _known(where: str, given: Any, allowed: tuple[str, ...], required: tuple[str
     prefix = f"{where}: " if where else ""
     for name in given:
         if name not in allowed:
-            raise ConfigError(
-                f"{prefix}unknown name {name!r}{hint(str(name), allowed)} Allowed: {', '.join(allowed)}."
-            )
+            raise ConfigError(f"{prefix}{unknown('name', str(name), allowed)}")
     missing = [name for name in required if name not in given]
     if missing:
         raise ConfigError(f"{prefix}{', '.join(missing)} is missing; it needs {', '.join(required)}.")
@@ -246,8 +245,8 @@ def _check_names(where: str, method: Method) -> None:
                     f"{where}.grid: {name} is both a field and in the recipe; give what is in braces another name."
                 )
             raise ConfigError(
-                f"{where}.grid: {name} is neither a field nor in the recipe{hint(name, [*FIELD_TYPES, *open_names])} "
-                f"Write {{{name}}} where the recipe needs its value."
+                f"{where}.grid: {name} is neither a field nor in the recipe."
+                f"{nearest(name, [*FIELD_TYPES, *open_names])} Write {{{name}}} where the recipe needs its value."
             )
 
 
