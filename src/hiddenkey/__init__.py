@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 ROOMS = {
-    "recipe": ("parse", "Recipe", "Drop"),
+    "recipe": ("parse", "Recipe", "Drop", "LayerSlice"),
     "errors": ("UserError", "RecipeError", "PlanError", "AttachError", "SavedRecipeError", "UnknownNameError"),
     "attend": ("attention",),
     "dropout": ("StructuredDropout",),
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .hf.trainer import ConsistencyMixin as ConsistencyMixin
     from .hf.trainer import DropTrainer as DropTrainer
     from .recipe import Drop as Drop
+    from .recipe import LayerSlice as LayerSlice
     from .recipe import Recipe as Recipe
     from .recipe import parse as parse
 

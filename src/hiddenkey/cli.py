@@ -53,7 +53,7 @@ class DoctorCommand:
     task: Literal["auto", "classification", "causal-lm"] = "auto"
     """Head of the model; auto takes the published one."""
     train_args: str = ""
-    """YAML file of `hiddenkey train`, of which LoRA, dtype, attention and gradient checkpointing are taken."""
+    """YAML file of `hiddenkey train`: its task, LoRA, dtype, attention and checkpointing; no model or recipe."""
     rounds: int = 4
     """How often each batch is run to count draws."""
     size: int = 4

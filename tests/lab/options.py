@@ -7,6 +7,7 @@ import inspect
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from hiddenkey.lab import config
 
@@ -27,7 +28,7 @@ def told() -> dict[str, str]:
 
 def table() -> str:
     """One row per field, in the order of the class."""
-    rows = (f"| `{name}` | {_default(name)}| {text} |\n" for name, text in told().items())
+    rows = (f"| `{name}` | {_default(name)}| {text}{_choice(name)} |\n" for name, text in told().items())
     return HEAD + "".join(rows)
 
 
@@ -38,6 +39,11 @@ def _default(name: str) -> str:
     if default in ("", []):
         return ""
     return f"`{default if isinstance(default, str) and default.strip() else json.dumps(default)}` "
+
+
+def _choice(name: str) -> str:
+    allowed = get_args(config.FIELD_TYPES[name]) if get_origin(config.FIELD_TYPES[name]) is Literal else ()
+    return f" One of {', '.join(f'`{value}`' for value in allowed)}." if allowed else ""
 
 
 def page(text: str) -> str:

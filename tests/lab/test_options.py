@@ -25,6 +25,9 @@ def test_no_field_is_left_out():
     assert [name for name, _, _ in rows] == list(FIELD_TYPES)
     shown = {name: default for name, default, _ in rows}
     assert shown["model"] == "needed"
+    told = {name: text for name, _, text in rows}
+    assert told["dtype"].endswith("One of `float32`, `bfloat16`, `float16`.")
+    assert "One of" not in told["seed"]
     assert shown["learning_rate"] == f"`{DEFAULTS['learning_rate']}`"
 
 

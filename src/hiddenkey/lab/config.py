@@ -31,7 +31,7 @@ GENERATION_METRICS = (*OF_NGRAMS, *OF_CAPTIONS)
 class TrainConfig:
     """Fine-tune a model with LoRA and a dropout recipe: `hiddenkey train [config.yaml] [--flags]`.
 
-    The YAML file uses the same names with underscores; flags go before it in rank.
+    The YAML file uses the same names with underscores; flags override it.
     """
 
     model: str
@@ -85,7 +85,7 @@ class TrainConfig:
     lora_dropout: float = 0.0
     """PEFT's own dropout on the input of the LoRA branch."""
     target_modules: tuple[str, ...] = ()
-    """Names of the linear layers that get LoRA; none given: query and value, found by their usual names."""
+    """Linear layers that get LoRA, by name; none given: query and value, or what holds them together with the key."""
 
     learning_rate: float = 4e-4
     """Peak learning rate of AdamW."""
@@ -135,7 +135,7 @@ class TrainConfig:
     """Stop after this many epochs without a better metric; 0 = never."""
 
     dtype: Dtype = "float32"
-    """Type of the frozen weights and of autocast; what is trained stays float32."""
+    """Type of the frozen weights and of autocast; what is trained stays float32; float16 needs CUDA."""
     attn_implementation: str = ""
     """Attention backend of transformers; none given: the model's default."""
     gradient_checkpointing: bool = False
