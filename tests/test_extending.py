@@ -77,6 +77,11 @@ def test_what_was_registered_is_gone_again():
         hiddenkey.parse("hidden:alternate@0.5")
 
 
+def test_a_unit_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="unit = 'cell' is not allowed: it is one of entry, row, fixed"):
+        hiddenkey.register_pattern("wrong", unit="cell")
+
+
 def test_a_pattern_may_ask_for_documents():
     @hiddenkey.register_pattern("first", needs_segments=True)
     def first(grid, p):

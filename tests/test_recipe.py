@@ -225,6 +225,13 @@ BAD_OBJECTS = {
     "rate": (lambda: Drop("hidden", "element", "rescale", 1.5), ["'hidden'", "[0, 1)", "1.5"]),
     "no rate": (lambda: Drop("hidden", "element", "rescale", float("nan")), ["[0, 1)", "nan"]),
     "layers": (lambda: Drop("input", "element", "rescale", 0.1, LayerSlice(1, 2)), ["'input'", "once", "[1:2]"]),
+    "no layers": (lambda: Drop("hidden", "element", "rescale", 0.1, "1/2:"), ["hiddenkey.LayerSlice", "'1/2:'"]),
+    "half a layer": (lambda: LayerSlice(0.5), ["a whole number", "0.5"]),
+    "a truth": (lambda: LayerSlice(True), ["a whole number", "True"]),
+    "a share below 0": (lambda: LayerSlice(Fraction(-1, 2)), ["between 0 and 1", "Fraction(-1, 2)"]),
+    "a share above 1": (lambda: LayerSlice(None, Fraction(3, 2)), ["between 0 and 1", "Fraction(3, 2)"]),
+    "two depths": (lambda: LayerSlice(None, Fraction(2)), ["between 0 and 1", "Fraction(2, 1)"]),
+    "what cannot be read again": (lambda: LayerSlice(10**10), ["a whole number", "10000000000"]),
     "consistency": (lambda: Recipe((), "kll"), ["'kll'", "Did you mean 'kl'?"]),
     "weight": (lambda: Recipe((), "kl", 0.0), ["'kl'", "positive", "0.0"]),
     "endless weight": (lambda: Recipe((), "kl", float("inf")), ["'kl'", "positive", "inf"]),
@@ -243,6 +250,11 @@ def test_what_no_recipe_can_say_is_refused_by_hand_too(wrong):
 def test_drops_by_hand_are_put_in_order():
     drops = parse("logits:column@0.1 + hidden:element@0.2").drops
     assert Recipe(drops[::-1]) == Recipe(list(drops)) == parse("logits:column@0.1 + hidden:element@0.2")
+
+
+def test_a_weight_without_a_consistency_is_none():
+    drops = parse("hidden:element@0.1").drops
+    assert Recipe(drops, None, 0.5) == parse(str(Recipe(drops, None, 0.5)))
 
 
 def test_numbers_of_numpy_are_printed_as_numbers():

@@ -118,8 +118,9 @@ for _ in range(2):
 """
 
 
-def test_a_broken_plugin_is_an_error_that_names_it_every_time(tmp_path):
-    install(tmp_path, "import a_module_that_is_not_there\n")
+@pytest.mark.parametrize("before", ("", "import hiddenkey\nhiddenkey.register_pattern('x')(print)\n"))
+def test_a_broken_plugin_is_an_error_that_names_it_every_time(before, tmp_path):
+    install(tmp_path, f"{before}import a_module_that_is_not_there\n")
     done = python(BROKEN, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -38,12 +38,13 @@ def attention(
     drop: a recipe whose `logits` and `weights` drops are used, such as "logits:column@0.1".
     attn_mask: bool (True = visible) or additive float, broadcastable to (B, H, Q, K); of zeros and one number of -50
     or less it hides, whatever a draw leaves.
+    is_causal: query i sees keys 0 to i, also where Q and K differ. scale: above 0; None: 1 / √D.
     keep: bool, broadcastable to (B, Hkv or H, Q, K), True = kept; replaces the draw of the only drop.
     training: False: nothing drops, as in `torch.nn.functional.dropout`; give a module's own `self.training`.
 
     One draw is made per example and key/value head. A row that a draw would empty keeps all it can see, and a
-    row that can see nothing gives zeros. Raises ValueError for a recipe without such drops and for tensors that do
-    not fit together in shape, dtype or device.
+    row that can see nothing gives zeros. Raises ValueError for a recipe without such drops, `keep` with several, a
+    scale of 0 or less, both masks at once, and tensors that do not fit together in shape, dtype or device.
     """
     drops = select(drop, ("logits", "weights"), "attention")
     _check(query, key, value, attn_mask, is_causal, enable_gqa, keep, drops)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import flash
 from .drop import guard, spread
-from .masks import Mask
+from .masks import Mask, over_cells
 
 # Entries of a part's mask: 8 MiB of float32, in cache; from 32 MiB on, Linux's allocator asks the system every time.
 PART_CELLS = 2**21
@@ -133,7 +133,7 @@ def _cut(
 def _of_part(mask: Tensor, part: Part, query: Tensor, key: Tensor) -> Tensor:
     """The part of a mask that broadcasts to (B, Hkv or H, Q, K)."""
     rows, heads, groups = part
-    mask = mask.view((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    mask = over_cells(mask)
     axis = {query.shape[1]: heads, key.shape[1]: groups}.get(mask.shape[1], slice(None))
     return mask[rows if mask.shape[0] > 1 else slice(None), axis]
 

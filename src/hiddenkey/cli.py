@@ -15,7 +15,7 @@ import hiddenkey
 
 from .lab.artifacts import is_begun
 from .lab.bench.config import BenchConfig
-from .lab.config import TrainConfig
+from .lab.config import FIELD_TYPES, TrainConfig
 from .lab.errors import ConfigError
 from .lab.sweep.config import SweepConfig
 
@@ -229,8 +229,9 @@ def _end_with_the_reader() -> None:
 
 
 def _require_file_first(arguments: list[str]) -> None:
+    switches = {f"--{name.replace('_', '-')}" for name, kind in FIELD_TYPES.items() if kind is bool}
     for before, word in pairwise(arguments):
-        if word.endswith((".yaml", ".yml")) and not before.startswith("-"):
+        if word.endswith((".yaml", ".yml")) and (before in switches or not before.startswith("-")):
             raise ConfigError(f"{word}: the file comes first, as in hiddenkey train {word} --seed 1.")
 
 

@@ -111,11 +111,13 @@ def consistency_loss(
 
     first, second: logits (…, V), the view that is trained and the other one; predictions for `mse`.
     valid: bool (…), rows that count; None: all. Without any valid row the loss is 0.
-    reduction: `mean` over valid rows, `sum` over them, or `none`: (…), 0 where not valid.
+    reduction: `mean` over valid rows, `sum` over them, or `none`: (…), 0 where not valid. Returns float32, of float64
+    float64.
     A class that both views exclude by minus infinity gives NaN; exclude it by a number such as -1e4.
 
     Gradient flows into `first`, and into `second` only where the consistency says both (`kl-rdrop`).
-    Raises ValueError for an unknown name, unequal shapes, a `valid` that does not fit, another reduction.
+    Raises ValueError for an unknown name, unequal shapes, `mse` of tensors without an axis of outputs, a `valid` that
+    does not fit, another reduction.
     """
     consistency = CONSISTENCIES[name]
     if first.shape != second.shape:

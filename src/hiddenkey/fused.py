@@ -1,6 +1,6 @@
-"""Fast attention for drops of whole keys: nothing of size queries × keys is built for them.
+"""Fast attention by torch's kernels: drops of whole keys, drops of cells, and none.
 
-A keep mask that is the same for every query is a bias per key, and torch's kernels can take that.
+A keep mask that is the same for every query is a bias per key, for which nothing of size queries × keys is needed.
 """
 
 from __future__ import annotations

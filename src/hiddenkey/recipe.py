@@ -36,14 +36,16 @@ NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 class LayerSlice:
     """Which layers of a stack: Python's slice with counts, negative counts, or fractions of the depth.
 
-    A start of 0 and a stop of 1 as a fraction are the ends, as None is. Raises RecipeError for what is empty in every
-    model.
+    A start of 0 and a stop of 1 as a fraction are the ends, as None is. Raises RecipeError for a bound that no recipe
+    can say, and for what is empty in every model.
     """
 
     start: int | Fraction | None = None
     stop: int | Fraction | None = None
 
     def __post_init__(self) -> None:
+        for bound in (self.start, self.stop):
+            _require_bound(bound)
         if self.start == 0:
             object.__setattr__(self, "start", None)
         if isinstance(self.stop, Fraction) and self.stop == 1:
@@ -86,6 +88,8 @@ class Drop:
                 f"{self.position!r} has no compensation {self.compensation!r}; allowed: {', '.join(allowed)}"
             )
         _require_rate(self.position, self.p, self.p)
+        if not isinstance(self.layers, LayerSlice | None):
+            raise RecipeError(f"layers are a hiddenkey.LayerSlice or None, got {self.layers!r}")
         if self.layers is not None and not position.per_layer:
             raise RecipeError(f"{self.position!r} exists once in a model, so it takes no layers [{self.layers}]")
 
@@ -100,6 +104,7 @@ class Drop:
 class Recipe:
     """Drops, kept in the order of the forward pass, and the consistency that ties two views together.
 
+    weight: of the consistency; 1 where there is none.
     Raises RecipeError or UnknownNameError for what no recipe can say.
     """
 
@@ -113,6 +118,8 @@ class Recipe:
         if self.consistency is not None:
             CONSISTENCIES[self.consistency]
         _require_weight(self.consistency, self.weight, self.weight)
+        if self.consistency is None:  # the text has no place for its weight
+            object.__setattr__(self, "weight", 1.0)
 
     def __str__(self) -> str:
         drops = " + ".join(map(str, self.drops)) or BASELINE
@@ -233,6 +240,15 @@ def _consistency(text: str) -> tuple[str, float]:
     number = _number(weight) if star else 1.0
     _require_weight(name, number, weight)
     return name, number
+
+
+def _require_bound(bound: object) -> None:
+    whole = isinstance(bound, int) and not isinstance(bound, bool)
+    share = isinstance(bound, Fraction) and 0 <= bound <= 1
+    if bound is not None and not ((whole or share) and BOUND.fullmatch(str(bound))):
+        raise RecipeError(
+            f"a bound of layers is a whole number, a Fraction of the depth between 0 and 1, or None; got {bound!r}"
+        )
 
 
 def _number(text: str) -> float:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from .errors import UnknownNameError
 
@@ -24,6 +24,7 @@ class Registry(Generic[T]):
     """
 
     _plugins_loaded = False
+    _broken: ClassVar[ImportError | None] = None
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -79,7 +80,9 @@ def nearest(name: str, allowed: Collection[str]) -> str:
 
 
 def load_plugins() -> None:
-    """Import every installed plugin module once; a plugin that fails to import is an error."""
+    """Import every installed plugin module once; one that fails to import is an error, the same at every look."""
+    if Registry._broken is not None:
+        raise Registry._broken
     if Registry._plugins_loaded:
         return
     Registry._plugins_loaded = True
@@ -87,5 +90,7 @@ def load_plugins() -> None:
         try:
             plugin.load()
         except Exception as error:
-            Registry._plugins_loaded = False
-            raise ImportError(f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load") from error
+            Registry._broken = ImportError(
+                f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load: {error}"
+            )
+            raise Registry._broken from error

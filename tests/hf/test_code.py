@@ -53,6 +53,22 @@ class TestDropAtSoftmax:
         logits = torch.randn(2, 2, 4, 9)
         assert (weights(lambda: call(logits)) == 0).any()
 
+    @pytest.mark.parametrize(
+        "call",
+        (
+            lambda x: x.softmax(-1, torch.float32),
+            lambda x: torch.softmax(x, -1, torch.float32),
+            lambda x: F.softmax(x, -1, 3, torch.float32),
+            lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
+        ),
+    )
+    def test_the_dtype_that_it_asks_for_is_kept(self, call):
+        logits = torch.randn(2, 2, 4, 9).bfloat16()
+        dropped = weights(lambda: call(logits))
+        assert dropped.dtype == torch.float32
+        kept = (dropped != 0).all(-2, keepdim=True)
+        torch.testing.assert_close(dropped, logits.float().masked_fill(~kept, -torch.inf).softmax(-1))
+
     @pytest.mark.parametrize("low", (-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf))
     def test_hidden_keys_stay_hidden_in_rows_that_a_draw_empties(self, low):
         logits = torch.randn(64, 1, 6, 6)

@@ -66,6 +66,32 @@ def test_which_models_divide_by_the_number_of_labels(name: str, counts: bool):
     assert counts_items(kind.__new__(kind)) is counts
 
 
+def test_without_labels_num_items_is_refused():
+    """Spans of answers are no labels that could be counted."""
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(**size, vocab_size=64)
+    model = transformers.BertForQuestionAnswering(config).train()
+    answers = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
+    inputs = {"input_ids": torch.randint(5, 64, (2, 6)), **answers}
+    with hiddenkey.attach(model, "hiddenkey-@0.1"):
+        assert hiddenkey.consistency_step(model, inputs).total.requires_grad
+        with pytest.raises(hiddenkey.UserError, match="start_positions, end_positions has no 'labels' to count"):
+            hiddenkey.consistency_step(model, inputs, num_items=8)
+
+
+def test_a_model_whose_code_cannot_be_read_is_taken_to_return_the_mean():
+    """As of a class that was typed into an interpreter."""
+    names: dict[str, Any] = {"transformers": transformers}
+    code = "class Typed(transformers.BertForSequenceClassification):\n    def forward(self, **inputs):\n"
+    exec(f"{code}        return super(Typed, self).forward(**inputs)\n", names)
+    model = names["Typed"](make("bert").config).double().train()
+    inputs = batch("bert")
+    with hiddenkey.attach(model, "hiddenkey-@0"):
+        mean = hiddenkey.consistency_step(model, inputs).task
+        share = hiddenkey.consistency_step(model, inputs, num_items=2 * len(inputs["labels"])).task
+    torch.testing.assert_close(share, mean / 2)
+
+
 REGRESSION, SEVERAL, ONE = "regression", "multi_label_classification", "single_label_classification"
 
 

@@ -20,6 +20,7 @@ from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.draws import random_keep
 from hiddenkey.hf import step
 from hiddenkey.hf.doctor import examine, surroundings
+from hiddenkey.hf.doctor.forward import difference
 from hiddenkey.hf.doctor.patient import Patient
 from hiddenkey.hf.doctor.surroundings import check_ranks
 from hiddenkey.hf.random_state import RandomState
@@ -139,6 +140,19 @@ def test_a_prompt_has_room_for_what_is_generated():
         diagnosis = examined(hf.GPT2LMHeadModel(config).train(), "hiddenkey[:]@0.3", length=length)
         assert diagnosis.ok, str(diagnosis)
         assert verdicts(diagnosis, "generate") == ["ok"]
+
+
+def test_an_answer_in_a_text_of_one_token():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = hf.BertForQuestionAnswering(hf.BertConfig(**size, vocab_size=64)).train()
+    diagnosis = hiddenkey.doctor(model, "hidden:element@0.3", rounds=1, size=2, length=1)
+    assert "evaluation" in str(diagnosis)
+
+
+def test_what_differs_in_float64_is_not_rounded_away():
+    ones = torch.ones(4, dtype=torch.float64)
+    assert difference(ones + 1e-10, ones) == pytest.approx(1e-10, rel=1e-4)
+    assert difference(ones.bfloat16(), ones) == 0
 
 
 def test_a_model_that_draws_in_evaluation_is_not_blamed_on_the_recipe():

@@ -166,6 +166,11 @@ def test_overlap_of_positions_that_are_there_once():
     refused(make("bert"), "input:column@0.1 + input:element@0.1", "meet at bert.encoder.layer.0")
 
 
+def test_one_drop_twice_meets_itself():
+    (drop,) = hiddenkey.parse("hidden:element@0.1").drops
+    refused(make("bert"), hiddenkey.Recipe((drop, drop)), "meet at bert.encoder.layer.0")
+
+
 @pytest.mark.parametrize("name", ("flash_attention_2", "flex_attention", "somebody/kernels"))
 @pytest.mark.parametrize("position", ("logits", "weights"))
 def test_a_backend_that_would_ignore_us(name, position):

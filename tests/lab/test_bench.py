@@ -322,6 +322,37 @@ def test_mistakes_are_told(options: dict[str, object], said: str, bert: Path, ll
         bench.bench(BenchConfig(out=str(tmp_path / "out"), quick=True, **options))
 
 
+def test_a_fault_of_a_step_is_not_ascribed_to_the_models_name(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(*_: object) -> list[object]:
+        raise ValueError("shapes that do not fit")
+
+    monkeypatch.setattr(bench, "step_cases", broken)
+    with pytest.raises(ValueError, match="shapes that do not fit") as caught:
+        bench.bench(BenchConfig(suite="step", model=(str(llama),), quick=True, out=str(tmp_path / "out")))
+    assert not isinstance(caught.value, hiddenkey.UserError)
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bench, "draw_cases", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match="cannot be written"):
+        bench.bench(BenchConfig(suite="draw", quick=True, out=str(tmp_path)))
+
+
+def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    bench.bench(BenchConfig(suite="loss", quick=True, rounds=1, out="~/found"))
+    assert [path.name for path in tmp_path.iterdir()] == ["found"]
+    performance.write_page(BenchConfig(out="~/found", page="~/page.md"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "found") == ["page", "page.md"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -95,6 +95,7 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
         (["train", "--modle", "BERT"], "--modle"),
         (["train", "--seed", "1", "run.yaml"], "run.yaml: the file comes first"),
+        (["train", "--overwrite", "run.yaml"], "run.yaml: the file comes first"),
         (["trane"], "trane"),
         ([], "train"),
     ],

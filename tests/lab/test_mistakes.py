@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 import yaml
 from datasets import Dataset
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    RobertaForCausalLM,
     RobertaForSequenceClassification,
 )
 
@@ -29,6 +31,7 @@ from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.config_file import read_fields, read_yaml
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
+from hiddenkey.lab.generation import collect_prompts
 from hiddenkey.lab.models import find_targets, load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
 from hiddenkey.lab.told import describe
@@ -398,3 +401,20 @@ def test_roberta_has_no_place_for_the_tokens_up_to_its_padding(config: TrainConf
     tokenizer.save_pretrained(tmp_path / "roberta")
     with pytest.raises(ConfigError, match=r"max_length = 33, but .*roberta takes 32"):
         run.train(replace(config, model=str(tmp_path / "roberta"), max_length=33))
+
+
+@pytest.mark.parametrize(("new", "fits"), ((29, True), (30, False)))
+def test_what_is_generated_has_no_place_there_either(llama: Path, config: TrainConfig, new: int, fits: bool):  # noqa: F811
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 34, "pad_token_id": 1, "is_decoder": True}
+    model = RobertaForCausalLM(RobertaConfig(**sizes, **options)).eval()
+    rows = Dataset.from_dict({"prompt": ["the film"], "completion": ["was fine"]})
+    asked = replace(config, separator=" ", generation_metrics=("bleu",), test="t.csv", max_new_tokens=new)
+    if fits:
+        (prompt,) = collect_prompts(asked, rows, tokenizer, model)
+        assert len(prompt.ids) + new == 32
+        model.generate(torch.tensor([prompt.ids]), max_new_tokens=new, min_new_tokens=new)
+        return
+    with pytest.raises(ConfigError, match="more than the 32 that"):
+        collect_prompts(asked, rows, tokenizer, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -40,8 +40,10 @@ def register_pattern(name: str, *, needs_segments: bool = False, unit: Unit = "r
 
     The function takes a `Grid` and the rate p in [0, 1) and returns a boolean mask (True = kept) that
     broadcasts to `grid.shape`. Draw from torch's default generators: activation checkpointing restores those.
-    needs_segments, unit: the fields of `Pattern`. Raises ValueError for a malformed or taken name.
+    needs_segments, unit: the fields of `Pattern`. Raises ValueError for a malformed or taken name, or another unit.
     """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit = {unit!r} is not allowed: it is one of {', '.join(get_args(Unit))}")
 
     def add(draw: Draw) -> Draw:
         PATTERNS.add(name, Pattern(name, draw, needs_segments, unit))

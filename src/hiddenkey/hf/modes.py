@@ -13,9 +13,14 @@ Modes = list[tuple[nn.Module, bool]]
 
 def to_evaluation(model: nn.Module) -> Modes:
     """Put the model into evaluation mode; returns the mode of each module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     model.eval()
     return modes
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """The mode of each module."""
+    return [(module, module.training) for module in model.modules()]
 
 
 def give_back_modes(modes: Modes) -> None:

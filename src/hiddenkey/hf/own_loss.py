@@ -110,7 +110,11 @@ def _shifts_by_hand(forward: FunctionType) -> bool:
 
 
 def _tree(forward: FunctionType) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    """Its code; empty where there is none to read, as of what was typed into an interpreter."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except OSError:
+        return ast.parse("")
 
 
 @cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import get_args
 
 from torch import nn
@@ -71,8 +72,9 @@ def plan(model: nn.Module, recipe: str | Recipe) -> Plan:
         _check_open(drop, structure, model, name)
         _check_axes(drop, structure, model, name)
     paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
-    sites = tuple(site for drop in recipe.drops for site in _sites(drop, structure, paths, name))
-    _check_overlap(sites)
+    found = [_sites(drop, structure, paths, name) for drop in recipe.drops]
+    _check_overlap(found)
+    sites = tuple(chain.from_iterable(found))
     for site in sites:
         if site.side == "attention":
             problem = check_backend(site.path, model.get_submodule(site.path))
@@ -180,9 +182,13 @@ def _why_none(drop: Drop, structure: Structure) -> str:
     return f"its {drop.position!r} was not found; positions found there: {', '.join(usable)}"
 
 
-def _check_overlap(sites: tuple[Site, ...]) -> None:
+def _check_overlap(sites_by_drop: Iterable[Iterable[Site]]) -> None:
     taken: dict[tuple[str, str], Drop] = {}
-    for site in sites:
-        other = taken.setdefault((site.drop.position, site.path), site.drop)
-        if other is not site.drop:
-            raise PlanError(f"'{other}' and '{site.drop}' meet at {site.path}: give them layers that do not overlap")
+    for sites in sites_by_drop:
+        own = {(site.drop.position, site.path): site.drop for site in sites}
+        for place in own:
+            if place in taken:
+                raise PlanError(
+                    f"'{taken[place]}' and '{own[place]}' meet at {place[1]}: give them layers that do not overlap"
+                )
+        taken |= own

@@ -47,7 +47,7 @@ class DropAtSoftmax(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         if func in SOFTMAX and _over_keys(*args, **kwargs):
             self._once()
-            return self._softmax(args[0] if args else kwargs["input"], kwargs.get("dtype"))
+            return self._softmax(args[0] if args else kwargs["input"], _dtype(func, args, kwargs))
         return func(*args, **kwargs)
 
     def close(self) -> None:
@@ -140,6 +140,13 @@ class OwnSoftmax:
             mode = self.active.pop()
             if mode is not None:
                 mode.__exit__(None, None, None)
+
+
+def _dtype(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """What a call of softmax asks for; before it functional's has one more argument."""
+    place = 3 if func is F.softmax else 2
+    dtype: torch.dtype | None = args[place] if len(args) > place else kwargs.get("dtype")
+    return dtype
 
 
 def _over_keys(input: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> bool:  # noqa: A002

@@ -82,7 +82,11 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
         )
     if num_items is None or counted:
         return outputs["loss"], outputs
-    count = count_labels(transformer, batch["labels"])
+    if not isinstance(labels, Tensor):
+        raise UserError(
+            f"num_items divides by labels, and the batch of {', '.join(batch)} has no 'labels' to count; leave it out"
+        )
+    count = count_labels(transformer, labels)
     if not count:  # a mean over nothing, and so would its gradient be
         return outputs["logits"][:0].sum(), outputs
     return outputs["loss"] * (count / num_items), outputs

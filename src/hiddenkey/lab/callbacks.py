@@ -16,6 +16,8 @@ from transformers.trainer_callback import ExportableState
 from .checkpoints import mark_complete
 from .errors import NonFiniteLossError
 from .interrupts import heed
+from .say import say
+from .summary import TIMES
 
 _LOSSES = ("loss", "task_loss", "consistency_loss")
 
@@ -156,7 +158,7 @@ class ProgressBar(TrainerCallback):
         """Prints the metrics of the validation part, and the loss of the training part."""
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if _is_shown(name)}
         line = f"epoch {state.epoch:g}  {_numbers(shown)}"
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+        say(self.progress.console, line)
 
     def stop(self) -> None:
         """Leaves the terminal as it was."""
@@ -165,7 +167,7 @@ class ProgressBar(TrainerCallback):
 
 def _is_shown(name: str) -> bool:
     if name.startswith("eval_validation_"):
-        return not name.endswith(("_runtime", "_per_second"))
+        return not name.endswith(TIMES)
     return name == "eval_train_loss"
 
 

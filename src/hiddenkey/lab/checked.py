@@ -73,7 +73,7 @@ def check_run(config: TrainConfig, recipe: Recipe) -> Checked:
     refuse_smoothing(examples.task, config.label_smoothing)
     skeleton, tokenizer = check_structure(config, examples, task, [recipe])
     train_rows = task.tokenise(examples.train, tokenizer, config.max_length)
-    _require_known(train_rows, tokenizer, config.model)
+    require_known(train_rows, tokenizer, config.model)
     validation = task.tokenise(examples.validation, tokenizer, config.max_length)
     test = None
     if examples.test is not None:
@@ -112,8 +112,8 @@ def _require_causal(skeleton: Any, name: str) -> None:
         )
 
 
-def _require_known(rows: Dataset, tokenizer: Any, name: str) -> None:
-    """Refuse texts of which the tokenizer knows less than half."""
+def require_known(rows: Dataset, tokenizer: Any, name: str) -> None:
+    """Raises ConfigError for tokenised rows of which the tokenizer knows less than half."""
     if tokenizer.unk_token_id is None:
         return
     special, counts = set(tokenizer.all_special_ids), Counter(chain.from_iterable(values(rows, "input_ids")))

@@ -151,7 +151,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         # A shell expands `--out ~/run`, but neither `--out=~/run` nor YAML does.
-        for name in _PATHS:
+        for name in PATHS:
             object.__setattr__(self, name, expanded(getattr(self, name)))
         if isinstance(self.separator, str):  # a shell hands '\n' on as two characters
             object.__setattr__(self, "separator", self.separator.replace("\\n", "\n").replace("\\t", "\t"))
@@ -192,7 +192,7 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-_PATHS = ("model", "data", "out", "validation", "test")
+PATHS = ("model", "data", "out", "validation", "test")
 
 
 def expanded(path: Any) -> Any:

@@ -19,6 +19,8 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .interrupts import heed
 from .metrics.measure import measure, require_tools
+from .models import positions
+from .say import say
 from .tasks_completion import prompt_ids
 
 
@@ -58,7 +60,7 @@ def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, m
         references.setdefault(prompt, []).append(completion)
     seen = dict(zip(values(rows, "prompt"), values(rows, SEEN), strict=True)) if SEEN in rows.column_names else {}
     ids = prompt_ids(list(references), config.separator, tokenizer)
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = positions(model)
     longest = max(map(len, ids)) + config.max_new_tokens
     if room is not None and longest > room:
         raise ConfigError(
@@ -83,7 +85,7 @@ def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig, 
     cut = sum(not found.ended for found in written)
     if cut:
         limit = config.max_new_tokens
-        console.print(f"{cut} of {len(written)} texts were cut at max_new_tokens = {limit}.", highlight=False)
+        say(console, f"{cut} of {len(written)} texts were cut at max_new_tokens = {limit}.")
     return {**scores, "unended": cut / len(written)}
 
 

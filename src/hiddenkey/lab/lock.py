@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from .errors import BusyError
+from .say import say
 
 _LOCK = ".lock"
 
@@ -29,7 +30,7 @@ def hold(folder: Path, console: Console, doing: str = "training") -> Iterator[No
             f"Another process is {doing} in {folder}. Wait until it ends, or give another folder with --out."
         ) from None
     except NotImplementedError:
-        console.print(f"The file system of {folder} has no locks; do not start this run twice.", highlight=False)
+        say(console, f"The file system of {folder} has no locks; do not start this run twice.")
     try:
         yield
     finally:

@@ -34,6 +34,8 @@ QUERY_AND_VALUE = (
     ("Wqkv",),
     ("in_proj",),
 )
+HEADS = ("classifier", "score")
+"""The names of classifiers' heads in transformers; one that has parts of its own is trained whole."""
 # How the files of tokenizers are called, at their beginning.
 _TOKENIZER = re.compile(r"tokenizer|tokenization|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|tiktoken)$")
 
@@ -59,7 +61,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
             f"The tokenizer of {config.model} has no pad, eos or unk token that the model knows; "
             "name one of them as pad_token in its tokenizer_config.json."
         )
-    limits = [tokenizer.model_max_length, _positions(model)]
+    limits = [tokenizer.model_max_length, positions(model)]
     limit = min(value for value in limits if value is not None)
     if config.max_length > limit:
         raise ConfigError(
@@ -68,7 +70,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
     return tokenizer
 
 
-def _positions(model: Any) -> int | None:
+def positions(model: Any) -> int | None:
     """How many tokens the model has a place for: RoBERTa's like leave out those up to the padding's."""
     places: int | None = getattr(model.config, "max_position_embeddings", None)
     table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
@@ -183,7 +185,7 @@ def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
     """
     # PEFT trains a classifier whole, and finds nothing where that alone is named.
     linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-    present = {name.rpartition(".")[2] for name in linear if name.partition(".")[0] not in ("classifier", "score")}
+    present = {name.rpartition(".")[2] for name in linear if name.partition(".")[0] not in HEADS}
     if asked:
         unknown = sorted(set(asked) - present)
         if unknown:
@@ -203,5 +205,6 @@ def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
 def _new_modules(missing_keys: set[str]) -> list[str] | None:
     # What the checkpoint lacks is drawn at random: frozen, it would be lost with the run, so it is trained and saved.
     modules = {key.rpartition(".")[0] for key in missing_keys}
-    heads = {name if not name.startswith(("classifier.", "score.")) else name.split(".")[0] for name in modules}
+    first = {name: name.split(".")[0] for name in modules}
+    heads = {first[name] if first[name] in HEADS else name for name in modules}
     return sorted(heads) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import hiddenkey
 
 _PACKAGES = ("hiddenkey", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+_SHOWN = ("python", "torch", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +33,16 @@ def commit() -> str | None:
     if head is None:
         return None
     return head + ("+" if _git(package, "status", "--porcelain") else "")
+
+
+def short(found: str | None) -> str:
+    """The first digits of a commit, with its "+" for changes on top."""
+    return "-" if found is None else found[:10] + ("+" if found.endswith("+") else "")
+
+
+def shown_versions(found: Mapping[str, str]) -> str:
+    """The versions that a page has room for."""
+    return ", ".join(f"{name} {found[name]}" for name in _SHOWN if name in found)
 
 
 def processor() -> str:

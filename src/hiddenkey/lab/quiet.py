@@ -8,7 +8,7 @@ import transformers
 
 
 def quieten() -> None:
-    """Hide the progress bars and notices of transformers and datasets; errors stay."""
+    """Hide the progress bars and notices of transformers and datasets; what fails is raised all the same."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if find_spec("datasets"):  # the doctor needs no data

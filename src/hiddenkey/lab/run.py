@@ -39,6 +39,7 @@ from .interrupts import postponed
 from .lock import hold
 from .models import load_model
 from .order import ByLength
+from .say import say
 from .settings import require_one_device, training_arguments
 from .testing import final_scores, load_weights
 from .told import tell
@@ -74,11 +75,10 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     started = time.perf_counter()
     earlier = open_folder(config)
     if earlier is not None and earlier.status == "finished":
-        console.print(
+        say(
+            console,
             f"{config.out} holds this run, finished: nothing to do. If its data have changed since, --overwrite "
             "makes it anew.",
-            highlight=False,
-            soft_wrap=True,
         )
         return earlier
     checked = check_run(config, recipe)
@@ -186,7 +186,7 @@ def _bytes_of_run(trainer: Any) -> int:
 
 def _fit(trainer: Any, config: TrainConfig, console: Console) -> None:
     def tell(message: str) -> None:
-        console.print(message, highlight=False, soft_wrap=True)
+        say(console, message)
 
     checkpoint = last_checkpoint(Path(config.out) / CHECKPOINTS, tell)
     if checkpoint is not None:
@@ -268,10 +268,10 @@ def _test(
 ) -> dict[str, dict[str, float]]:
     if checked.test is None:
         return {}
-    console.print(f"Testing on {len(checked.test)} rows.", highlight=False)
+    say(console, f"Testing on {len(checked.test)} rows.")
     steps: dict[Keep, int] = {"best": int(result.best["step"]), "last": int(result.last["step"])}
     found = final_scores(trainer, checked.test, steps, config.keep)
     if checked.prompts:
-        console.print(f"Generating for {len(checked.prompts)} prompts.", highlight=False)
+        say(console, f"Generating for {len(checked.prompts)} prompts.")
         found[config.keep] |= generation_scores(trainer, checked.prompts, config, console)
     return found

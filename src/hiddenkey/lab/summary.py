@@ -8,6 +8,8 @@ import statistics
 Log = list[dict[str, float]]
 
 _PARTS = ("validation", "train")
+TIMES = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of what the Trainer logs beside metrics."""
 
 
 def epochs_of(history: Log) -> Log:
@@ -46,4 +48,4 @@ def step_seconds(seconds: list[float]) -> dict[str, float]:
 
 def _is_metric(name: str) -> bool:
     ours = name.startswith(tuple(f"eval_{part}_" for part in _PARTS))
-    return ours and not name.endswith(("_runtime", "_per_second", "_preparation_time"))
+    return ours and not name.endswith(TIMES)

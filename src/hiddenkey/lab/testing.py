@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from .checkpoints import require_whole
 from .config import Keep
-
-_TIMES = ("_runtime", "_per_second", "_preparation_time")
+from .summary import TIMES
 
 
 def load_weights(trainer: Any, step: int) -> None:
@@ -38,4 +37,4 @@ def final_scores(trainer: Any, rows: Dataset, steps: dict[Keep, int], keep: Keep
 
 
 def _metrics(found: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("test_"): value for name, value in found.items() if not name.endswith(_TIMES)}
+    return {name.removeprefix("test_"): value for name, value in found.items() if not name.endswith(TIMES)}

@@ -70,6 +70,21 @@ def test_what_cannot_be_generated_or_learnt_is_told(
     dry_run(write_sweep(tmp_path, base=base, axes=None, methods=METHODS))
 
 
+def test_a_tokenizer_of_other_texts_is_told(base: dict[str, Any], tmp_path: Path):
+    rows = [{"prompt": f"ein ganz anderer Satz {i}", "completion": "gut"} for i in range(12)]
+    data = str(tiny.write_csv(tmp_path / "german.csv", rows))
+    with pytest.raises(ConfigError, match=r"does not know \d+ of \d+ tokens"):
+        dry_run(write_sweep(tmp_path, base=base | {"data": data}, axes=None, methods=METHODS))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_workers_share_the_cores_that_the_job_may_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    assert [running._threads(SweepConfig("s.yaml", workers=workers)) for workers in (1, 2, 4, 9)] == [6, 3, 1, 1]
+    assert running._threads(SweepConfig("s.yaml", workers=4, threads=5)) == 5
+
+
 def test_the_rows_of_every_data_seed_are_checked(base: dict[str, Any], tmp_path: Path):
     rows = [*tiny.paired_rows(24), {"prompt": "the film " * 8, "completion": "was fine"}]
     base |= {"data": str(tiny.write_csv(tmp_path / "long.csv", rows)), "train_size": 4, "eval_size": 1}

@@ -194,13 +194,14 @@ def test_workers_agree_on_who_is_dead(base: dict[str, Any], tmp_path: Path):
 
 
 def test_a_home_folder_is_part_of_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    names = set()
-    for home in ("/home/a", "/home/b"):
-        monkeypatch.setenv("HOME", home)
-        plan = plan_of(tmp_path, base={"model": "~/bert", "data": "d.csv"}, methods=ONE)
-        assert runs_of(plan)[0].config.model == plan.sweep.base["model"] == f"{home}/bert"
-        names.add(plan.name)
-    assert len(names) == 2
+    for field in ("model", "data", "validation", "test"):
+        names = set()
+        for home in ("/home/a", "/home/b"):
+            monkeypatch.setenv("HOME", home)
+            plan = plan_of(tmp_path, base={"model": "m", "data": "d.csv", field: "~/bert"}, methods=ONE)
+            assert getattr(runs_of(plan)[0].config, field) == plan.sweep.base[field] == f"{home}/bert"
+            names.add(plan.name)
+        assert len(names) == 2, field
 
 
 def test_a_record_under_another_name_is_told(tmp_path: Path):

@@ -108,7 +108,7 @@ def _labels(model: PreTrainedModel, batch: Batch, size: int, length: int) -> Bat
     if kind.endswith("ForTokenClassification"):
         return {"labels": torch.randint(config.num_labels, batch["input_ids"].shape, device=device)}
     if kind.endswith("ForQuestionAnswering"):
-        places = torch.randint(batch["input_ids"].shape[1] // 2, (2, size), device=device)
+        places = torch.randint(max(batch["input_ids"].shape[1] // 2, 1), (2, size), device=device)
         return {"start_positions": places[0], "end_positions": places[1]}
     if not kind.endswith("Classification"):
         return {}

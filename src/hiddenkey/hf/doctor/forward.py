@@ -26,7 +26,8 @@ def close(dtype: torch.dtype) -> float:
 
 def difference(first: Tensor, second: Tensor) -> float:
     """|a - b| / |b| in the Euclidean norm."""
-    first, second = first.float(), second.float()
+    dtype = torch.promote_types(second.dtype, torch.float32)
+    first, second = first.to(dtype), second.to(dtype)
     return float((first - second).norm() / second.norm().clamp(min=1e-30))
 
 

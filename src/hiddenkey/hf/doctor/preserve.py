@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attach import Attachment, find_attachment
 from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..modes import give_back_modes, modes_of
 from ..random_state import RandomState
 from ..structure import find_transformer
 
@@ -25,7 +26,7 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Give back at the end: random states, training modes, gradients, buffers, and how activations are kept."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     # A classifier writes what its first labels look like into its configuration.
@@ -37,8 +38,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            give_back_modes(modes)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             if hasattr(config, "problem_type"):

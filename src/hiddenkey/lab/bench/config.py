@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..config import expanded, plain
 from ..errors import ConfigError
 
 Suite = Literal["all", "step", "modes", "attention", "draw", "loss", "startup"]
@@ -55,6 +56,10 @@ class BenchConfig:
     labelled: float = 1.0
     """Share of positions with a label, for language models."""
 
+    def __post_init__(self) -> None:
+        for name in ("out", "page"):
+            object.__setattr__(self, name, expanded(getattr(self, name)))
+
     def check(self) -> None:
         """Check every value on its own.
 
@@ -84,7 +89,7 @@ class BenchConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: plain(value) for key, value in asdict(self).items()}
 
 
 def _not_negative(value: float) -> bool:

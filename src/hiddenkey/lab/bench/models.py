@@ -18,14 +18,11 @@ from transformers import AutoConfig, LlamaConfig
 
 from ...hf.dropouts import RATE_NAME, rates_in_config
 from ...hf.views import IGNORED
-from ..models import find_targets
+from ..models import HEADS, find_targets
+from ..skeleton import MODEL_CLASSES
 from .config import BenchConfig
 
 Task = Literal["classification", "causal-lm"]
-CLASSES: dict[Task, str] = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
 # Rates of whole layers are another method.
 NOT_A_UNIT = re.compile(r"layer_?drop|drop_path")
 
@@ -89,7 +86,7 @@ def load_case(name: str, config: BenchConfig, device: torch.device) -> StepCase:
     settings = RANDOM[name]() if name in RANDOM else AutoConfig.from_pretrained(name)
     published = name in RANDOM or str((settings.architectures or [""])[0]).endswith(("ForCausalLM", "LMHeadModel"))
     task: Task = "causal-lm" if published else "classification"
-    auto = getattr(transformers, CLASSES[task])
+    auto = getattr(transformers, MODEL_CLASSES[task])
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(0)
     model = auto.from_config(settings, dtype=dtype) if name in RANDOM else auto.from_pretrained(name, dtype=dtype)
@@ -137,4 +134,4 @@ def shape_of(task: Task, config: BenchConfig) -> tuple[int, int, float]:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_children() if name in ("classifier", "score")]
+    return [name for name, _ in model.named_children() if name in HEADS]

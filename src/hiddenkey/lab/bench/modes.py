@@ -12,7 +12,7 @@ from ... import attach
 from .config import BenchConfig
 from .measure import Work, interleave
 from .memory import peak_memory
-from .models import StepCase, load_case
+from .models import StepCase
 from .providers import PLAIN, RATE, Step
 from .record import Case, Row
 from .step import about, work_of
@@ -26,13 +26,8 @@ MODES = {
 }
 
 
-def mode_cases(model: str, config: BenchConfig, device: torch.device) -> Iterable[Case]:
-    """Plain LoRA and hiddenkey- in all layers, one case for each mode: ratios are within a mode.
-
-    Raises:
-        OSError: no such model.
-    """
-    case = load_case(model, config, device)
+def mode_cases(case: StepCase, config: BenchConfig, device: torch.device) -> Iterable[Case]:
+    """Plain LoRA and hiddenkey- in all layers, one case for each mode: ratios are within a mode."""
     for name, (compiled, checkpointed) in MODES.items():
         works = {recipe: _work(case, recipe, compiled, checkpointed) for recipe in (PLAIN, RECIPE)}
         times = interleave(works, config.rounds_of(ROUNDS), config.seconds)

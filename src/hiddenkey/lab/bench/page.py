@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..artifacts import write_text
 from ..errors import RunError
+from ..provenance import short, shown_versions
 from .config import BenchConfig
 from .record import Case, Record, read_records
 from .report import HEADINGS, bar_chart, number, table_rows
@@ -19,7 +20,6 @@ BEGIN = "<!-- written by `hiddenkey bench --page`: begin -->"
 END = "<!-- written by `hiddenkey bench --page`: end -->"
 NEW_PAGE = f"# What it costs\n\n{BEGIN}\n{END}\n"
 _SHOWN_ELSEWHERE = ("suite", "model", "providers", "out", "page")
-PACKAGES = ("python", "torch", "transformers", "peft")
 
 
 def write_page(config: BenchConfig) -> Path:
@@ -80,8 +80,17 @@ def source_section(records: Records, out: str) -> str:
             f"{machine.get('gpu', machine['processor'])}, {machine['threads']} threads of {machine['cores']} cores"
         )
         load = " ".join(f"{value:.1f}" for value in machine["load_before"])
-        versions = ", ".join(f"{name} {record.versions[name]}" for name in PACKAGES)
-        rows.append([f"`{record.name}`", record.date, short(record.commit), flags(record), where, load, versions])
+        rows.append(
+            [
+                f"`{record.name}`",
+                record.date,
+                short(record.commit),
+                flags(record),
+                where,
+                load,
+                shown_versions(record.versions),
+            ]
+        )
     table = markdown(("result", "date", "commit", "flags", "machine", "load before", "versions"), rows)
     hows = list(dict.fromkeys(record.how for record in records.values()))
     longest = [how for how in hows if not any(how != other and how in other for other in hows)]
@@ -123,11 +132,6 @@ def gpu_section(records: Records) -> str:
     found = [record for record in records.values() if record.machine["device"] == "cuda"]
     names = ", ".join(f"`{record.name}` ({record.machine['gpu']})" for record in found)
     return f"## On a GPU\n\n{names or 'Not measured.'}"
-
-
-def short(commit: str | None) -> str:
-    """The first digits of a commit, with its "+" for changes on top."""
-    return "-" if commit is None else commit[:10] + ("+" if commit.endswith("+") else "")
 
 
 def markdown(headings: tuple[str, ...], rows: list[list[str]]) -> str:

@@ -10,13 +10,14 @@ import torch
 
 import hiddenkey
 
-from ..errors import ConfigError, RunError
+from ..artifacts import make_folder
+from ..errors import ConfigError
 from ..provenance import commit, versions
 from . import memory as bench_memory
 from .attention import attention_cases
 from .config import WITH_MODEL, BenchConfig
 from .measure import TIME, machine
-from .models import RANDOM
+from .models import RANDOM, load_case
 from .modes import mode_cases
 from .parts import draw_cases, loss_cases
 from .record import Case, Record, read_record, write_record
@@ -46,7 +47,8 @@ def bench(config: BenchConfig) -> list[Path]:
     device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    folder = _open(config.out)
+    folder = Path(config.out)
+    make_folder(folder)
     if config.quick:
         _keep_whole_results(folder)
     return [path for suite in config.suites() for path in _run(suite, config, device, folder)]
@@ -79,13 +81,14 @@ def _run(suite: str, config: BenchConfig, device: torch.device, folder: Path) ->
 def _of_model(suite: str, model: str, config: BenchConfig, device: torch.device, folder: Path) -> Path:
     record = _blank(f"{suite}-{Path(model).name}", f"{TITLES[suite]}, {Path(model).name}", suite, config, device)
     try:
-        cases = list({"step": step_cases, "modes": mode_cases}[suite](model, config, device))
+        case = load_case(model, config, device)
     except hiddenkey.UserError:
         raise
     except (OSError, ValueError) as error:  # the latter of a model that neither classifies nor writes
         raise ConfigError(
             f"the model {model!r} cannot be loaded; give a hub name, a folder, or {', '.join(RANDOM)}: {error}"
         ) from error
+    cases = list({"step": step_cases, "modes": mode_cases}[suite](case, config, device))
     return _finish(record, cases, {}, folder)
 
 
@@ -121,12 +124,3 @@ def _keep_whole_results(folder: Path) -> None:
         raise ConfigError(
             f"quick results would take the place of those in {folder}, such as {whole[0].name}; give another --out."
         )
-
-
-def _open(out: str) -> Path:
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"out = {out!r} cannot be written: {error}. Give another folder.") from error
-    return folder

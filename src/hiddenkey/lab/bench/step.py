@@ -9,7 +9,7 @@ import torch
 from .config import BenchConfig
 from .measure import Work, interleave
 from .memory import peak_memory
-from .models import StepCase, load_case, shape_of
+from .models import StepCase, shape_of
 from .providers import PLAIN, Provider, Step, choose
 from .record import Case, Row
 
@@ -17,14 +17,12 @@ ROUNDS = 15
 LEARNING_RATE = 1e-4
 
 
-def step_cases(model: str, config: BenchConfig, device: torch.device) -> Iterable[Case]:
+def step_cases(case: StepCase, config: BenchConfig, device: torch.device) -> Iterable[Case]:
     """Time and memory of one training step by every provider on one model.
 
     Raises:
-        OSError: no such model.
         ConfigError: an unknown provider.
     """
-    case = load_case(model, config, device)
     providers = choose(config.providers, case.task)
     works = build_works(case, providers)
     times = interleave(works, config.rounds_of(ROUNDS), config.seconds)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .machine import slug
+
 
 @dataclass(frozen=True)
 class Text:
@@ -75,8 +77,7 @@ class Section:
     @property
     def anchor(self) -> str:
         """The heading as the name of a place on the page."""
-        letters = "".join(letter if letter.isalnum() else "-" for letter in self.title.lower())
-        return "-".join(part for part in letters.split("-") if part)
+        return slug(self.title)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from . import drawing, words
 from .blocks import Block, Figure, Figures, Text
 from .curves import Curve, Part, dynamics, level, rank_curves, rate_curves
 from .machine import slug
+from .metrics import metric
 from .paper import BASELINE, HIDDENKEY, HIDDENKEY_MINUS, METHODS, RIVALS
 from .pool import Pool, Pooled, against
-from .statistics import Summary
 from .study import Task
 from .style import LAST
 
@@ -23,7 +23,7 @@ BAND = (
 )
 
 
-def gains(pool: Pool, suffix: str = "") -> list[Block]:
+def gains(pool: Pool) -> list[Block]:
     """Every method's gain over the baseline."""
     names = [method for method in (*METHODS, *RIVALS) if method != BASELINE]
     found = [(method, pooled) for method, pooled, _ in against(pool, BASELINE, names) if pooled.values]
@@ -40,7 +40,7 @@ def gains(pool: Pool, suffix: str = "") -> list[Block]:
     )
     svg = drawing.forest(shown, "points over the baseline")
     note = "The paper's gains are RoBERTa-large's, on the same tasks."
-    return [Figures([Figure(f"gains{suffix}", title, alt + ".", svg)], note)]
+    return [Figures([Figure("gains", title, alt + ".", svg)], note)]
 
 
 def _where(pool: Pool, pooled: Pooled) -> str:
@@ -81,19 +81,16 @@ def training(tasks: Sequence[Task], long: bool = False) -> list[Block]:
     for place, task in enumerate(tasks):
         shown, figures = task.validation_metric, []
         parts = (
-            ("train_loss", "training loss, without drops", 1.0),
-            (f"validation_{shown.name}", f"validation {shown.label}", shown.scale),
+            ("train_loss", "training loss, without drops", metric("loss")),
+            (f"validation_{shown.name}", f"validation {shown.label}", shown),
         )
-        for column, label, scale in parts:
-            curves = dynamics(task, TRAINED, column, scale)
+        for column, label, kind in parts:
+            curves = dynamics(task, TRAINED, column, kind.scale)
             if curves:
                 title = f"{task.label}: {label}"
                 svg = drawing.lines(curves, "epoch", label, band=True)
-                figures.append(
-                    Figure(
-                        f"training-{slug(task.name)}-{slug(column)}", title, _alt(title, curves, 2, ends=True), svg
-                    )
-                )
+                alt = _alt(title, curves, kind.digits, ends=True)
+                figures.append(Figure(f"training-{slug(task.name)}-{slug(column)}", title, alt, svg))
         if figures:
             found.append(
                 Figures(
@@ -112,11 +109,12 @@ def _rate_pair(tasks: Sequence[Task], name: str, long: bool) -> Block:
     for part in parts:
         curves, baseline = _drawn(rate_curves(tasks, part)), level(tasks, BASELINE, part)
         if curves:
-            metric = (tasks[0].metric if part == "test" else tasks[0].validation_metric).label
-            title = f"{where}: {part} {'metric' if several else metric} against rate"
-            first = f"Baseline {_point(baseline, 2)}. " if baseline else ""
-            svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {metric}")
-            figures.append(Figure(f"{name}-{part}", title, f"{title}. {first}{_alt('', curves, 2)}", svg))
+            shown = tasks[0].metric if part == "test" else tasks[0].validation_metric
+            title = f"{where}: {part} {'metric' if several else shown.label} against rate"
+            first = f"Baseline {words.mean_sd(baseline, shown.digits)}. " if baseline else ""
+            svg = drawing.families(curves, baseline, "drop rate", "points" if several else f"{part} {shown.label}")
+            alt = f"{title}. {first}{_alt('', curves, shown.digits)}"
+            figures.append(Figure(f"{name}-{part}", title, alt, svg))
     found = rate_curves(tasks, "validation")
     if not figures:
         return Text(f"{where}: metric against rate: {_why_none(found, 'rates')}")
@@ -159,19 +157,15 @@ def _rank_figure(tasks: Sequence[Task], name: str) -> Figure:
     svg = drawing.lines(
         curves, "rank of LoRA", "points" if len(tasks) > 1 else f"test {tasks[0].metric.label}", powers=True
     )
-    return Figure(name, title, _alt(title, curves, 2), svg)
+    return Figure(name, title, _alt(title, curves, tasks[0].metric.digits), svg)
 
 
 def _alt(title: str, curves: Sequence[Curve], digits: int, ends: bool = False) -> str:
     parts = []
     for curve in curves:
         points = curve.points if not ends or len(curve.points) < 3 else (curve.points[0], curve.points[-1])
-        parts.append(f"{curve.method}: " + ", ".join(f"{x:g}: {_point(found, digits)}" for x, found in points))
+        parts.append(f"{curve.method}: " + ", ".join(f"{x:g}: {words.mean_sd(found, digits)}" for x, found in points))
     return (f"{title}. " if title else "") + "; ".join(parts) + "."
-
-
-def _point(found: Summary | None, digits: int) -> str:
-    return words.mean_sd(found, digits)
 
 
 def _mean_of(labels: Sequence[str]) -> str:

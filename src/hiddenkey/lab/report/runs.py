@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..provenance import short, shown_versions
 from ..sweep.record import RunRecord
 from . import machine, words
 from .blocks import Block, Bullets, Table, Text
@@ -15,7 +16,6 @@ from .metrics import metric
 from .study import Task, tested
 
 SHOWN_FAILURES = 20
-SHOWN_PACKAGES = ("python", "torch", "transformers", "peft")
 
 
 def blocks(tasks: Sequence[Task]) -> list[Block]:
@@ -100,9 +100,9 @@ def _notes(task: Task) -> list[str]:
 
 
 def _origins(records: list[RunRecord]) -> Table:
-    found = Counter((run.commit or words.NOTHING, _versions(run), _device(run)) for run in records)
+    found = Counter((run.commit or words.NOTHING, shown_versions(run.versions), _device(run)) for run in records)
     order = sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
-    rows = [[_short(commit), versions, device, f"{count:,}"] for (commit, versions, device), count in order]
+    rows = [[short(commit), versions, device, f"{count:,}"] for (commit, versions, device), count in order]
     data = [
         {"commit": commit, "versions": versions, "device": device, "runs": count}
         for (commit, versions, device), count in order
@@ -110,17 +110,9 @@ def _origins(records: list[RunRecord]) -> Table:
     return Table("origins", "Commits, versions and devices", ("commit", "versions", "device", "runs"), rows, data)
 
 
-def _versions(run: RunRecord) -> str:
-    return ", ".join(f"{name} {run.versions[name]}" for name in SHOWN_PACKAGES if name in run.versions)
-
-
 def _device(run: RunRecord) -> str:
     known = run.versions.get("device")
     return known or ("CPU" if run.versions.get("torch", "").endswith("+cpu") else "not recorded")
-
-
-def _short(commit: str) -> str:
-    return commit[:10] + ("+" if commit.endswith("+") else "")
 
 
 def _line(task: Task, run: RunRecord) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from itertools import permutations
 
 from . import machine, words
 from .blocks import Table, Text
-from .metrics import metric
 from .paper import BASELINE, HIDDENKEY, METHODS, RIVALS
 from .pool import Pool, Pooled
 from .statistics import Seed, average, holm
@@ -128,7 +127,7 @@ def _used(source: Task, target: Task, method: str, seed: Seed) -> float | str:
         return UNTRIED
     if run.status != "finished":
         return FAILED
-    value = tested(run, "best", metric(target.metric.name))
+    value = tested(run, "best", target.metric)
     return UNTESTED if value is None else value
 
 

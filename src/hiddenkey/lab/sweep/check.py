@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..checked import check_structure
+from ..checked import check_structure, require_known
 from ..config import FIELD_TYPES, TrainConfig, complete
 from ..data import Examples, load_examples
 from ..errors import RunError
@@ -60,8 +60,7 @@ def check_dtypes(plan: SweepPlan) -> None:
 def _configs(plan: SweepPlan) -> Iterator[TrainConfig]:
     """Of every run, or of those at the corners of a search that chooses its runs later."""
     for group in plan.groups:
-        runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
-        yield from (run.config for run in runs)
+        yield from (run.config for run in group.known_runs())
 
 
 def _check(configs: list[TrainConfig], made: Mapping[int, RunRecord]) -> None:
@@ -73,6 +72,7 @@ def _check(configs: list[TrainConfig], made: Mapping[int, RunRecord]) -> None:
     for each in configs:
         refuse_smoothing(examples.task, each.label_smoothing)
     skeleton, tokenizer = check_structure(config, examples, task, dict.fromkeys(each.recipe for each in configs))
+    require_known(task.tokenise(examples.train, tokenizer, config.max_length), tokenizer, config.model)
     _check_lengths(config, examples, tokenizer, skeleton)
     others = {other.data_seed: other for other in configs if other.data_seed != config.data_seed}
     for other in others.values():

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from ...registry import nearest, unknown
-from ..config import FIELD_TYPES, OF_A_TASK, expanded
+from ..config import FIELD_TYPES, OF_A_TASK, PATHS, expanded
 from ..config_file import read_yaml
 from ..errors import ConfigError
 from .space import Space, read_space, value_of
@@ -111,7 +111,7 @@ def _fields(where: str, given: Any) -> Values:
 
 def _absolute(name: str, value: Any) -> Any:
     # Else the names of runs, made of what ~ stands for, would differ between machines whose plans have one name.
-    return expanded(value) if name in ("model", "data") else value
+    return expanded(value) if name in PATHS else value
 
 
 def _sets(sets: Iterable[str]) -> Values:

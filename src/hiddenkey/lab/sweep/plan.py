@@ -14,7 +14,7 @@ from typing import Any
 
 import hiddenkey
 
-from ..config import TrainConfig, plain
+from ..config import FIELD_TYPES, TrainConfig, plain
 from ..errors import ConfigError
 from .draw import draw_random
 from .file import Method, SweepFile, Values
@@ -96,9 +96,9 @@ class Group:
             RecipeError: a recipe that does not parse.
         """
         method = self.method
-        in_recipe = {name: _text(value) for name, value in params.items() if name not in _FIELDS}
+        in_recipe = {name: _text(value) for name, value in params.items() if name not in FIELD_TYPES}
         values = self.sweep.base | self.axes | method.fields
-        values |= {name: value for name, value in params.items() if name in _FIELDS}
+        values |= {name: value for name, value in params.items() if name in FIELD_TYPES}
         config = TrainConfig(**values, recipe=method.recipe.format(**in_recipe), out=self.sweep.out)
         try:
             config.check()
@@ -117,13 +117,14 @@ class Group:
             for end in dimension.ends[1:]:
                 yield self.run(0, first | {name: end})
 
+    def known_runs(self) -> Iterator[Run]:
+        """Its runs; of a search that chooses them later, those at the corners."""
+        return self.corners() if self.ordered else (slot.run for slot in self.slots if slot.run is not None)
+
     def _settings(self) -> list[Values]:
         if self.sweep.search == "grid":
             return _grid(self.method.space)
         return draw_random(self.method.space, self.sweep.trials, self.name)
-
-
-_FIELDS = frozenset(TrainConfig.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,7 @@ def _check_ids(groups: tuple[Group, ...]) -> None:
     seen: dict[str, str] = {}
     for group in groups:
         settings: set[str] = set()
-        # Of a search that chooses its runs later, those at its corners show whether two methods share names of files.
-        runs = group.corners() if group.ordered else (slot.run for slot in group.slots if slot.run is not None)
-        for run in runs:
+        for run in group.known_runs():  # corners too show whether two methods share names of files
             setting = run.id.rpartition("-")[2]
             if not group.ordered and (setting in settings or seen.get(run.id) == group.method.name):
                 raise ConfigError(f"{run.id} stands for two runs that are equal; take one of them out.")

@@ -14,13 +14,14 @@ from ..artifacts import make_folder
 from ..errors import ConfigError, RunError
 from ..interrupts import postponed
 from ..lock import hold
+from ..say import say
 from .board import Board
 from .config import SweepConfig
 from .crew import Crew, Job, bury_dead, serve, terminated, worker_name
 from .file import read_sweep
 from .plan import SweepPlan, make_plan
 from .record import WORK, RunRecord, keep_texts
-from .show import Display, print_plan, say
+from .show import Display, print_plan
 from .storage import FILE, open_storage, url_of
 from .sync import known_records, put_aside, write_records
 
@@ -158,4 +159,6 @@ def _write(plan: SweepPlan, board: Board) -> None:
 
 
 def _threads(config: SweepConfig) -> int:
-    return config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    # Of the cores that a job may use, which are fewer than the machine has under taskset, Slurm and the like.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.threads or max(1, cores // config.workers)

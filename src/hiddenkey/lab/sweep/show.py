@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from ..say import say
 from .board import Board, Busy
 from .plan import SweepPlan
 from .record import RunRecord
@@ -95,8 +96,3 @@ def _told(record: RunRecord) -> str:
 def _clock(seconds: float) -> str:
     minutes, second = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
-
-
-def say(console: Console, text: str) -> None:
-    """One line as it is, without colours and without breaks."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from ..config import plain
 from ..errors import BusyError, NonFiniteLossError, RunError, UnfitFolderError
 from ..interrupts import heed
 from ..run import train
+from ..say import say
 from ..tasks import lower_is_better
 from .board import Board, Claim
 from .plan import Run, SweepPlan
@@ -52,7 +53,7 @@ def work(plan: SweepPlan, board: Board, interval: float, console: Console, *, re
         heed()  # what came while a run failed
         claim = board.take({slot for slot, until in held.items() if time.monotonic() < until})
         if claim is not None:
-            console.print(f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}", highlight=False, soft_wrap=True)
+            say(console, f"{datetime.now(UTC):%H:%M:%S} {claim.run.id}")
             if not _work_on(plan, board, claim, interval, console, replaced):
                 held[claim.slot] = time.monotonic() + _HELD
         elif board.finished():
@@ -71,7 +72,7 @@ def _work_on(plan: SweepPlan, board: Board, claim: Claim, interval: float, conso
             board.release(claim)
             raise
         except BusyError as error:  # its last worker was silent, but lives
-            console.print(str(error), highlight=False, soft_wrap=True)
+            say(console, str(error))
             board.release(claim)
             return False
         except (RunError, OSError) as error:
@@ -95,9 +96,7 @@ def _made(run: Run, console: Console) -> RunRecord:
     try:
         return make_run(run, console)
     except UnfitFolderError as error:  # of another version, or of data that have changed: the folder is the sweep's
-        console.print(
-            f"{error}\nIt is deleted, and the run made anew.", highlight=False, soft_wrap=True, markup=False
-        )
+        say(console, f"{error}\nIt is deleted, and the run made anew.")
         shutil.rmtree(run.config.out)
         return make_run(run, console)
 
