@@ -34,6 +34,7 @@ from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.generation import collect_prompts
 from hiddenkey.lab.models import find_targets, load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
+from hiddenkey.lab.tasks import make_task
 from hiddenkey.lab.told import describe
 
 from ..models.shrink import shrink
@@ -401,6 +402,26 @@ def test_roberta_has_no_place_for_the_tokens_up_to_its_padding(config: TrainConf
     tokenizer.save_pretrained(tmp_path / "roberta")
     with pytest.raises(ConfigError, match=r"max_length = 33, but .*roberta takes 32"):
         run.train(replace(config, model=str(tmp_path / "roberta"), max_length=33))
+
+
+@pytest.mark.parametrize(("texts", "special", "least"), (("a text", 2, 3), ("two texts", 3, 5)))
+def test_special_tokens_alone_are_no_texts(
+    config: TrainConfig,  # noqa: F811
+    tmp_path: Path,
+    texts: str,
+    special: int,
+    least: int,
+):
+    if texts == "two texts":
+        (tmp_path / "d.csv").write_text(
+            ROWS.replace("text,label", "sentence1,sentence2,label").replace(" was", ",was")
+        )
+        config = replace(config, data=str(tmp_path / "d.csv"))
+    with pytest.raises(ConfigError, match=f"no room for {texts} beside {special} special tokens; give {least} or"):
+        run.train(replace(config, max_length=least - 1))
+    examples = load_examples(config)
+    rows = make_task(examples, "").tokenise(examples.train, AutoTokenizer.from_pretrained(config.model), least)
+    assert set(map(len, rows["input_ids"])) == {least}
 
 
 @pytest.mark.parametrize(("new", "fits"), ((29, True), (30, False)))

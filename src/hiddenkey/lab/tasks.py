@@ -38,7 +38,7 @@ class Task(Protocol):
         """What the head needs to know, as arguments of the model's configuration."""
 
     def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-        """Rows of token ids, attention mask and labels. Raises DataError where nothing is left to learn."""
+        """Rows of token ids, attention mask and labels. Raises UserError where nothing is left to learn."""
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Pads rows into a batch."""

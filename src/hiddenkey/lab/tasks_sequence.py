@@ -11,6 +11,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import DataCollatorWithPadding, EvalPrediction
 
+from .errors import ConfigError
 from .skeleton import MODEL_CLASSES
 
 
@@ -22,7 +23,18 @@ class _Sequence:
     model_class = MODEL_CLASSES["classification"]
 
     def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-        """Token ids of one text or of a pair, cut to `max_length` tokens."""
+        """Token ids of one text or of a pair, cut to `max_length` tokens.
+
+        Raises:
+            ConfigError: special tokens alone fill that.
+        """
+        texts = 2 if "second" in rows.column_names else 1
+        special = tokenizer.num_special_tokens_to_add(pair=texts == 2)
+        if max_length < special + texts:
+            raise ConfigError(
+                f"max_length = {max_length} has no room for {'two texts' if texts == 2 else 'a text'} beside "
+                f"{special} special tokens; give {special + texts} or more."
+            )
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             tokens = tokenizer(batch["first"], batch.get("second"), truncation=True, max_length=max_length)
