@@ -1,4 +1,4 @@
-"""Training in several processes: which of them draw the same masks, and which do not."""
+"""Training in several processes: which draw the same masks, what is refused there, and what all must agree on."""
 
 from __future__ import annotations
 

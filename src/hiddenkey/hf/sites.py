@@ -40,13 +40,13 @@ class AttentionSite:
 
     def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
         """One keep mask per active drop over (B, Hkv, Q, K), counted."""
-        keeps = draw_keeps(self.active, shape, device, self.documents(mask))
+        keeps = draw_keeps(self.active, shape, device, self.mask_of_documents(mask))
         tallies = [tally for tally, switch in zip(self.tallies, self.switches, strict=True) if switch.is_on]
         for keep, tally, drop in zip(keeps, tallies, self.active, strict=True):
             tally.add(keep, drawn_together(drop, keep, lead=2))
         return keeps
 
-    def documents(self, mask: Mask) -> Mask:
+    def mask_of_documents(self, mask: Mask) -> Mask:
         """The mask of which documents are read off: a window is one, whatever parts of an image meet in it."""
         return Mask() if self.in_windows else mask
 

@@ -97,7 +97,7 @@ def _watch_attention(site: AttentionSite, records: list[Record]) -> Any:
         keeps = draw(shape, device, mask)
         active = [record for record in records if record.drop in site.active]
         for keep, record in zip(keeps, active, strict=True):
-            record.add(keep, Grid.attention(shape, device, site.documents(mask).segments(shape)), lead=2)
+            record.add(keep, Grid.attention(shape, device, site.mask_of_documents(mask).segments(shape)), lead=2)
         return keeps
 
     return watched
