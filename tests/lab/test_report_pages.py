@@ -673,6 +673,11 @@ def test_nothing_to_report_is_a_mistake_with_a_message(arguments, said, tmp_path
     assert said in capsys.readouterr().err
 
 
+def test_a_text_among_the_trials_is_no_emphasis():
+    assert words.parameters({"p": 0.05, "how": "kl*1.0 ~ *"}) == "p 0.05 how `kl*1.0 ~ *`"
+    assert words.parameters({"scheduler": "cosine", "seen": True}) == "scheduler cosine seen True"
+
+
 def test_the_committed_report_is_that_of_the_committed_runs(tmp_path: Path):
     if not list(STUDY.rglob("runs/*.json")):
         pytest.skip("results/study holds no runs yet")

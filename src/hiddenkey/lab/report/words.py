@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ NOT_TIMED = "never timed on one day and one kind of machine"
 NO_COMMON = "run, but no seed with a result on both sides"
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
+_PLAIN = re.compile(r"[A-Za-z0-9 .,:+-]*")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -112,4 +114,6 @@ def plural(count: int, noun: str) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return f"`{value}`"  # what Markdown would take for emphasis, a link or a tag
     return f"{value:.3g}" if isinstance(value, float) else str(value)
