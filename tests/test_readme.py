@@ -245,9 +245,7 @@ def test_what_is_said_of_each_task_is_what_the_report_found():
     floor = "where all methods stay near the floor"
     told = f"SST-2 {gains['sst2']}; CoLA {gains['cola']}, {floor}; STS-B {gains['stsb']}; MRPC {gains['mrpc']}."
     assert f"By task, `hiddenkey` over LoRA alone, in points: {told}" in said
-    columns = re.search(
-        r"^\| recipe \| (.*) \| gain over LoRA alone, mean of four \[95 %\] \|", README, re.MULTILINE
-    )
+    columns = re.search(r"^\| recipe \| (.*) \| gain over LoRA alone, mean of four \[95 %\] \|", README, re.MULTILINE)
     assert [column.partition(",")[0] for column in columns[1].split(" | ")] == list(TASKS.values())
 
 
