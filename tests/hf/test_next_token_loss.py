@@ -230,3 +230,16 @@ def test_a_subclass_that_adds_nothing_but_a_factor_shifts_as_its_parent():
     with torch.device("meta"):
         model = Doubled(CONFIG_MAPPING["llama"](num_hidden_layers=1, hidden_size=32, num_attention_heads=4))
     assert shifts_labels(model)
+
+
+def test_a_loss_by_hand_whose_code_stands_in_no_file_is_refused():
+    """As of a class that was typed into an interpreter: what cannot be read is not guessed."""
+    names: dict[str, Any] = {"F": F}
+    exec(
+        "def forward(self, ids, labels):\n    return F.cross_entropy(self.head(ids)[:, :-1], labels[:, 1:])\n", names
+    )
+    with torch.device("meta"):
+        kind = type("Typed", (hf.LlamaForCausalLM,), {"forward": names["forward"]})
+        model = kind(CONFIG_MAPPING["llama"](num_hidden_layers=1, hidden_size=32, num_attention_heads=4))
+    with pytest.raises(hiddenkey.UserError, match=r"in forward compares a place .* stands in no file; write the"):
+        shifts_labels(model)

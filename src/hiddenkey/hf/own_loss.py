@@ -22,6 +22,7 @@ from transformers.loss.loss_utils import (
     ForTokenClassification,
 )
 
+from ..errors import UserError
 from .code import names_in, written_in
 
 # Packages that, around a model or its forward, leave its loss alone, or are known to change it (see `adds_to_loss`).
@@ -70,7 +71,7 @@ def shifts_labels(model: nn.Module) -> bool:
     """Whether the loss compares the logits of a place with the label of the next one, as causal models' do.
 
     Read off the code: some decoders (Bart's, XLNet) take labels that are shifted already. A loss that is set in the
-    place of transformers' is taken to shift as that does.
+    place of transformers' is taken to shift as that does. Raises UserError where a loss by hand cannot be read.
     """
     transformer: Any = model
     if transformer.config.is_encoder_decoder:
@@ -105,21 +106,29 @@ def _forwards(kind: type) -> Iterator[FunctionType]:
 
 @cache
 def _shifts_by_hand(forward: FunctionType) -> bool:
-    parts = (node for node in ast.walk(_tree(forward)) if isinstance(node, ast.Subscript))
+    try:
+        tree = _tree(forward)
+    except OSError as error:
+        raise UserError(
+            f"whether the loss in {forward.__qualname__} compares a place with the next label cannot be read, as its "
+            "code stands in no file; write the class into one"
+        ) from error
+    parts = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript))
     return any(SHIFT.fullmatch(ast.unparse(part)) for part in parts)
 
 
 def _tree(forward: FunctionType) -> ast.Module:
-    """Its code; empty where there is none to read, as of what was typed into an interpreter."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except OSError:
-        return ast.parse("")
+    """Its code. Raises OSError where it stands in no file, as what was typed into an interpreter."""
+    return ast.parse(textwrap.dedent(inspect.getsource(forward)))
 
 
 @cache
 def _passes_keywords_to_loss(kind: Any) -> bool:
-    calls = (node for node in ast.walk(_tree(inspect.unwrap(kind.forward))) if isinstance(node, ast.Call))
+    try:
+        tree = _tree(inspect.unwrap(kind.forward))
+    except OSError:  # so it is not given the number, and returns the mean either way
+        return False
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     return any(
         isinstance(call.func, ast.Attribute)
         and call.func.attr == "loss_function"

@@ -80,17 +80,8 @@ def source_section(records: Records, out: str) -> str:
             f"{machine.get('gpu', machine['processor'])}, {machine['threads']} threads of {machine['cores']} cores"
         )
         load = " ".join(f"{value:.1f}" for value in machine["load_before"])
-        rows.append(
-            [
-                f"`{record.name}`",
-                record.date,
-                short(record.commit),
-                flags(record),
-                where,
-                load,
-                shown_versions(record.versions),
-            ]
-        )
+        packages = shown_versions(record.versions)
+        rows.append([f"`{record.name}`", record.date, short(record.commit), flags(record), where, load, packages])
     table = markdown(("result", "date", "commit", "flags", "machine", "load before", "versions"), rows)
     hows = list(dict.fromkeys(record.how for record in records.values()))
     longest = [how for how in hows if not any(how != other and how in other for other in hows)]
