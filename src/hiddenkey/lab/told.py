@@ -13,6 +13,7 @@ from .checked import Checked
 from .columns import values
 from .config import TrainConfig
 from .data import Examples
+from .say import say
 
 _SHOWN = 10
 _FEW = 20
@@ -23,7 +24,7 @@ def tell(checked: Checked, config: TrainConfig, recipe: Recipe, console: Console
     """A line for each."""
     lines = [describe(checked.examples), _counts(checked.row_counts), *doubts(checked, config, recipe)]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)
 
 
 def describe(examples: Examples) -> str:

@@ -138,7 +138,7 @@ def _record(run: Run, result: RunResult, started: datetime) -> RunRecord:
 
 
 def _note(board: Board, claim: Claim, error: Exception, console: Console) -> None:
-    console.print("".join(traceback.format_exception(error)), highlight=False, soft_wrap=True, markup=False)
+    say(console, "".join(traceback.format_exception(error)))
     text = str(error) if isinstance(error, (hiddenkey.UserError, OSError)) else f"{type(error).__name__}: {error}"
     board.fail(claim, text)
 
@@ -152,7 +152,7 @@ def _heartbeat(board: Board, claim: Claim, interval: float, console: Console) ->
             try:
                 board.beat(claim)
             except Exception as error:  # noqa: BLE001 - the run goes on without its storage, which may come back
-                console.print(f"No heartbeat: {error}", highlight=False, markup=False, soft_wrap=True)
+                say(console, f"No heartbeat: {error}")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
