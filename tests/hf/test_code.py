@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import hiddenkey
 from hiddenkey import attend
 from hiddenkey.hf.code import closed_because, uses_own_softmax
-from hiddenkey.hf.feed_forward import feed_forwards
+from hiddenkey.hf.feed_forward import Modules, feed_forwards
 from hiddenkey.hf.sites import AttentionSite
 from hiddenkey.hf.softmax import DropAtSoftmax, OwnSoftmax
 from hiddenkey.hf.structure import read
@@ -288,13 +288,13 @@ LAYERS = {
 @pytest.mark.parametrize("layer", LAYERS)
 def test_feed_forward_blocks(layer):
     module, wanted = LAYERS[layer]
-    modules = {f"layer.{path}" if path else "layer": part for path, part in module.named_modules()}
+    modules = Modules((f"layer.{path}" if path else "layer", part) for path, part in module.named_modules())
     assert list(feed_forwards("layer", [], modules)) == wanted
 
 
 def test_a_mixer_with_maps_up_and_down_is_no_feed_forward_block():
     module = block(mixer=Plain(), mlp=Plain())
-    modules = {f"layer.{path}" if path else "layer": part for path, part in module.named_modules()}
+    modules = Modules((f"layer.{path}" if path else "layer", part) for path, part in module.named_modules())
     assert list(feed_forwards("layer", ["layer.mixer"], modules)) == ["layer.mlp"]
 
 

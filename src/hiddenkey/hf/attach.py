@@ -23,7 +23,7 @@ from .plan import Plan, Site, plan
 from .sites import AttentionSite, StreamSite
 from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
-from .strays import remove_strays, saved_copies, silenced_in
+from .strays import OURS, hooks_in, hooks_of, remove_strays, saved_copies, silenced_in
 from .structure import find_transformer, require_model
 from .switch import SWITCHES, DropSwitch
 from .watch import Watch
@@ -71,8 +71,9 @@ def find_attachment(model: nn.Module) -> Attachment | None:
 
 
 def _attached_to(model: nn.Module) -> Attachment | None:
-    modules = set(model.modules())
-    return next((other for other in ATTACHED if not modules.isdisjoint(other.model.modules())), None)
+    hooks = {found for module in model.modules() for found in hooks_in(module, (*OURS, Attachment))}
+    others = ATTACHED if hooks else ()
+    return next((other for other in others if not hooks.isdisjoint(hooks_of(other))), None)
 
 
 class Attachment:
@@ -118,8 +119,12 @@ class Attachment:
         for site in live:
             if site.side != "attention":
                 self._attach_stream(site)
-        for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
-            self._attach_attention(path, [site for site in live if site.path == path and site.side == "attention"])
+        attentions: dict[str, list[Site]] = {}
+        for site in live:
+            if site.side == "attention":
+                attentions.setdefault(site.path, []).append(site)
+        for path, sites in attentions.items():
+            self._attach_attention(path, sites)
         self._silenced = silence(model, plan.own_dropouts)
         self._copies = [copy for _, copy in saved_copies(model)]
         inner, transformer = find_transformer(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,24 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import PlanError
 from .adapters import inner
 
-Modules = dict[str, nn.Module]
 # Beside a module of its `modules_to_save` PEFT keeps copies, and calls one of them.
 COPIES = ".modules_to_save."
+
+
+class Modules(dict[str, nn.Module]):
+    """Modules by path, in the order of `named_modules`: what is inside a module follows it directly."""
+
+    def __init__(self, found: Iterable[tuple[str, nn.Module]]) -> None:
+        super().__init__(found)
+        self._order = list(self)
+        self._place = {path: place for place, path in enumerate(self._order)}
+
+    def inside(self, outer: str) -> Iterator[str]:
+        """The paths inside a module, in order; the other modules are not looked at."""
+        place = self._place.get(outer, len(self._order)) + 1
+        while place < len(self._order) and self._order[place].startswith(outer + "."):
+            yield self._order[place]
+            place += 1
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,11 @@ def feed_forwards(layer: str, mixers: list[str], modules: Modules) -> Iterator[s
 
     mixers: what in the layer is attention or mixes tokens in another way.
     """
-    inside = {path: module for path, module in modules.items() if path.startswith(layer + ".") and COPIES not in path}
+    inside = {path: modules[path] for path in modules.inside(layer) if COPIES not in path}
     taken = [_block_of(mixer, layer, modules) for mixer in mixers]
     free = {path: module for path, module in inside.items() if not any(_holds(block, path) for block in taken)}
     experts = {path if (block := path.rpartition(".")[0]) == layer else block for path in _experts(free)}
-    yield from (_not_inside_a_copy(path) for path in sorted(experts, key=list(modules).index))
+    yield from (_not_inside_a_copy(path) for path in inside if path in experts)
     pairs = _pairs({path: module for path, module in free.items() if not any(_holds(e, path) for e in experts)})
     widest = max((pair.width for pair in pairs), default=0)
     pairs = [pair for pair in pairs if pair.width * 2 >= widest]
@@ -88,7 +103,7 @@ def _holds(block: str, path: str) -> bool:
     return path == block or path.startswith(block + ".")
 
 
-def _experts(free: Modules) -> Iterator[str]:
+def _experts(free: dict[str, nn.Module]) -> Iterator[str]:
     """The experts of a mixture: by name, or by weights with one matrix for each of them."""
     found: list[str] = []
     for path, module in free.items():
@@ -117,13 +132,13 @@ def _block_of(mixer: str, layer: str, modules: Modules) -> str:
 def linears(block: str, modules: Modules) -> list[str]:
     """The topmost linear maps of a block, in order; the block may be one itself."""
     found: list[str] = []
-    for path, module in modules.items():
-        if _holds(block, path) and is_linear(module) and not any(path.startswith(outer + ".") for outer in found):
+    for path in (block, *modules.inside(block)):
+        if is_linear(modules[path]) and not any(path.startswith(outer + ".") for outer in found):
             found.append(path)
     return found
 
 
-def _pairs(free: Modules) -> list[Pair]:
+def _pairs(free: dict[str, nn.Module]) -> list[Pair]:
     """Maps up from the stream and down to it again; the stream is as wide as the last map puts out that has any."""
     sizes: dict[str, tuple[int, int]] = {}
     for path, module in free.items():

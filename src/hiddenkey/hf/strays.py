@@ -4,7 +4,7 @@ sites, which no handle takes off, and own dropouts at 0, which nobody gives back
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from peft.utils import ModulesToSaveWrapper
@@ -27,17 +27,38 @@ Copy = tuple[nn.Module, nn.Module]
 
 def remove_strays(model: nn.Module, attachments: Collection[Attachment]) -> None:
     """Take off the model what is ours and of none of the attachments: hooks, sites and names of backends."""
-    handles = [handle for attachment in attachments for _, handle in attachment.handles]
-    hooks = {(id(handle.hooks_dict_ref()), handle.id) for handle in handles}
-    sites = {site for attachment in attachments for _, site in attachment.sites}
     configs = {id(config) for attachment in attachments for config in attachment.renamed}
+    ours: list[nn.Module] = []
     for module in model.modules():
-        _remove_hooks(module, hooks)
-        if SITE in vars(module) and vars(module)[SITE] not in sites:
-            delattr(module, SITE)
+        if SITE in vars(module) or any(hooks_in(module, OURS)):
+            ours.append(module)
         config = getattr(module, "config", None)
         if id(config) not in configs:
             restore_backend(config)
+    if not ours:  # and no other attached model is looked at
+        return
+    hooks = {hook for attachment in attachments for hook in hooks_of(attachment)}
+    sites = {site for attachment in attachments for _, site in attachment.sites}
+    for module in ours:
+        _remove_hooks(module, hooks)
+        if SITE in vars(module) and vars(module)[SITE] not in sites:
+            delattr(module, SITE)
+
+
+def hooks_in(module: nn.Module, kinds: tuple[type, ...]) -> Iterator[Hook]:
+    """The hooks of a module that are methods of one of the kinds of objects.
+
+    A hook is known by its dictionary and number: a copy's have the numbers of those they are copies of.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in hooks.items():
+            if isinstance(getattr(hook, "__self__", None), kinds):
+                yield id(hooks), number
+
+
+def hooks_of(attachment: Attachment) -> Iterator[Hook]:
+    """The hooks of an attached recipe."""
+    return ((id(handle.hooks_dict_ref()), handle.id) for _, handle in attachment.handles)
 
 
 def saved_copies(model: nn.Module) -> list[Copy]:
@@ -57,11 +78,9 @@ def silenced_in(copies: Sequence[Copy], silenced: Silenced) -> Silenced:
 
 
 def _remove_hooks(module: nn.Module, known: set[Hook]) -> None:
-    """Hooks are known by their dictionary and number: a copy's have the numbers of those they are copies of."""
     notes = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs)
+    strays = {hook for hook in hooks_in(module, OURS) if hook not in known}
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        ours = [number for number, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), OURS)]
-        for number in ours:
-            if (id(hooks), number) not in known:
-                for numbers in (hooks, *notes, module._forward_hooks_always_called):
-                    numbers.pop(number, None)
+        for number in [number for number in hooks if (id(hooks), number) in strays]:
+            for numbers in (hooks, *notes, module._forward_hooks_always_called):
+                numbers.pop(number, None)

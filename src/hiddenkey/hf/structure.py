@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +18,7 @@ from ..errors import AttachError, PlanError
 from .adapters import is_wrapper
 from .adapters import modules as all_modules
 from .code import MIXER, closed_because, uses_interface, uses_own_softmax
-from .feed_forward import ancestors, feed_forwards, join
+from .feed_forward import Modules, ancestors, feed_forwards, join
 
 # What sees the whole text unless its configuration says that it decodes; XLNet does so without a permutation.
 BOTH_WAYS = frozenset({*MASKED_LM, "xlnet"})
@@ -71,7 +71,7 @@ def read(model: nn.Module) -> Structure:
     Raises PlanError where there is no transformers model.
     """
     root, transformer = find_transformer(model)
-    modules = {path: module for path, module, brought in all_modules(model) if not brought}
+    modules = Modules((path, module) for path, module, brought in all_modules(model) if not brought)
     is_pair = bool(getattr(transformer.config, "is_encoder_decoder", False))
     reader = _Reader(modules)
     return Structure(
@@ -113,11 +113,11 @@ def reads_lower_keys(layer: nn.Module) -> bool:
 class _Reader:
     """Finds the layers among the modules of a model."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
+    def __init__(self, modules: Modules) -> None:
         self.modules = modules
-        self.lists: list[str] = []
-        self.attentions = [path for path, module in modules.items() if is_attention(module)]
-        self.closed = [path for path, module in modules.items() if closed_because(module)]
+        self.lists: dict[str, None] = {}
+        self.attentions = dict.fromkeys(path for path, module in modules.items() if is_attention(module))
+        self.closed = dict.fromkeys(path for path, module in modules.items() if closed_because(module))
         known = {*self.attentions, *self.closed}
         around = {path for attention in known for path in ancestors(attention)}
         ours = {path: module for path, module in modules.items() if not is_wrapper(module)}
@@ -132,9 +132,10 @@ class _Reader:
             lists = [path for path, module in self.modules.items() if isinstance(module, nn.ModuleList)]
             lists = [path for path in lists if any(map(self._is_feed_forward_layer, self._elements(path)))]
             # Stages hold layers; the layers are meant.
-            stacks = dict.fromkeys(path for path in lists if not any(other.startswith(path + ".") for other in lists))
-        self.lists = sorted(stacks, key=list(self.modules).index)
-        return self.lists
+            stages = {outer for path in lists for outer in ancestors(path)}
+            stacks = dict.fromkeys(path for path in lists if path not in stages)
+        self.lists = dict.fromkeys(path for path in self.modules if path in stacks)
+        return list(self.lists)
 
     def layers(self, stack: str) -> list[Layer]:
         """Every element of the list, so that an index means the same in each of them."""
@@ -146,7 +147,7 @@ class _Reader:
 
     def _own(self, layer: str, paths: tuple[str, ...]) -> tuple[str, ...]:
         """Those that are not of layers inside this one."""
-        inner = tuple(stack + "." for stack in self.lists if stack.startswith(layer + "."))
+        inner = tuple(stack + "." for stack in self._inside(layer, self.lists))
         return tuple(path for path in paths if not path.startswith(inner))
 
     def _is_feed_forward_layer(self, path: str) -> bool:
@@ -171,8 +172,8 @@ class _Reader:
     def _elements(self, stack: str) -> list[str]:
         return [f"{stack}.{name}" for name, _ in self.modules[stack].named_children()]
 
-    def _inside(self, layer: str, paths: Iterable[str]) -> tuple[str, ...]:
-        return tuple(path for path in paths if path.startswith(layer + "."))
+    def _inside(self, layer: str, paths: Collection[str]) -> tuple[str, ...]:
+        return tuple(path for path in self.modules.inside(layer) if path in paths)
 
 
 def _stack(path: str, layers: list[Layer], modules: dict[str, nn.Module], is_pair: bool) -> Stack:
