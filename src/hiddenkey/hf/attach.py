@@ -199,6 +199,10 @@ class Attachment:
         for own in reversed(self.softmaxes):
             own.end()
 
+    def __repr__(self) -> str:
+        state = "attached to" if vars(self.model).get(MARK) is self else "detached from"
+        return f"<Attachment: '{self.recipe}' {state} {self.plan.model}, {len(self.plan.sites)} sites>"
+
     def __enter__(self) -> Attachment:
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,11 @@ class StepLoss:
     total: Tensor
     task: Tensor
     consistency: Tensor | None
-    outputs: Any
+    outputs: Any = field(repr=False)
+
+    def __str__(self) -> str:
+        losses = {"total": self.total, "task": self.task, "consistency": self.consistency}
+        return ", ".join(f"{name} {float(loss.detach()):.4g}" for name, loss in losses.items() if loss is not None)
 
 
 @dataclass(frozen=True)

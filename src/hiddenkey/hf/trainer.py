@@ -39,6 +39,17 @@ class ConsistencyMixin:
     get_tp_size: Any
     _together = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Raises TypeError where a trainer stands before the mixin, whose methods would then never be called."""
+        super().__init_subclass__(**options)
+        before = cls.__mro__[: cls.__mro__.index(ConsistencyMixin)]
+        if Trainer in before:
+            others = ", ".join(base.__name__ for base in cls.__bases__ if base is not ConsistencyMixin)
+            raise TypeError(
+                f"{cls.__name__} has a trainer before ConsistencyMixin, so the mixin would do nothing; write "
+                f"class {cls.__name__}(ConsistencyMixin, {others})"
+            )
+
     def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
         self._recipe = None if recipe is None else parse(recipe)
         super().__init__(*args, **kwargs)
@@ -202,6 +213,6 @@ class DropTrainer(ConsistencyMixin, Trainer):
     Raises AttachError where neither is so.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, recipe: str | Recipe | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, recipe=recipe, **kwargs)
         _ = self.attachment
