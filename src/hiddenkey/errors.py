@@ -1,8 +1,27 @@
 """The errors a user can mend: each says what was given, what is allowed, and the way out."""
 
+import re
+
+_LONGEST_WORD, _LONGEST_MESSAGE = 1_000, 8_000
+
 
 class UserError(ValueError):
-    """A mistake in what was given. The command line shows it as one message, without a traceback."""
+    """A mistake in what was given. The command line shows it as one message, without a traceback.
+
+    Long values in the message are cut in the middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        words = re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: _cut(word[0], _LONGEST_WORD), message)
+        super().__init__(_cut(words, _LONGEST_MESSAGE))
+
+
+def _cut(text: str, longest: int) -> str:
+    """The text, or its beginning and its end where it is longer than `longest` characters."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 50) // 2  # 50 for what is said between them
+    return f"{text[:half]}… ({len(text) - 2 * half:,} characters left out) …{text[-half:]}"
 
 
 class UnknownNameError(UserError):

@@ -23,6 +23,7 @@ from .registry import unknown
 BASELINE = "baseline"
 EXAMPLE = "write for example 'hiddenkey@0.1' or 'logits:column@0.1 + hidden:element@0.1 ~ kl*1.0'"
 
+LONGEST = 10_000
 TERM = re.compile(
     r"(?P<name>[^\s\[\]:@]+)(?:\[(?P<layers>[^\[\]]*)\])?(?P<axes>(?::[^\s\[\]:@]*)*)(?:@(?P<rate>\S*))?"
 )
@@ -135,6 +136,8 @@ def parse(recipe: str | Recipe) -> Recipe:
         return recipe
     if not isinstance(recipe, str):
         raise TypeError(f"a recipe is a text or a Recipe, got {type(recipe).__name__}; {EXAMPLE}")
+    if len(recipe) > LONGEST:
+        raise RecipeError(f"a recipe has at most {LONGEST:,} characters, got {len(recipe):,}; {EXAMPLE}")
     try:
         return _parse(recipe)
     except (RecipeError, UnknownNameError) as error:
