@@ -24,7 +24,7 @@ USER_ERROR = 2
 FOUND_WRONG = 1
 LAB_EXTRA = (
     *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
-    *("optuna", "sqlalchemy", "jinja2", "markdown_it"),
+    *("optuna", "sqlalchemy", "jinja2", "markdown_it", "pydantic"),
 )
 
 

@@ -196,6 +196,21 @@ def test_a_record_under_another_name_is_refused(tmp_path: Path):
         read_record(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"format": 2}, "format"),
+        ({"versions": []}, "versions"),
+        ({"cases": [{"name": "c", "about": {}, "reference": "plain", "rows": 3}]}, r"cases\.0\.rows"),
+    ],
+)
+def test_a_damaged_record_names_the_file_and_the_field(tmp_path: Path, change: dict, field: str):
+    path = write_record(record("r", Case("c", {}, "plain", [row("plain", 1.0)])), tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(RunError, match=rf"r\.json is damaged: {field}"):
+        read_record(path)
+
+
 def test_an_interrupted_write_leaves_the_old_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     case = Case("c", {}, "plain", [row("plain", 1.0)])
     path = write_record(record("r", case), tmp_path)

@@ -38,7 +38,7 @@ def load_recipe(folder: str | os.PathLike[str]) -> Recipe:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         format_, text = content["format"], content["recipe"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise SavedRecipeError(f"{path} is damaged ({error!r}); write it again with hiddenkey.save_recipe") from error
     if format_ != FORMAT:
         raise SavedRecipeError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import hiddenkey
 
-from .artifacts import ADAPTER, RunResult
+from .artifacts import ADAPTER, Metrics, RunResult
 
 _CARD = """---
 base_model: {model}
@@ -100,11 +100,11 @@ def _tables(result: RunResult) -> Iterator[str]:
         yield _table("test", result.metric, result.test["last"], result.test["best"])
 
 
-def _table(part: str, metric: str, last: dict[str, float], best: dict[str, float]) -> str:
+def _table(part: str, metric: str, last: Metrics, best: Metrics) -> str:
     head = [f"| {part} | last epoch | best epoch by {metric} |", "|---|---|---|"]
     rows = [f"| {name} | {_number(last, name)} | {_number(best, name)} |" for name in {**last, **best}]
     return "\n".join([*head, *rows])
 
 
-def _number(metrics: dict[str, float], name: str) -> str:
+def _number(metrics: Metrics, name: str) -> str:
     return f"{metrics[name]:.4g}" if name in metrics else ""

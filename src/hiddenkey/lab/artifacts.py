@@ -8,12 +8,13 @@ import os
 import re
 import secrets
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .config import TrainConfig, complete
-from .errors import RunError, UnfitFolderError
+from .errors import ConfigError, DamagedFileError, RunError, UnfitFolderError
 
 RESULT = "result.json"
 ADAPTER = "adapter"
@@ -28,11 +29,15 @@ _FREE_BYTES = 64 * 2**20
 NOT_OF_THE_RUN = ("out", "overwrite")
 
 Status = Literal["running", "finished", "failed"]
+Metrics = Mapping[str, float | None]
+"""By name; None in a file that is read back: not finite."""
 
 
 @dataclass(frozen=True)
 class RunResult:
     """One run, as `result.json` holds it. Losses in nats (squared error for regression), times in seconds."""
+
+    __pydantic_config__: ClassVar = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
     folder: str
     """Where the run lies."""
@@ -53,13 +58,13 @@ class RunResult:
     """Arguments that PEFT's `from_pretrained` needs beside the adapter folder."""
     metric: str
     """The metric that chooses the best epoch."""
-    last: dict[str, float]
+    last: Metrics
     """Metrics of the last epoch: validation_loss, train_loss (without drops), validation_accuracy, …"""
-    best: dict[str, float]
+    best: Metrics
     """Those of the best epoch."""
-    epochs: list[dict[str, float]]
+    epochs: Sequence[Metrics]
     """Those of every epoch."""
-    history: list[dict[str, float]]
+    history: Sequence[Metrics]
     """Every log entry of the trainer."""
     drop_rates: dict[str, float | None]
     """Realised drop rate per position since the last start of the process."""
@@ -69,7 +74,7 @@ class RunResult:
     """Median, 20th and 80th percentile, and number of optimiser steps."""
     seconds: float
     """Wall-clock seconds of this process, from the first check to the adapter."""
-    test: dict[str, dict[str, float]] = field(default_factory=dict)
+    test: Mapping[str, Metrics] = field(default_factory=dict)
     """Metrics on the test part of the "best" and of the "last" epoch's model, those of generated texts of the model
     that is kept; empty where there is no such part."""
     failure: str = ""
@@ -115,20 +120,29 @@ def read_result(folder: Path) -> RunResult | None:
     """The run in `folder`, or None where there is none.
 
     Raises:
-        UnfitFolderError: a `result.json` that this version did not write.
+        UnfitFolderError: a `result.json` that is damaged, or that this version did not write.
     """
+    from .stored import read_json  # its library is in the extra
+
     path = folder / RESULT
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return RunResult(**{**found, "folder": str(folder)})
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        names = ", ".join(field.name for field in fields(RunResult))
+        found = replace(read_json(path, RunResult), folder=str(folder))
+        _require_config(path, found.config)
+    except DamagedFileError as error:
         raise UnfitFolderError(
-            f"{path} is not a result of this version ({error}); it should hold: {names}. Give another folder with "
-            "--out, or --overwrite to delete that run."
+            f"{error}. Give another folder with --out, or --overwrite to delete that run."
         ) from error
+    return found
+
+
+def _require_config(path: Path, config: dict[str, Any]) -> None:
+    """Raises DamagedFileError where the configuration of a result is none."""
+    try:
+        TrainConfig(**complete(config)).check()
+    except (ConfigError, TypeError) as error:
+        raise DamagedFileError(f"{path} is damaged: config: {error}") from None
 
 
 def make_folder(folder: Path) -> None:
@@ -161,6 +175,11 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     earlier = read_result(folder)
     if earlier is not None:
         _require_same(earlier.config, config)
+        if earlier.status == "finished" and not (folder / ADAPTER / _RECIPE_FILE).is_file():
+            raise UnfitFolderError(
+                f"{folder / RESULT} says that the run is finished, but its adapter is not in {folder / ADAPTER}. "
+                "Bring it back, give another folder with --out, or start anew with --overwrite."
+            )
     elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
         raise UnfitFolderError(
             f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "

@@ -7,13 +7,27 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AliasPath, Field
+from pydantic.dataclasses import dataclass
 
 from .artifacts import CHECKPOINT, write_text
-from .errors import UnfitFolderError
+from .errors import DamagedFileError, UnfitFolderError
+from .stored import read_json
 
 _MARK = "complete"
 _STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is read of the Trainer's state: whether it was about to stop."""
+
+    stopped: Annotated[
+        bool,
+        Field(validation_alias=AliasPath("stateful_callbacks", "TrainerControl", "args", "should_training_stop")),
+    ]
 
 
 def mark_complete(folder: Path, step: int) -> None:
@@ -71,14 +85,7 @@ def require_whole(checkpoint: Path) -> None:
 
 def is_last(checkpoint: Path) -> bool:
     """Whether training had come to its end when the checkpoint was written: all steps done, or stopped early."""
-    callbacks = _state(checkpoint)["stateful_callbacks"]
-    stopped: bool = callbacks["TrainerControl"]["args"]["should_training_stop"]
-    return stopped
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    return found
+    return read_json(checkpoint / _STATE, _State).stopped
 
 
 def _contents(checkpoint: Path) -> dict[str, str]:
@@ -94,8 +101,8 @@ def _digest(path: Path) -> str:
 def _changed(checkpoint: Path) -> list[str]:
     """Names of files that are gone or not what they were."""
     try:
-        noted = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        noted = read_json(checkpoint / _MARK, dict[str, str])
+    except DamagedFileError:
         return [_MARK]
     found = _contents(checkpoint)
     return [name for name, digest in noted.items() if found.get(name) != digest]

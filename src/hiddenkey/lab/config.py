@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -224,13 +225,17 @@ def convert(name: str, hint: Any, value: Any) -> Any:
         return value
     if isinstance(hint, types.GenericAlias):
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+            return tuple(convert(name, str, item) for item in value)
         raise ConfigError(f"{name} = {value!r} is not allowed: it is a list of names, such as [a, b].")
     if hint is float:
         return _as_float(name, value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", str: "a text", bool: "true or false"}[hint]
         raise ConfigError(f"{name} = {value!r} is not allowed: it is {kind}.")
+    if hint is str and _UNFIT.search(value):
+        raise ConfigError(f"{name} = {value!r} is not allowed: a text has no NUL and no half of a surrogate pair.")
+    if hint is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{name} = {value!r} is not allowed: a whole number has 64 bits.")
     return value
 
 
@@ -239,7 +244,7 @@ def _as_float(name: str, value: Any) -> float:
         raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.")
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.") from None
 
 
@@ -263,6 +268,7 @@ def _share(value: float) -> bool:
     return 0 <= value < 1
 
 
+_UNFIT = re.compile("[\0\ud800-\udfff]")
 _METRICS_ALLOWED = f"they are of {', '.join(GENERATION_METRICS)}"
 
 _RULES: dict[str, tuple[Any, str]] = {

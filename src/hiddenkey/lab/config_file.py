@@ -14,11 +14,21 @@ from .errors import ConfigError
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def _require_unique(node: Any, seen: set[int]) -> None:
-    """Raises ConstructorError where a key stands twice in a mapping, before `<<` merges others in."""
-    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
-        return
-    seen.add(id(node))
+_MOST_VALUES = 10_000
+
+
+def _check(node: Any, sizes: dict[int, int | None]) -> int:
+    """The number of values in a node, with what its aliases stand for.
+
+    Raises ConstructorError where a key stands twice in a mapping, before `<<` merges others in, and where aliases
+    make more of a file than anybody writes by hand.
+    """
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) in sizes:
+        return sizes[id(node)] or _MOST_VALUES + 1  # it holds itself
+    sizes[id(node)] = None
+    size = 1
     keys: set[tuple[str, str]] = set()
     for entry in node.value:
         key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
@@ -26,14 +36,18 @@ def _require_unique(node: Any, seen: set[int]) -> None:
             if (key.tag, key.value) in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
             keys.add((key.tag, key.value))
-        _require_unique(value, seen)
+        size += _check(value, sizes)
+        if size > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {_MOST_VALUES:,} values", node.start_mark)
+    sizes[id(node)] = size
+    return size
 
 
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ConfigError: it is not YAML, or a key stands twice in it.
+        ConfigError: it is not YAML, a key stands twice in it, or it holds more values than anybody writes.
         OSError: the file cannot be read.
     """
     if not Path(path).is_file():
@@ -42,8 +56,10 @@ def read_yaml(path: str | Path) -> Any:
     try:
         loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
         node = loader.get_single_node()
-        _require_unique(node, set())
+        _check(node, {})
         return None if node is None else loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError(f"{path} is not YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
 

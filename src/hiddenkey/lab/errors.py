@@ -23,6 +23,10 @@ class BusyError(RunError):
     """A folder in which another process is at work."""
 
 
+class DamagedFileError(RunError):
+    """A file that holds something else than what hiddenkey writes into it."""
+
+
 class UnfitFolderError(RunError):
     """What lies in a run's folder is not what that run can go on from."""
 

@@ -269,7 +269,7 @@ def _test(
     if checked.test is None:
         return {}
     say(console, f"Testing on {len(checked.test)} rows.")
-    steps: dict[Keep, int] = {"best": int(result.best["step"]), "last": int(result.last["step"])}
+    steps: dict[Keep, int] = {"best": int(result.best["step"] or 0), "last": int(result.last["step"] or 0)}
     found = final_scores(trainer, checked.test, steps, config.keep)
     if checked.prompts:
         say(console, f"Generating for {len(checked.prompts)} prompts.")

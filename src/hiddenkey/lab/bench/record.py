@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from ..artifacts import write_json
-from ..errors import RunError
-
-FORMAT = 1
+from ..errors import DamagedFileError, RunError
+from ..stored import read_json
 
 
 @dataclass(frozen=True)
 class Row:
     """One provider in one case."""
+
+    __pydantic_config__: ClassVar = {"strict": True, "allow_inf_nan": False}
 
     name: str
     what: str
@@ -93,9 +93,16 @@ class Record:
         return next((case for case in self.cases if case.name == name), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _File(Record):
+    """A record as its file holds it."""
+
+    format: Literal[1]
+
+
 def write_record(record: Record, folder: Path) -> Path:
     """Write `<name>.json` whole or not at all; medians and ratios are written for readers, raw times for doubters."""
-    content = {"format": FORMAT} | asdict(record)
+    content = {"format": 1} | asdict(record)
     for case, written in zip(record.cases, content["cases"], strict=True):
         for row, entry in zip(case.rows, written["rows"], strict=True):
             entry["summary"] = _summary(case, row)
@@ -108,19 +115,12 @@ def read_record(path: Path) -> Record:
     """The record in a file.
 
     Raises:
-        RunError: a file that this version did not write.
+        DamagedFileError: a file that this version did not write.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT:
-            raise KeyError("format")
-        if found["name"] != path.stem:  # figures are named after it
-            raise KeyError("name")
-        cases = [_case(case) for case in found.pop("cases")]
-        return Record(**found, cases=cases)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        names = ", ".join(name.name for name in fields(Record))
-        raise RunError(f"{path} is no bench result of this version ({error!r}); it should hold: {names}.") from error
+    found = read_json(path, _File)
+    if found.name != path.stem:  # figures are named after it
+        raise DamagedFileError(f"{path} is damaged: name: it is {found.name!r}")
+    return Record(**{item.name: getattr(found, item.name) for item in fields(Record)})
 
 
 def read_records(folder: Path) -> dict[str, Record]:
@@ -133,11 +133,6 @@ def read_records(folder: Path) -> dict[str, Record]:
     if not records:
         raise RunError(f"no bench results in {folder}; run: hiddenkey bench --out {folder}")
     return records
-
-
-def _case(found: dict[str, Any]) -> Case:
-    rows = [Row(**{key: value for key, value in row.items() if key != "summary"}) for row in found.pop("rows")]
-    return Case(**found, rows=rows)
 
 
 def _summary(case: Case, row: Row) -> dict[str, float | None]:
