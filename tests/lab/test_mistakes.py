@@ -136,7 +136,22 @@ FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
 ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "done"} for i in range(12)]
 QUESTIONS = "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(12))
 MESSAGES = "".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) + "\n" for i in range(12))
+JOINED = ROWS + '"the film was fine,1\nthe film was dull,0\nthe film was warm"%s,1\nthe film was cold,0\n'
+DATES = [{"text": "the film", "label": f"202{i % 2}-01-01"} for i in range(12)]
+MIXED = [{"text": "the film", "label": (True, 1, False, 0)[i % 4]} for i in range(12)]
 MISTAKES = {
+    "a stray quote that ends a field": ("d.csv", JOINED % "", {}, "line 26: .* to line 28 and takes 3 rows"),
+    "a stray quote within a field": ("d.csv", JOINED % " or not", {}, "line 26: .* ends in line 28, in the middle"),
+    "a stray quote that stays open": ("d.csv", JOINED.replace('"%s', ""), {}, "line 26: .* is never closed"),
+    "a label before its text": (
+        "d.csv",
+        'label,text\n0,a\n1,b\n0,"c\n1,d\n0,e"\n',
+        {},
+        "line 4: .* to line 6 and takes 3 rows",
+    ),
+    "a backslash before a quote": ("d.csv", ROWS + '"a \\"fine\\" film",1\n', {}, r"line 26: .*written twice"),
+    "dates as labels": ("d.json", json.dumps(DATES), {}, "'label' .* read as timestamp.*Save the file as .csv"),
+    "true and 1": ("d.json", json.dumps(MIXED), {}, "mixes true and false with other labels: 0, 1, false, true"),
     "two columns of one name": ("d.csv", ROWS.replace("text,label", "label,label"), {}, "two columns named 'label'"),
     "names for a file that has them": ("d.csv", ROWS, {"column_names": ("text", "label")}, "has a header line"),
     "more names than fields": ("d.csv", ROWS[11:], {"column_names": ("text", "label", "x")}, "3 names, .* 2 fields"),
@@ -163,6 +178,15 @@ def test_data(case: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
     name, text, fields, said = MISTAKES[case]
     with pytest.raises(DataError, match=said):
         load(config, tmp_path, name, text, **fields)
+
+
+def test_quoted_texts_of_several_lines(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    """Commas and doubled quotes included, and a quote in the middle of a field that has none around it."""
+    texts = ['of, two\nlines, and "quotes"', "a\n\nb, c\nd, e", '"', "C:\\", "\n,\n", 'a "b', "1, 2\n3, or 4"] * 2
+    tiny.write_csv(tmp_path / "w.csv", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    text = (tmp_path / "w.csv").read_bytes().decode() + 'a 5" film,1\r\n'
+    found = load(config, tmp_path, "d.csv", text)
+    assert sorted([*found.train["first"], *found.validation["first"]]) == sorted([*texts, 'a 5" film'])
 
 
 def test_another_encoding(config: TrainConfig, tmp_path: Path):  # noqa: F811

@@ -19,6 +19,7 @@ from .columns import LABELS, SEEN, values
 from .config import TrainConfig
 from .errors import DataError
 from .parts import FORMATS, Places, choose_parts, parts_of_folder
+from .quotes import require_closed_quotes
 
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
@@ -123,6 +124,8 @@ def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"keep_default_na": False}
     if file.suffix.lower() == ".tsv":
         options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    else:
+        require_closed_quotes(file)
     first = _row(file, 0, options)
     names = config.column_names
     if file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(first)):
