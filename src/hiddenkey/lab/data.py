@@ -127,8 +127,8 @@ def _refuse_dates(feature: Any, name: str, part: str) -> None:
     dtype = str(getattr(feature, "dtype", ""))
     if re.match("timestamp|date|time|duration", dtype):
         raise DataError(
-            f"Column {name!r} of the {part} was read as {dtype}, not as texts. Save the file as .csv, whose texts stay "
-            "as they are."
+            f"Column {name!r} of the {part} was read as {dtype}, not as texts. Save the file as .csv, whose texts "
+            "stay as they are."
         )
 
 

@@ -18,7 +18,8 @@ from datasets.exceptions import DatasetGenerationError
 from .columns import LABELS, SEEN, values
 from .config import TrainConfig
 from .errors import DataError
-from .parts import FORMATS, Places, choose_parts, parts_of_folder
+from .hub import GLUE_SET
+from .parts import FORMATS, Places, choose_parts, local_parts, require_files
 from .quotes import require_closed_quotes
 
 # GLUE's CoLA files have no header line.
@@ -46,27 +47,14 @@ def read_source(config: TrainConfig) -> Source:
         DataError: a format that is not known, a part that is missing, or one that would be used twice.
         OSError: a file or a hub data set that cannot be read.
     """
-    path = Path(config.data).expanduser()
-    hub: DatasetDict | None = None
-    if config.data_config and path.exists():
-        raise DataError(f"data_config = {config.data_config!r} is for data sets of the hub; {path} is here.")
-    if path.is_dir():
-        there = parts_of_folder(path)
-    elif path.suffix.lower() in FORMATS:
-        there = {"train": (str(path.resolve()),)}
-    elif path.exists():
-        raise DataError(f"{path} is of no format that is read; these are: {', '.join(FORMATS)}.")
-    elif config.data.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data = {config.data!r}: there is no such file or folder.")
-    else:
+    hub: dict[str, Dataset] = {}
+    parts = local_parts(config)
+    if parts is None:
         hub = _load_hub(config)
-        there = {name: (name,) for name in hub}
-    parts = choose_parts(there, config)
+        parts = choose_parts({name: (name,) for name in hub}, config)
 
     def read(places: Places) -> Dataset:
-        if hub is not None and places[0] in hub:
-            return hub[places[0]]
-        return _read_files([Path(place) for place in places], config)
+        return hub[places[0]] if places[0] in hub else _read_files(places, config)
 
     train = read(parts.train)
     return Source(
@@ -76,16 +64,10 @@ def read_source(config: TrainConfig) -> Source:
     )
 
 
-def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
-    suffixes = {file.suffix.lower() for file in files}
-    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
-        raise DataError(f"{', '.join(map(str, files))}: one format at a time, and one of {', '.join(FORMATS)}.")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"No such data file: {file}")
-        if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty; training needs rows.")
-    suffix = suffixes.pop()
+def _read_files(places: Places, config: TrainConfig) -> Dataset:
+    require_files(places)
+    files = [Path(place) for place in places]
+    suffix = files[0].suffix.lower()
     options: dict[str, Any] = {}
     for file in files if FORMATS[suffix] == "csv" else ():
         options = _csv_options(file, config)
@@ -185,7 +167,7 @@ def _load_hub(config: TrainConfig) -> DatasetDict:
             raise DataError(
                 f"data_config = {name!r}, but {config.data} names its configuration already; leave it out."
             )
-        path, name = "nyu-mll/glue", config.data.removeprefix("glue/")
+        path, name = GLUE_SET, config.data.removeprefix("glue/")
         if name not in GLUE:
             raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
     try:
