@@ -16,7 +16,7 @@ import hiddenkey
 
 from .lab.artifacts import is_begun
 from .lab.bench.config import BenchConfig
-from .lab.config import FIELD_TYPES, TrainConfig
+from .lab.config import FIELD_TYPES, OTHER_NAMES, TrainConfig
 from .lab.errors import ConfigError
 from .lab.sweep.config import SweepConfig
 
@@ -219,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> Any:
+    if arguments[:1] == ["train"]:
+        _refuse_other_names(arguments[1:])
     defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
     if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
         from .lab.config_file import read_fields
@@ -253,6 +255,14 @@ def _end_with_the_reader() -> None:
         return
     sys.stderr.write("hiddenkey: a pipe to another process broke\n")
     sys.exit(USER_ERROR)
+
+
+def _refuse_other_names(arguments: list[str]) -> None:
+    for word in arguments:
+        flag = word.partition("=")[0]
+        meant = OTHER_NAMES.get(flag.removeprefix("--").replace("-", "_"))
+        if flag.startswith("--") and meant:
+            raise ConfigError(f"{flag} is not an option of train; it is called --{meant.replace('_', '-')} here.")
 
 
 def _require_file_first(arguments: list[str]) -> None:

@@ -104,8 +104,6 @@ class _Hub(BaseHTTPRequestHandler):
         self.send_header("X-Error-Code", "RepoNotFound")
         self.end_headers()
 
-    do_HEAD = do_GET
-
     def log_message(self, *_: Any) -> None:
         """Silent."""
 
@@ -219,6 +217,8 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         (["train", "gone.yaml"], "gone.yaml"),
         (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
         (["train", "--modle", "BERT"], "--modle"),
+        (["train", "--lr", "1e-4"], "--lr is not an option of train; it is called --learning-rate here"),
+        (["train", "--num_train_epochs=3"], "it is called --epochs here"),
         (["train", "--seed", "1", "run.yaml"], "run.yaml: the file comes first"),
         (["train", "--overwrite", "run.yaml"], "run.yaml: the file comes first"),
         (["trane"], "trane"),

@@ -133,6 +133,8 @@ def copied(model: str | Path, tmp_path: Path) -> str:
 SENTENCES = [{"text": ["a", "b"], "label": i % 2} for i in range(12)]
 SEVERAL = [{"text": "a", "label": [i % 2, 2]} for i in range(12)]
 FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
+ANSWERS = "q,a\n" + "".join(f"q{i},a{i}\n" for i in range(24))
+SCORES = ROWS.replace("text,label", "x,y").replace(",1", ",1.5")
 ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "done"} for i in range(12)]
 QUESTIONS = "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(12))
 MESSAGES = "".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) + "\n" for i in range(12))
@@ -169,7 +171,12 @@ MISTAKES = {
     "a class for each row": ("d.csv", "text,label\n" + "".join(f"a,c{i}\n" for i in range(9)), {}, "9 different "),
     "one score": ("d.csv", ROWS.replace(",1", ",0.5").replace(",0\n", ",0.5\n"), {}, "holds one score only, 0.5"),
     "questions and answers": ("d.jsonl", QUESTIONS, {}, r"--text-columns.*--prompt-column.*are: question, answer\.$"),
-    "messages": ("d.jsonl", MESSAGES, {}, r"Messages need a chat template.*TRL"),
+    "ShareGPT": ("d.jsonl", MESSAGES.replace("messages", "conversations"), {}, "in 'conversations', need a chat"),
+    "two columns without a header": ("d.csv", ROWS[11:], {}, "has no header line: give --column-names"),
+    "two columns of classes": ("d.csv", "a,b\n" + "x,1\ny,0\n" * 12, {}, "--label-column"),
+    "two columns of many answers": ("d.csv", ANSWERS, {}, "--label-column"),
+    "two columns with scores": ("d.csv", SCORES, {}, "--label-column"),
+    "messages": ("d.jsonl", MESSAGES, {}, r"Messages, in 'messages', need a chat template.*TRL"),
 }  # fmt: skip
 
 
@@ -178,6 +185,29 @@ def test_data(case: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
     name, text, fields, said = MISTAKES[case]
     with pytest.raises(DataError, match=said):
         load(config, tmp_path, name, text, **fields)
+
+
+@pytest.mark.parametrize(
+    "header", ["Text,Label", " text , label", "TEXT,LABELS", "review,sentiment", "text,sentiment"]
+)
+def test_names_of_columns(header: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
+    found = load(config, tmp_path, "d.csv", ROWS.replace("text,label", header))
+    usual = load(config, tmp_path, "e.csv", ROWS)
+    assert (found.task, found.label_names) == ("classification", ("0", "1"))
+    assert found.train.to_list() == usual.train.to_list()
+    assert describe(found).startswith(f"classification: {header.split(',')[1]!r} (0, 1) from")
+
+
+def test_the_usual_name_as_it_is_written_wins(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    rows = "Text,text,label\n" + "".join(f"no,yes {i},{i % 2}\n" for i in range(12))
+    assert "yes" in load(config, tmp_path, "d.csv", rows).train["first"][0]
+
+
+def test_scores_under_a_name_in_capitals(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    assert (
+        load(config, tmp_path, "d.csv", ROWS.replace("text,label", "Text,Score").replace(",1", ",1.5")).task
+        == "regression"
+    )
 
 
 def test_quoted_texts_of_several_lines(config: TrainConfig, tmp_path: Path):  # noqa: F811

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ..registry import unknown
-from .config import FIELD_TYPES, convert
+from .config import FIELD_TYPES, OTHER_NAMES, convert
 from .errors import ConfigError
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -59,6 +59,8 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")
     for name in given:
+        if name in OTHER_NAMES:
+            raise ConfigError(f"{path}: unknown name {name!r}; it is called {OTHER_NAMES[name]} here.")
         if name not in FIELD_TYPES:
             raise ConfigError(f"{path}: {unknown('name', str(name), FIELD_TYPES)}")
     try:

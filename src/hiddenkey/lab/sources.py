@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-from .columns import LABELS, SEEN, values
+from .columns import FRACTION, SEEN, usual_label, values
 from .config import TrainConfig
 from .errors import DataError
 from .hub import GLUE_SET
@@ -25,7 +25,6 @@ from .quotes import require_closed_quotes
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -91,11 +90,10 @@ def _read_files(places: Places, config: TrainConfig) -> Dataset:
 
 def _with_scores(rows: Dataset, config: TrainConfig) -> Dataset:
     """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
-    names = (config.label_column,) if config.label_column else LABELS
-    read_as_texts = (*config.text_columns, config.completion_column)
-    for name in (name for name in names if name in rows.column_names and name not in read_as_texts):
+    name = config.label_column or usual_label(rows)
+    if name in rows.column_names and name not in (*config.text_columns, config.completion_column):
         texts = [text.strip() for text in values(rows, name)]
-        if any(map(_FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
+        if any(map(FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
             scores = [float(text) if text else None for text in texts]
             rows = rows.remove_columns(name).add_column(name, scores)
     return rows
