@@ -7,6 +7,7 @@ import json
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import hiddenkey
@@ -35,17 +36,23 @@ def examine(
 ) -> hiddenkey.Diagnosis:
     """Load the model of `config`, put LoRA on it, and let `hiddenkey.doctor` look at it with the recipe.
 
-    task: that of the head; auto: the published one.
+    Standard error shows what it is at, where that is a terminal. task: that of the head; auto: the published one.
 
     Raises:
         OSError: no such model.
         UserError: the recipe or the model does not fit.
     """
     quieten()
-    model = load(config, MODEL_CLASSES[task])
-    kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
-    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        return hiddenkey.doctor(model, config.recipe, rounds=rounds, size=size, length=length)
+    with Console(stderr=True).status(f"Reading {escape(config.model)}") as status:
+
+        def progress(finding: hiddenkey.Finding) -> None:
+            status.update(f"Examining {type(model.get_base_model()).__name__}: {escape(finding.check)} is done")
+
+        model = load(config, MODEL_CLASSES[task])
+        status.update(f"Examining {type(model.get_base_model()).__name__}")
+        kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            return hiddenkey.doctor(model, config.recipe, rounds=rounds, size=size, length=length, progress=progress)
 
 
 def load(config: TrainConfig, model_class: str) -> nn.Module:
