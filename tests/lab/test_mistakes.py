@@ -25,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import hiddenkey
 from hiddenkey.lab import checked, run
 from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.config import TrainConfig
@@ -196,6 +197,18 @@ def test_names_of_columns(header: str, config: TrainConfig, tmp_path: Path):  # 
     assert (found.task, found.label_names) == ("classification", ("0", "1"))
     assert found.train.to_list() == usual.train.to_list()
     assert describe(found).startswith(f"classification: {header.split(',')[1]!r} (0, 1) from")
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_row_keeps_its_number_after_the_split(lists: bool, config: TrainConfig, llama: Path, tmp_path: Path):  # noqa: F811
+    rows = [{"prompt": "the film " * (40 if i == 20 else i % 7 + 1), "completion": "was fine"} for i in range(30)]
+    if lists:
+        rows = [row | {"completion": ["was fine", "was warm"]} for row in rows]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    config = replace(config, model=str(llama), data=str(tmp_path / "d.json"), max_length=64)
+    for seed in (0, 1, 2):
+        with pytest.raises(DataError, match=r"In 1 rows \(the first is 21 of its part"):
+            checked.check_run(replace(config, data_seed=seed), hiddenkey.parse("baseline"))
 
 
 def test_the_usual_name_as_it_is_written_wins(config: TrainConfig, tmp_path: Path):  # noqa: F811

@@ -41,6 +41,8 @@ FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
 _CHATS = {"messages", "conversations", "conversation"}
 # Says of a row of WebNLG's test part whether training had its category.
 SEEN = "seen"
+# The place of a row in its part as it was read, from 1: messages name it after a split too.
+PLACE = "place in its part"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from .columns import SEEN, Columns, TaskName, find_columns, require_columns, values
+from .columns import PLACE, SEEN, Columns, TaskName, find_columns, require_columns, values
 from .config import TrainConfig
 from .errors import DataError
 from .sources import read_source
@@ -25,7 +25,7 @@ _WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 @dataclass(frozen=True)
 class Examples:
-    """The parts with the same columns.
+    """The parts with the same columns, and the place of each row in the part that was read.
 
     Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt`,
     `completion`, and `seen` where the rows say whether training has their kind. `label_names` are the classes in the
@@ -45,7 +45,9 @@ class Examples:
         """A short hash of all rows, part by part."""
         found = hashlib.sha256()
         for rows in (self.train, self.validation, self.test):
-            columns = {} if rows is None else {name: values(rows, name) for name in rows.column_names}
+            columns = (
+                {} if rows is None else {name: values(rows, name) for name in rows.column_names if name != PLACE}
+            )
             found.update(json.dumps(columns).encode())
         return found.hexdigest()[:16]
 
@@ -65,6 +67,7 @@ def load_examples(config: TrainConfig) -> Examples:
             require_columns(rows, [*columns.texts, columns.label], f"{part} data")
             _check_rows(rows, columns, f"{part} data")
     names = _label_names(train, columns.label) if columns.task == "classification" else ()
+    train, validation, test = map(_placed, (train, validation, source.test))
     if validation is None:
         train, validation = _split(train, columns, config)
     train = _subset(train, config.train_size, config.data_seed, "train_size")
@@ -73,11 +76,15 @@ def load_examples(config: TrainConfig) -> Examples:
         task=columns.task,
         train=_normalise(train, columns, names, "training data"),
         validation=_normalise(validation, columns, names, "validation data"),
-        test=None if source.test is None else _test_part(source.test, columns, names, config.test_size),
+        test=None if test is None else _test_part(test, columns, names, config.test_size),
         label_names=names,
         columns=columns,
         unread=tuple(name for name in source.train.column_names if name not in (*columns.texts, columns.label, SEEN)),
     )
+
+
+def _placed(rows: Any) -> Any:
+    return None if rows is None else rows.add_column(PLACE, list(range(1, len(rows) + 1)))
 
 
 def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
@@ -231,11 +238,12 @@ def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: st
         if columns.task == "regression"
         else _classes(labels, rows, columns, names, part)
     )
+    fields[PLACE] = values(rows, PLACE)
     return Dataset.from_dict(fields)
 
 
 def _pairs(rows: Dataset, columns: Columns) -> Dataset:
-    named = {"prompt": columns.texts[0], "completion": columns.label, **_marks(rows)}
+    named = {"prompt": columns.texts[0], "completion": columns.label, PLACE: PLACE, **_marks(rows)}
     pairs: dict[str, list[Any]] = {name: [] for name in named}
     for prompt, completion, *marks in zip(*(values(rows, column) for column in named.values()), strict=True):
         for target in completion if isinstance(completion, list) else [completion]:
