@@ -60,7 +60,8 @@ class Completion:
         if empty:
             raise DataError(
                 f"In {len(empty)} rows (the first is {empty[0]} of its part, counted from 1) the prompt alone fills "
-                f"max_length = {max_length} tokens, so nothing is left to learn; raise max_length or shorten the prompts."
+                f"max_length = {max_length} tokens, so nothing is left to learn; raise max_length or shorten the "
+                "prompts."
             )
         return encoded
 
