@@ -16,7 +16,7 @@ import hiddenkey
 
 from .lab.artifacts import is_begun
 from .lab.bench.config import BenchConfig
-from .lab.config import FIELD_TYPES, OTHER_NAMES, TrainConfig
+from .lab.config import FIELD_TYPES, TrainConfig
 from .lab.errors import ConfigError
 from .lab.sweep.config import SweepConfig
 
@@ -258,6 +258,8 @@ def _end_with_the_reader() -> None:
 
 
 def _refuse_other_names(arguments: list[str]) -> None:
+    from .lab.config_file import OTHER_NAMES
+
     for word in arguments:
         flag = word.partition("=")[0]
         meant = OTHER_NAMES.get(flag.removeprefix("--").replace("-", "_"))

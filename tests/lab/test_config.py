@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hiddenkey.lab.config import FIELD_TYPES, OTHER_NAMES, TrainConfig
-from hiddenkey.lab.config_file import read_fields
+from hiddenkey.lab.config import FIELD_TYPES, TrainConfig
+from hiddenkey.lab.config_file import OTHER_NAMES, read_fields
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.settings import training_arguments
 from hiddenkey.lab.tasks_sequence import Regression

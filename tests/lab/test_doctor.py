@@ -50,9 +50,7 @@ def test_it_shows_what_it_is_at(bert: Path, monkeypatch: pytest.MonkeyPatch, cap
     heard = capsys.readouterr()
     assert f"Reading {bert}" in heard.err.replace("\n", "")
     checks = [finding["check"] for finding in json.loads(heard.out)["findings"]]
-    assert shown == ["Examining BertForSequenceClassification"] + [
-        f"Examining BertForSequenceClassification: {check} is done" for check in checks
-    ]
+    assert shown == [f"Examining {bert}"] + [f"Examining {bert}: {check} is done" for check in checks]
 
 
 def test_red_lines_exit_with_1(bert: Path, broken: str, capsys: pytest.CaptureFixture[str]):

@@ -200,31 +200,6 @@ def expanded(path: Any) -> Any:
     return str(Path(path).expanduser()) if isinstance(path, str) and path.startswith("~/") else path
 
 
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "num_epochs": "epochs",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "output": "out",
-    "output_dir": "out",
-    "model_name_or_path": "model",
-    "dataset": "data",
-    "dataset_name": "data",
-    "train_file": "data",
-    "validation_file": "validation",
-    "test_file": "test",
-    "max_seq_length": "max_length",
-    "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
-    "lr_scheduler_type": "scheduler",
-    "logging_steps": "log_steps",
-    "rank": "lora_r",
-    "alpha": "lora_alpha",
-}
-"""What transformers and others call our fields."""
-
 FIELD_TYPES: dict[str, Any] = {field.name: get_type_hints(TrainConfig)[field.name] for field in fields(TrainConfig)}
 DEFAULTS: dict[str, Any] = {
     field.name: plain(field.default) for field in fields(TrainConfig) if field.default is not MISSING

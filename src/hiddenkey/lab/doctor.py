@@ -46,10 +46,10 @@ def examine(
     with Console(stderr=True).status(f"Reading {escape(config.model)}") as status:
 
         def progress(finding: hiddenkey.Finding) -> None:
-            status.update(f"Examining {type(model.get_base_model()).__name__}: {escape(finding.check)} is done")
+            status.update(f"Examining {escape(config.model)}: {escape(finding.check)} is done")
 
         model = load(config, MODEL_CLASSES[task])
-        status.update(f"Examining {type(model.get_base_model()).__name__}")
+        status.update(f"Examining {escape(config.model)}")
         kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
         with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             return hiddenkey.doctor(model, config.recipe, rounds=rounds, size=size, length=length, progress=progress)
