@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -79,7 +80,9 @@ class ReportCommand:
 def run_train(config: TrainConfig) -> None:
     """Train and say where the results are."""
     config.check()
-    hiddenkey.parse(config.recipe)  # mistakes in these are told before the slow imports
+    if not is_begun(config):
+        _require_found(config)
+    hiddenkey.parse(config.recipe)  # imports torch; what follows imports transformers too
     from .lab.quiet import quieten
     from .lab.run import train
 
@@ -94,7 +97,8 @@ def run_train(config: TrainConfig) -> None:
 
 def run_plan(command: PlanCommand) -> None:
     """Print the plan."""
-    recipe = hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
+    _require_model(command.model)
+    recipe = hiddenkey.parse(command.recipe)
     from .lab.skeleton import MODEL_CLASSES, build_skeleton
 
     skeleton = build_skeleton(command.model, MODEL_CLASSES[command.task], command.trust_remote_code)
@@ -103,22 +107,45 @@ def run_plan(command: PlanCommand) -> None:
 
 def run_doctor(command: DoctorCommand) -> None:
     """Print the findings; exits with 1 where one is red."""
-    hiddenkey.parse(command.recipe)  # a mistake in it is told before the slow imports
+    config = _doctors_config(command)
+    config.check()
+    _require_model(config.model)
+    hiddenkey.parse(config.recipe)
     from .lab.doctor import examine, show
 
-    diagnosis = examine(
-        command.model,
-        command.recipe,
-        command.task,
-        train_args=command.train_args,
-        trust_remote_code=command.trust_remote_code,
-        rounds=command.rounds,
-        size=command.size,
-        length=command.length,
-    )
+    task = config.task if command.task == "auto" else command.task
+    diagnosis = examine(config, task, rounds=command.rounds, size=command.size, length=command.length)
     show(diagnosis, as_json=command.json)
     if not diagnosis.ok:
         sys.exit(FOUND_WRONG)
+
+
+def _doctors_config(command: DoctorCommand) -> TrainConfig:
+    from .lab.config_file import read_fields
+
+    given = read_fields(command.train_args) if command.train_args else {}
+    named = {"model": command.model, "recipe": command.recipe}
+    own_code = {"trust_remote_code": True} if command.trust_remote_code else {}
+    return TrainConfig(**{"data": "none", "out": "none", **given, **named, **own_code})
+
+
+def _require_found(config: TrainConfig) -> None:
+    """Raises what says that the model or the data are not there, before the slow imports."""
+    from .lab.hub import GLUE_SET, ask_hub
+    from .lab.parts import local_parts
+
+    parts = local_parts(config)
+    _require_model(config.model)
+    if parts is None:
+        ask_hub("dataset", GLUE_SET if config.data.startswith("glue/") else config.data)
+
+
+def _require_model(name: str) -> None:
+    from .lab.hub import ask_hub, require_model
+
+    require_model(name)
+    if not Path(name).is_dir():
+        ask_hub("model", name)
 
 
 def run_bench(config: BenchConfig) -> None:
@@ -192,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> Any:
+    if arguments[:1] == ["train"]:
+        _refuse_other_names(arguments[1:])
     defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
     if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
         from .lab.config_file import read_fields
@@ -226,6 +255,16 @@ def _end_with_the_reader() -> None:
         return
     sys.stderr.write("hiddenkey: a pipe to another process broke\n")
     sys.exit(USER_ERROR)
+
+
+def _refuse_other_names(arguments: list[str]) -> None:
+    from .lab.config_file import OTHER_NAMES
+
+    for word in arguments:
+        flag = word.partition("=")[0]
+        meant = OTHER_NAMES.get(flag.removeprefix("--").replace("-", "_"))
+        if flag.startswith("--") and meant:
+            raise ConfigError(f"{flag} is not an option of train; it is called --{meant.replace('_', '-')} here.")
 
 
 def _require_file_first(arguments: list[str]) -> None:

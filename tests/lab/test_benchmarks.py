@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
+from hiddenkey.lab.columns import PLACE
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
 from hiddenkey.lab.errors import ConfigError, DataError
@@ -93,9 +94,9 @@ def test_webnlg_keeps_whether_training_has_the_category(tmp_path: Path):
     for part, more in (("train", {}), ("dev", {}), ("test", {"seen": False})):
         (tmp_path / f"{part}.jsonl").write_text(json.dumps(row | more) + "\n")
     examples = load(tmp_path, test="test")
-    assert examples.train.column_names == ["prompt", "completion"]
+    assert examples.train.column_names == ["prompt", "completion", PLACE]
     assert examples.test.to_list() == [
-        {"prompt": "A | b | C; A | d | E", "completion": text, "seen": False} for text in ("T.", "U.")
+        {"prompt": "A | b | C; A | d | E", "completion": text, PLACE: 1, "seen": False} for text in ("T.", "U.")
     ]
 
 

@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -17,6 +22,7 @@ from hiddenkey.cli import LAB_EXTRA, main
 from hiddenkey.lab.artifacts import RESULT, RunResult
 from tests.test_registry import PLUGIN, install
 
+from . import tiny
 from .signals import heed_interrupts
 
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
@@ -38,6 +44,123 @@ def test_help_and_version_load_neither_torch_nor_transformers():
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "hiddenkey" in done.stdout
+
+
+WITHOUT_LIBRARIES = (
+    "import sys\n"
+    "from hiddenkey.cli import main\n"
+    "try: main(sys.argv[1:])\n"
+    "except SystemExit as stop:\n"
+    "    assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    "    raise\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train --model BERT --data gone.csv --out OUT", "No such data file: .*gone.csv"),
+        ("train --model BERT --data CSV --validation gone.csv --out OUT", "No such data file: .*gone.csv"),
+        ("train --model BERT --data ./gone --out OUT", "'./gone': there is no such file or folder"),
+        ("train --model BERT --data a/b/gone --out OUT", "'a/b/gone': there is no such file or folder"),
+        ("train --model BERT --data BERT --out OUT", "has no training part"),
+        ("train --model BERT --data BERT/config.txt --out OUT", "there is no such file or folder"),
+        ("train --model ./gone --data CSV --out OUT", "'./gone': there is no such folder"),
+        ("train --model a/b/gone --data CSV --out OUT", "'a/b/gone': there is no such folder"),
+        ("train --model CSV --data CSV --out OUT", "rows.csv': there is no such folder"),
+        ("train --model EMPTY --data CSV --out OUT", "has no config.json"),
+        ("train --model ADAPTER --data CSV --out OUT", "is the folder of a PEFT adapter"),
+        ("plan ./gone hiddenkey@0.1", "'./gone': there is no such folder"),
+        ("doctor ./gone hiddenkey@0.1", "'./gone': there is no such folder"),
+        ("doctor BERT hiddenkey@0.1 --train-args gone.yaml", "gone.yaml is not there"),
+        ("plan no-such-model hiddenkey@0.1", "none in the hub's cache.*HF_HUB_OFFLINE is set"),
+        ("train --model owner/gone --data CSV --out OUT", "none in the hub's cache.*HF_HUB_OFFLINE is set"),
+        ("plan no.such..model hiddenkey@0.1", "none on the hub: "),
+    ],
+)
+def test_what_is_not_there_is_told_before_the_slow_imports(arguments: str, said: str, bert: Path, tmp_path: Path):
+    tiny.write_csv(tmp_path / "rows.csv", tiny.labelled_rows(40))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    names = {"BERT": bert, "CSV": "rows.csv", "EMPTY": "empty", "ADAPTER": "adapter", "OUT": "out"}
+    for name, path in names.items():
+        arguments = arguments.replace(name, str(path))
+    command = [sys.executable, "-c", WITHOUT_LIBRARIES, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert re.search(said, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Has no model and no data set."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        _Hub.asked.clear()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def ask(hub: str, *arguments: str, code: str = WITHOUT_LIBRARIES) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_the_hub_is_asked_once_for_a_model_that_it_lacks(hub: str):
+    done = ask(hub, "plan", "owner/gone", "hiddenkey@0.1")
+    assert done.returncode == 2, done.stderr
+    assert "'owner/gone': there is no such file or folder here, and none on the hub" in done.stderr
+    assert [path for path in _Hub.asked if "gone" in path] == ["/api/models/owner/gone"]
+
+
+def test_a_data_set_that_the_hub_lacks(hub: str, bert: Path, tmp_path: Path):
+    flags = ["--model", str(bert), "--data", "glue/rte", "--out", str(tmp_path)]
+    done = ask(hub, "train", *flags)
+    assert done.returncode == 2, done.stderr
+    assert [path for path in _Hub.asked if "glue" in path] == ["/api/datasets/nyu-mll/glue"]
+
+
+def test_a_hub_that_cannot_be_reached():
+    done = ask("http://127.0.0.1:9", "plan", "owner/gone", "hiddenkey@0.1")
+    assert done.returncode == 2, done.stderr
+    assert "none in the hub's cache, and the hub cannot be reached: " in done.stderr
+
+
+def test_what_is_cached_is_used_where_the_hub_cannot_be_reached(bert: Path, tmp_path: Path):
+    """And no library asks again."""
+    snapshot = tmp_path / "hub" / "models--owner--bert" / "snapshots" / ("0" * 40)
+    shutil.copytree(bert, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    code = (
+        "import os, sys\n"
+        f"os.environ['HF_HUB_CACHE'] = {str(tmp_path / 'hub')!r}\n"
+        "from hiddenkey.cli import main\n"
+        "main(sys.argv[1:])\n"
+        "from huggingface_hub import is_offline_mode\n"
+        "assert is_offline_mode()\n"
+    )
+    done = ask("http://127.0.0.1:9", "plan", "owner/bert", "hiddenkey@0.1", code=code)
+    assert done.returncode == 0, done.stderr
+    assert "so its cache is used" in done.stderr
+    assert "logits" in done.stdout
 
 
 def test_plan_prints_sites_without_weights(
@@ -94,6 +217,8 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         (["train", "gone.yaml"], "gone.yaml"),
         (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
         (["train", "--modle", "BERT"], "--modle"),
+        (["train", "--lr", "1e-4"], "--lr is not an option of train; it is called --learning-rate here"),
+        (["train", "--num_train_epochs=3"], "it is called --epochs here"),
         (["train", "--seed", "1", "run.yaml"], "run.yaml: the file comes first"),
         (["train", "--overwrite", "run.yaml"], "run.yaml: the file comes first"),
         (["trane"], "trane"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.config_file import read_fields
+from hiddenkey.lab.config import FIELD_TYPES, TrainConfig
+from hiddenkey.lab.config_file import OTHER_NAMES, read_fields
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.settings import training_arguments
 from hiddenkey.lab.tasks_sequence import Regression
@@ -114,6 +114,11 @@ def test_unknown_yaml_name_gets_the_nearest_and_all_names(tmp_path: Path):
     assert "'lerning_rate'" in message
     assert "Did you mean 'learning_rate'" in message
     assert all(field.name in message for field in dataclasses.fields(TrainConfig))
+    path.write_text("per_device_train_batch_size: 8\n")
+    with pytest.raises(ConfigError, match="it is called batch_size here"):
+        read_fields(path)
+    assert set(OTHER_NAMES.values()) <= set(FIELD_TYPES)
+    assert not set(OTHER_NAMES) & set(FIELD_TYPES)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n", "", "epochs: many\n", "seed: 1\nseed: 2\n"])

@@ -9,6 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hiddenkey.lab import sources
+from hiddenkey.lab.columns import PLACE
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
 from hiddenkey.lab.errors import DataError
@@ -104,7 +105,7 @@ def test_two_texts_and_a_fractional_label_are_regression(tmp_path: Path):
     rows = [{"sentence1": "a", "sentence2": "b", "score": i / 2} for i in range(10)]
     examples = load(tiny.write_csv(tmp_path / "scores.csv", rows))
     assert examples.task == "regression"
-    assert examples.train.column_names == ["first", "second", "label"]
+    assert examples.train.column_names == ["first", "second", "label", PLACE]
     assert sorted([*examples.train["label"], *examples.validation["label"]]) == [i / 2 for i in range(10)]
 
 

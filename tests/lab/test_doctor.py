@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.status import Status
 
 from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.cli import _parse, main
@@ -39,6 +40,17 @@ def test_a_model_that_is_well(name: str, request: pytest.FixtureRequest, capsys:
     said = capsys.readouterr().out
     assert "none red: 'logits[:]:column@0.3 + hidden[:]:element@0.3 ~ kl*1.0' is on" in said
     assert "RED" not in said
+
+
+def test_it_shows_what_it_is_at(bert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda self, status: shown.append(status))
+    main(["doctor", str(bert), "hiddenkey[:]@0.3", "--json", *QUICK])
+    heard = capsys.readouterr()
+    assert f"Reading {bert}" in heard.err.replace("\n", "")
+    checks = [finding["check"] for finding in json.loads(heard.out)["findings"]]
+    assert shown == [f"Examining {bert}"] + [f"Examining {bert}: {check} is done" for check in checks]
 
 
 def test_red_lines_exit_with_1(bert: Path, broken: str, capsys: pytest.CaptureFixture[str]):

@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hiddenkey.lab import run
+from hiddenkey.lab.columns import PLACE
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError
@@ -160,6 +161,27 @@ def test_the_limit_on_repetition_reaches_the_search(writer: Any, config: TrainCo
     assert all(1 < found.text.count("[PAD]") < config.max_new_tokens for found in limited)
 
 
+def as_rows(prompts: list[str], completions: list[str]) -> Dataset:
+    return Dataset.from_dict({"prompt": prompts, "completion": completions, PLACE: list(range(1, len(prompts) + 1))})
+
+
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_marks_that_stand_in_the_texts_are_not_added_once_more(llama: Path, adds_end: bool):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if adds_end:
+        special = [(start, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}", special_tokens=special
+        )
+    task = Completion(" ")
+    plain = task.tokenise(as_rows(["the film"], ["was fine"]), tokenizer, 64).to_list()
+    assert plain[0]["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert plain[0]["input_ids"].count(tokenizer.eos_token_id) == 1
+    assert task.tokenise(as_rows([f"{start}the film"], [f"was fine{end}"]), tokenizer, 64).to_list() == plain
+    assert prompt_ids([f"{start}the film"], " ", tokenizer) == prompt_ids(["the film"], " ", tokenizer)
+
+
 @pytest.mark.parametrize("separator", [" ", "\n", " = "])
 def test_prompts_are_the_ids_that_training_does_not_learn(llama: Path, tmp_path: Path, separator: str):
     """Also where a token holds the separator and the word after it, as in the tokenizers of GPT-2 and LLaMA."""
@@ -170,7 +192,7 @@ def test_prompts_are_the_ids_that_training_does_not_learn(llama: Path, tmp_path:
     joined.pre_tokenizer = pre_tokenizers.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=joined, unk_token="[UNK]", eos_token="</s>")
     for tokenizer in (fast, AutoTokenizer.from_pretrained(llama)):
-        rows = Dataset.from_dict({"prompt": list(PROMPTS), "completion": ["was fine", "warm and cold", "flat"]})
+        rows = as_rows(list(PROMPTS), ["was fine", "warm and cold", "flat"])
         trained = Completion(separator).tokenise(rows, tokenizer, 64)
         for ids, labels, prompt in zip(
             trained["input_ids"], trained["labels"], prompt_ids(list(PROMPTS), separator, tokenizer), strict=True

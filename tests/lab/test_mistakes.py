@@ -25,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import hiddenkey
 from hiddenkey.lab import checked, run
 from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.config import TrainConfig
@@ -133,10 +134,27 @@ def copied(model: str | Path, tmp_path: Path) -> str:
 SENTENCES = [{"text": ["a", "b"], "label": i % 2} for i in range(12)]
 SEVERAL = [{"text": "a", "label": [i % 2, 2]} for i in range(12)]
 FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
+ANSWERS = "q,a\n" + "".join(f"q{i},a{i}\n" for i in range(24))
+SCORES = ROWS.replace("text,label", "x,y").replace(",1", ",1.5")
 ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "done"} for i in range(12)]
 QUESTIONS = "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(12))
 MESSAGES = "".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) + "\n" for i in range(12))
+JOINED = ROWS + '"the film was fine,1\nthe film was dull,0\nthe film was warm"%s,1\nthe film was cold,0\n'
+DATES = [{"text": "the film", "label": f"202{i % 2}-01-01"} for i in range(12)]
+MIXED = [{"text": "the film", "label": (True, 1, False, 0)[i % 4]} for i in range(12)]
 MISTAKES = {
+    "a stray quote that ends a field": ("d.csv", JOINED % "", {}, "line 26: .* to line 28 and takes 3 rows"),
+    "a stray quote within a field": ("d.csv", JOINED % " or not", {}, "line 26: .* ends in line 28, in the middle"),
+    "a stray quote that stays open": ("d.csv", JOINED.replace('"%s', ""), {}, "line 26: .* is never closed"),
+    "a label before its text": (
+        "d.csv",
+        'label,text\n0,a\n1,b\n0,"c\n1,d\n0,e"\n',
+        {},
+        "line 4: .* to line 6 and takes 3 rows",
+    ),
+    "a backslash before a quote": ("d.csv", ROWS + '"a \\"fine\\" film",1\n', {}, r"line 26: .*written twice"),
+    "dates as labels": ("d.json", json.dumps(DATES), {}, "'label' .* read as timestamp.*Save the file as .csv"),
+    "true and 1": ("d.json", json.dumps(MIXED), {}, "mixes true and false with other labels: 0, 1, false, true"),
     "two columns of one name": ("d.csv", ROWS.replace("text,label", "label,label"), {}, "two columns named 'label'"),
     "names for a file that has them": ("d.csv", ROWS, {"column_names": ("text", "label")}, "has a header line"),
     "more names than fields": ("d.csv", ROWS[11:], {"column_names": ("text", "label", "x")}, "3 names, .* 2 fields"),
@@ -154,7 +172,12 @@ MISTAKES = {
     "a class for each row": ("d.csv", "text,label\n" + "".join(f"a,c{i}\n" for i in range(9)), {}, "9 different "),
     "one score": ("d.csv", ROWS.replace(",1", ",0.5").replace(",0\n", ",0.5\n"), {}, "holds one score only, 0.5"),
     "questions and answers": ("d.jsonl", QUESTIONS, {}, r"--text-columns.*--prompt-column.*are: question, answer\.$"),
-    "messages": ("d.jsonl", MESSAGES, {}, r"Messages need a chat template.*TRL"),
+    "ShareGPT": ("d.jsonl", MESSAGES.replace("messages", "conversations"), {}, "in 'conversations', need a chat"),
+    "two columns without a header": ("d.csv", ROWS[11:], {}, "has no header line: give --column-names"),
+    "two columns of classes": ("d.csv", "a,b\n" + "x,1\ny,0\n" * 12, {}, "--label-column"),
+    "two columns of many answers": ("d.csv", ANSWERS, {}, "--label-column"),
+    "two columns with scores": ("d.csv", SCORES, {}, "--label-column"),
+    "messages": ("d.jsonl", MESSAGES, {}, r"Messages, in 'messages', need a chat template.*TRL"),
 }  # fmt: skip
 
 
@@ -163,6 +186,50 @@ def test_data(case: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
     name, text, fields, said = MISTAKES[case]
     with pytest.raises(DataError, match=said):
         load(config, tmp_path, name, text, **fields)
+
+
+@pytest.mark.parametrize(
+    "header", ["Text,Label", " text , label", "TEXT,LABELS", "review,sentiment", "text,sentiment"]
+)
+def test_names_of_columns(header: str, config: TrainConfig, tmp_path: Path):  # noqa: F811
+    found = load(config, tmp_path, "d.csv", ROWS.replace("text,label", header))
+    usual = load(config, tmp_path, "e.csv", ROWS)
+    assert (found.task, found.label_names) == ("classification", ("0", "1"))
+    assert found.train.to_list() == usual.train.to_list()
+    assert describe(found).startswith(f"classification: {header.split(',')[1]!r} (0, 1) from")
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_row_keeps_its_number_after_the_split(lists: bool, config: TrainConfig, llama: Path, tmp_path: Path):  # noqa: F811
+    rows = [{"prompt": "the film " * (40 if i == 20 else i % 7 + 1), "completion": "was fine"} for i in range(30)]
+    if lists:
+        rows = [row | {"completion": ["was fine", "was warm"]} for row in rows]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    config = replace(config, model=str(llama), data=str(tmp_path / "d.json"), max_length=64)
+    for seed in (0, 1, 2):
+        with pytest.raises(DataError, match=r"In 1 rows \(the first is 21 of its part"):
+            checked.check_run(replace(config, data_seed=seed), hiddenkey.parse("baseline"))
+
+
+def test_the_usual_name_as_it_is_written_wins(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    rows = "Text,text,label\n" + "".join(f"no,yes {i},{i % 2}\n" for i in range(12))
+    assert "yes" in load(config, tmp_path, "d.csv", rows).train["first"][0]
+
+
+def test_scores_under_a_name_in_capitals(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    assert (
+        load(config, tmp_path, "d.csv", ROWS.replace("text,label", "Text,Score").replace(",1", ",1.5")).task
+        == "regression"
+    )
+
+
+def test_quoted_texts_of_several_lines(config: TrainConfig, tmp_path: Path):  # noqa: F811
+    """Commas and doubled quotes included, and a quote in the middle of a field that has none around it."""
+    texts = ['of, two\nlines, and "quotes"', "a\n\nb, c\nd, e", '"', "C:\\", "\n,\n", 'a "b', "1, 2\n3, or 4"] * 2
+    tiny.write_csv(tmp_path / "w.csv", [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    text = (tmp_path / "w.csv").read_bytes().decode() + 'a 5" film,1\r\n'
+    found = load(config, tmp_path, "d.csv", text)
+    assert sorted([*found.train["first"], *found.validation["first"]]) == sorted([*texts, 'a 5" film'])
 
 
 def test_another_encoding(config: TrainConfig, tmp_path: Path):  # noqa: F811

@@ -270,7 +270,7 @@ def test_the_trainer_keeps_the_epoch_that_is_best_by_the_metric(
     monkeypatch.setattr(run, "Schedule", Seen)
     if metric == "nll":
         config = replace(config, model=str(llama), data=str(pairs), separator=" ")
-    result = run.train(replace(config, epochs=5, keep="best", metric=metric, learning_rate=0.05))
+    result = run.train(replace(config, epochs=5, metric=metric, learning_rate=0.05))
     values = [row[f"validation_{metric}"] for row in result.epochs]
     assert len(set(values)) > 1
     assert states == [(higher, result.best["step"])]

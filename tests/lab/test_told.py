@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from transformers import TrainerState
 
 import hiddenkey
 from hiddenkey.lab import run
 from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab.callbacks import ProgressBar
 from hiddenkey.lab.checked import check_run
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.told import doubts, is_idle
@@ -45,9 +49,40 @@ def test_the_counts_of_rows_are_told(base: TrainConfig, rows: str, capsys: pytes
     assert "100 rows to learn from, 30 to choose the epoch by, none to test on." in capsys.readouterr().err
 
 
+def test_the_plan_and_the_rates_are_told(base: TrainConfig, capsys: pytest.CaptureFixture[str]):
+    result = run.train(replace(base, epochs=1))
+    said = capsys.readouterr().err
+    assert result.plan in said
+    (line,) = [line for line in said.splitlines() if "dropped: " in line]
+    rates = dict(zip(*[iter(line.partition("dropped: ")[2].split())] * 2, strict=True))
+    assert rates == {name: f"{rate:.4g}" for name, rate in result.drop_rates.items()}
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_the_steps_stay_in_sight_on_a_narrow_terminal(width: int):
+    with io.StringIO() as heard:
+        bar = ProgressBar(Console(file=heard, width=width, force_terminal=True, color_system=None))
+        state, nothing = TrainerState(max_steps=12345, global_step=6789), None
+        bar.on_train_begin(nothing, state, nothing)
+        bar.on_log(nothing, state, nothing, {"loss": 0.69311, "task_loss": 0.61234, "consistency_loss": 0.08077})
+        bar.stop()
+        assert "6789/12345" in heard.getvalue()
+        assert "0.08077" in heard.getvalue().replace("\n", "")
+
+
 def test_a_choice_on_few_rows(base: TrainConfig, rows: str):
     assert "The epoch is chosen on 19 rows alone" in told(base, data=rows, eval_size=19)
     assert "alone" not in told(base, data=rows, eval_size=20)
+
+
+def test_marks_that_stand_in_the_texts(base: TrainConfig, llama: Path, tmp_path: Path):
+    rows = [{"prompt": f"[CLS]the film {i}", "completion": "was fine[SEP]" if i % 2 else "was"} for i in range(40)]
+    data = str(tiny.write_csv(tmp_path / "pairs.csv", rows))
+    said = told(base, model=str(llama), data=data)
+    assert "36 rows of training begin with the start token '[CLS]', which the tokenizer adds too" in said
+    assert "rows of training end in the end mark '[SEP]', which is added too" in said
+    plain = [{name: text.replace("[CLS]", "").replace("[SEP]", "") for name, text in row.items()} for row in rows]
+    assert "added too" not in told(base, model=str(llama), data=str(tiny.write_csv(tmp_path / "plain.csv", plain)))
 
 
 def test_a_class_that_a_subset_has_lost(base: TrainConfig, tmp_path: Path):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -122,13 +123,14 @@ class Interrupts(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """A bar with the losses of the last log entry, and a line for every evaluated part."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        text = TextColumn("{task.description}")
-        losses = TextColumn("{task.fields[losses]}")
-        self.progress = Progress(
-            text, BarColumn(), MofNCompleteColumn(), losses, TimeRemainingColumn(), console=console
-        )
-        self.row = self.progress.add_task(title, losses="", total=None)
+    def __init__(self, console: Console) -> None:
+        # On a narrow terminal the losses are broken into lines; steps and time stay whole.
+        steps = MofNCompleteColumn(table_column=Column(no_wrap=True))
+        left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+        losses = TextColumn("{task.fields[losses]}", table_column=Column())
+        self.progress = Progress(steps, left, BarColumn(bar_width=10), losses, console=console)
+        self.row = self.progress.add_task("", losses="", total=None)
+        self.rates: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Shows the bar."""
@@ -142,7 +144,10 @@ class ProgressBar(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """Shows the losses."""
+        """Shows the losses, and keeps the realised drop rates for the end of the epoch."""
+        self.rates |= {
+            name.removeprefix("drop_rate/"): value for name, value in logs.items() if name.startswith("drop_rate/")
+        }
         if "loss" in logs:
             shown = {name: value for name, value in logs.items() if name in _LOSSES}
             self.progress.update(self.row, losses=_numbers(shown))
@@ -155,9 +160,11 @@ class ProgressBar(TrainerCallback):
         metrics: dict[str, float],
         **_: Any,
     ) -> None:
-        """Prints the metrics of the validation part, and the loss of the training part."""
+        """Prints the metrics of the validation part and the drop rates, and the loss of the training part."""
         shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if _is_shown(name)}
         line = f"epoch {state.epoch:g}  {_numbers(shown)}"
+        if self.rates and args.metric_for_best_model in metrics:
+            line += f"  dropped: {_numbers(self.rates)}"
         say(self.progress.console, line)
 
     def stop(self) -> None:

@@ -14,7 +14,7 @@ from .errors import DataError
 
 TaskName = Literal["classification", "regression", "causal-lm"]
 
-# Usual names, the first that is there wins.
+# Usual names, the first that is there wins; capitals and spaces around them do not matter.
 PROMPT_COMPLETION = (
     ("prompt", "completion"),
     ("instruction", "output"),
@@ -27,17 +27,22 @@ TEXTS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
-    ("#1 String", "#2 String"),
+    ("#1 string", "#2 string"),
     ("sentence",),
     ("text",),
 )
-LABELS = ("label", "labels", "score", "target", "Quality")
+LABELS = ("label", "labels", "score", "target", "quality")
 _LABELLED = ("texts and labels", "such as text and label", "--text-columns and --label-column")
 _WRITTEN = ("prompts and completions", "such as prompt and completion", "--prompt-column and --completion-column")
-# Up to so many different numbers may be classes that a table program has given a ".0".
+# Up to so many different values may be classes: numbers that a table program has given a ".0", or texts of a column
+# without a usual name.
 _FEW_CLASSES = 20
+FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
+_CHATS = {"messages", "conversations", "conversation"}
 # Says of a row of WebNLG's test part whether training had its category.
 SEEN = "seen"
+# The place of a row in its part as it was read, from 1: messages name it after a split too.
+PLACE = "place in its part"
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
             raise _not_found([_WRITTEN], rows, config)
         return _written(pair, rows)
     texts = config.text_columns or _first(TEXTS, rows)
-    label = config.label_column or next((name for name in LABELS if name in rows.column_names), "")
+    label = config.label_column or usual_label(rows)
     if texts and label in texts:
         raise DataError(
             f"Column {label!r} would be text and label; name the others with --text-columns or --label-column."
@@ -85,17 +90,21 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
         return Columns(task, texts, label)
     if pair and config.task == "auto":
         return _written(pair, rows)
+    if not given and config.task != "regression":
+        found = _text_and_classes(rows)
+        if found:
+            return found
     raise _not_found([_LABELLED] if labelled or config.task != "auto" else [_LABELLED, _WRITTEN], rows, config)
 
 
 def _written(pair: tuple[str, ...], rows: Dataset) -> Columns:
     # Alpaca's third column is a part of the prompt in the rows that have one.
-    third = pair[0] == "instruction" and "input" in rows.column_names
-    filled = sum(map(bool, values(rows, "input"))) if third else 0
-    if filled:
+    third = _first((("instruction", "input"),), rows)
+    filled = sum(map(bool, values(rows, third[1]))) if third and third[0] == pair[0] else 0
+    if third and filled:
         raise DataError(
-            f"The column 'input' holds text in {filled} rows, and is not read beside 'instruction': put both into "
-            "one column and name that with --prompt-column."
+            f"The column {third[1]!r} holds text in {filled} rows, and is not read beside {third[0]!r}: put both "
+            "into one column and name that with --prompt-column."
         )
     return Columns("causal-lm", pair[:1], pair[1])
 
@@ -109,7 +118,37 @@ def require_columns(rows: Dataset, names: list[str], part: str) -> None:
 
 
 def _first(candidates: tuple[tuple[str, ...], ...], rows: Dataset) -> tuple[str, ...] | None:
-    return next((names for names in candidates if set(names) <= set(rows.column_names)), None)
+    names = rows.column_names
+    there = {name.strip().lower(): name for name in names} | {name: name for name in names}
+    usual = next((names for names in candidates if set(names) <= set(there)), None)
+    return usual and tuple(there[name] for name in usual)
+
+
+def usual_label(rows: Dataset) -> str:
+    """The column of a usual name for labels; empty where there is none."""
+    found = _first(tuple((name,) for name in LABELS), rows)
+    return found[0] if found else ""
+
+
+def _text_and_classes(rows: Dataset) -> Columns | None:
+    """Two columns of any names, of which one alone can hold classes: few values, each of them often."""
+    if len(rows.column_names) != 2:
+        return None
+    labels = [name for name in rows.column_names if _holds_classes(name, values(rows, name))]
+    if len(labels) != 1:
+        return None
+    text = next(name for name in rows.column_names if name != labels[0])
+    return Columns("classification", (text,), labels[0])
+
+
+def _holds_classes(name: str, found: list[Any]) -> bool:
+    if not all(isinstance(value, (str, int)) for value in found):
+        return False
+    kinds = set(map(str, found))
+    # Without a header line the name is the label of the first row; and scores are numbers with a point.
+    return 2 <= len(kinds) <= min(_FEW_CLASSES, len(found) // 4) and not any(
+        kind == name or FRACTION.fullmatch(kind) for kind in kinds
+    )
 
 
 def _task_of(rows: Dataset, label: str) -> TaskName:
@@ -135,9 +174,10 @@ def _guess(rows: Dataset, config: TrainConfig) -> str:
     names = rows.column_names
     if len(names) == 1 and re.search(r"[;\t]", names[0]):
         return " They look like one line with other separators: a .csv has commas, a .tsv tabs."
-    if "messages" in names:
+    if chats := _CHATS & set(names):
         return (
-            " Messages need a chat template: train on them with TRL (docs/trainers.md), or write them as two columns."
+            f" Messages, in {chats.pop()!r}, need a chat template: train on them with TRL (docs/trainers.md), or "
+            "write them as two columns, prompt and completion."
         )
     if config.data.lower().endswith((".csv", ".tsv")) or Path(config.data).expanduser().is_dir():
         return " Where these are data, the file (.csv, .tsv) has no header line: give --column-names."

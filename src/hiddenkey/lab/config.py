@@ -15,7 +15,7 @@ from .metrics.measure import OF_CAPTIONS, OF_NGRAMS
 Task = Literal["auto", "classification", "regression", "causal-lm"]
 Scheduler = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Keep = Literal["last", "best"]
+Keep = Literal["best", "last"]
 
 OF_A_TASK = (
     *("model", "data", "data_config", "task", "validation", "validation_fraction", "test", "text_columns"),
@@ -128,8 +128,8 @@ class TrainConfig:
     max_new_tokens: int = 128
     """Longest generated text in tokens."""
 
-    keep: Keep = "last"
-    """Which epoch's adapter is written: the last one's, or the best one's by `metric`."""
+    keep: Keep = "best"
+    """Which epoch's adapter is written: the best one's by `metric` on the validation rows, or the last one's."""
     metric: str = ""
     """Validation metric of the best epoch; none given: the task's first (accuracy, pearson, nll)."""
     patience: int = 0

@@ -11,6 +11,31 @@ from ..registry import unknown
 from .config import FIELD_TYPES, convert
 from .errors import ConfigError
 
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "output": "out",
+    "output_dir": "out",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "validation_file": "validation",
+    "test_file": "test",
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "lr_scheduler_type": "scheduler",
+    "logging_steps": "log_steps",
+    "rank": "lora_r",
+    "alpha": "lora_alpha",
+}
+"""What transformers and others call our fields."""
+
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -75,6 +100,8 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds {type(given).__name__}, not lines of the form `name: value`.")
     for name in given:
+        if name in OTHER_NAMES:
+            raise ConfigError(f"{path}: unknown name {name!r}; it is called {OTHER_NAMES[name]} here.")
         if name not in FIELD_TYPES:
             raise ConfigError(f"{path}: {unknown('name', str(name), FIELD_TYPES)}")
     try:

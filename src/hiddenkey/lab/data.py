@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from .columns import SEEN, Columns, TaskName, find_columns, require_columns, values
+from .columns import PLACE, SEEN, Columns, TaskName, find_columns, require_columns, values
 from .config import TrainConfig
 from .errors import DataError
 from .sources import read_source
@@ -25,7 +25,7 @@ _WHOLE = re.compile(r"^([+-]?\d+)\.0+$")
 
 @dataclass(frozen=True)
 class Examples:
-    """The parts with the same columns.
+    """The parts with the same columns, and the place of each row in the part that was read.
 
     Classification and regression: `first`, `second` (where there is one) and `label`; causal-lm: `prompt`,
     `completion`, and `seen` where the rows say whether training has their kind. `label_names` are the classes in the
@@ -45,7 +45,9 @@ class Examples:
         """A short hash of all rows, part by part."""
         found = hashlib.sha256()
         for rows in (self.train, self.validation, self.test):
-            columns = {} if rows is None else {name: values(rows, name) for name in rows.column_names}
+            columns = (
+                {} if rows is None else {name: values(rows, name) for name in rows.column_names if name != PLACE}
+            )
             found.update(json.dumps(columns).encode())
         return found.hexdigest()[:16]
 
@@ -65,6 +67,7 @@ def load_examples(config: TrainConfig) -> Examples:
             require_columns(rows, [*columns.texts, columns.label], f"{part} data")
             _check_rows(rows, columns, f"{part} data")
     names = _label_names(train, columns.label) if columns.task == "classification" else ()
+    train, validation, test = map(_placed, (train, validation, source.test))
     if validation is None:
         train, validation = _split(train, columns, config)
     train = _subset(train, config.train_size, config.data_seed, "train_size")
@@ -73,11 +76,15 @@ def load_examples(config: TrainConfig) -> Examples:
         task=columns.task,
         train=_normalise(train, columns, names, "training data"),
         validation=_normalise(validation, columns, names, "validation data"),
-        test=None if source.test is None else _test_part(source.test, columns, names, config.test_size),
+        test=None if test is None else _test_part(test, columns, names, config.test_size),
         label_names=names,
         columns=columns,
         unread=tuple(name for name in source.train.column_names if name not in (*columns.texts, columns.label, SEEN)),
     )
+
+
+def _placed(rows: Any) -> Any:
+    return None if rows is None else rows.add_column(PLACE, list(range(1, len(rows) + 1)))
 
 
 def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
@@ -94,21 +101,41 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
     if not written:  # of a pair one text may be empty, and a prompt may be
         blank = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if not any(str(t).strip() for t in row)]
         _refuse(part, f"no text in column {' or '.join(map(repr, texts))}", blank)
+    labels = values(rows, columns.label)
+    if not written:
+        _refuse_dates(rows.features[columns.label], columns.label, part)
+        _refuse_mixed(labels, columns.label, part)
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
     what = "completion" if columns.task == "causal-lm" else "label"
-    unlabelled = [i for i, value in enumerate(values(rows, columns.label)) if _is_missing(value, hidden)]
+    unlabelled = [i for i, value in enumerate(labels) if _is_missing(value, hidden)]
     _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
 
 
-def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
-    """Texts, or lists of them; a number is one too, but a date is no longer what stood in the file."""
-    inner = feature.feature if lists and isinstance(feature, (List, LargeList)) else feature
-    dtype = getattr(inner, "dtype", None)
-    dates = re.match("timestamp|date|time|duration", str(dtype))
-    if not isinstance(inner, (Value, ClassLabel)) or dates or "binary" in str(dtype):
-        way_out = " Save the file as .csv, whose texts stay as they are." if dates else ""
+def _refuse_mixed(labels: list[Any], name: str, part: str) -> None:
+    """Raises DataError where a label is true or false in some rows, and something else in others: 1 is not true."""
+    if len({isinstance(label, bool) for label in labels if label is not None}) > 1:
+        shown = ", ".join(sorted({json.dumps(label) for label in labels if label is not None})[:_SHOWN_ROWS])
         raise DataError(
-            f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.{way_out}"
+            f"Column {name!r} of the {part} mixes true and false with other labels: {shown}. Use one kind."
+        )
+
+
+def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
+    """Texts, or lists of them; a number is one too."""
+    inner = feature.feature if lists and isinstance(feature, (List, LargeList)) else feature
+    _refuse_dates(inner, name, part)
+    dtype = getattr(inner, "dtype", None)
+    if not isinstance(inner, (Value, ClassLabel)) or "binary" in str(dtype):
+        raise DataError(f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.")
+
+
+def _refuse_dates(feature: Any, name: str, part: str) -> None:
+    """Raises DataError where the reader of JSON made dates of texts: they are no longer what stood in the file."""
+    dtype = str(getattr(feature, "dtype", ""))
+    if re.match("timestamp|date|time|duration", dtype):
+        raise DataError(
+            f"Column {name!r} of the {part} was read as {dtype}, not as texts. Save the file as .csv, whose texts "
+            "stay as they are."
         )
 
 
@@ -211,11 +238,12 @@ def _normalise(rows: Dataset, columns: Columns, names: tuple[str, ...], part: st
         if columns.task == "regression"
         else _classes(labels, rows, columns, names, part)
     )
+    fields[PLACE] = values(rows, PLACE)
     return Dataset.from_dict(fields)
 
 
 def _pairs(rows: Dataset, columns: Columns) -> Dataset:
-    named = {"prompt": columns.texts[0], "completion": columns.label, **_marks(rows)}
+    named = {"prompt": columns.texts[0], "completion": columns.label, PLACE: PLACE, **_marks(rows)}
     pairs: dict[str, list[Any]] = {name: [] for name in named}
     for prompt, completion, *marks in zip(*(values(rows, column) for column in named.values()), strict=True):
         for target in completion if isinstance(completion, list) else [completion]:

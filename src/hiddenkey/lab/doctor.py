@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import hiddenkey
 
 from .config import TrainConfig
-from .config_file import read_fields
 from .models import add_lora, find_targets, read_weights, require_dtype
 from .quiet import quieten
 from .skeleton import MODEL_CLASSES, build_skeleton, load_config, published_class
@@ -28,36 +27,32 @@ STYLES = {"ok": "green", "wrong": "bold red", "skipped": "dim", "note": "default
 
 
 def examine(
-    name: str,
-    recipe: str,
+    config: TrainConfig,
     task: str,
     *,
-    train_args: str,
-    trust_remote_code: bool,
     rounds: int,
     size: int,
     length: int,
 ) -> hiddenkey.Diagnosis:
-    """Load the model, put LoRA on it, and let `hiddenkey.doctor` look at it with `recipe`.
+    """Load the model of `config`, put LoRA on it, and let `hiddenkey.doctor` look at it with the recipe.
 
-    task: that of the head, or auto. train_args: a YAML file of `hiddenkey train`, or nothing; its task is the head's
-    where `task` is auto, and where both are, the head is the published one.
+    Standard error shows what it is at, where that is a terminal. task: that of the head; auto: the published one.
 
     Raises:
-        OSError: no such model or file.
-        UserError: the file, the recipe or the model does not fit.
+        OSError: no such model.
+        UserError: the recipe or the model does not fit.
     """
-    given = read_fields(train_args) if train_args else {}
-    settings: dict[str, Any] = {"data": "none", "out": "none", **given, "model": name, "recipe": recipe}
-    if trust_remote_code:
-        settings["trust_remote_code"] = True
-    config = TrainConfig(**settings)
-    config.check()
     quieten()
-    model = load(config, MODEL_CLASSES[config.task if task == "auto" else task])
-    kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
-    with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
-        return hiddenkey.doctor(model, recipe, rounds=rounds, size=size, length=length)
+    with Console(stderr=True).status(f"Reading {escape(config.model)}") as status:
+
+        def progress(finding: hiddenkey.Finding) -> None:
+            status.update(f"Examining {escape(config.model)}: {escape(finding.check)} is done")
+
+        model = load(config, MODEL_CLASSES[task])
+        status.update(f"Examining {escape(config.model)}")
+        kind, dtype = next(model.parameters()).device.type, getattr(torch, config.dtype)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            return hiddenkey.doctor(model, config.recipe, rounds=rounds, size=size, length=length, progress=progress)
 
 
 def load(config: TrainConfig, model_class: str) -> nn.Module:

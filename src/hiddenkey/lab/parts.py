@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .errors import DataError
+from .hub import is_path
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -35,7 +36,46 @@ class Parts:
     test: Places
 
 
-def parts_of_folder(folder: Path) -> dict[str, Places]:
+def local_parts(config: TrainConfig) -> Parts | None:
+    """The parts of `config.data` that are files here; None where it names a data set of the hub.
+
+    Raises:
+        DataError: a format that is not known, a part that is missing, or one that would be used twice.
+        FileNotFoundError: no such file or folder.
+    """
+    path = Path(config.data).expanduser()
+    if config.data_config and path.exists():
+        raise DataError(f"data_config = {config.data_config!r} is for data sets of the hub; {path} is here.")
+    if path.is_dir():
+        there = _parts_of_folder(path)
+    elif path.suffix.lower() in FORMATS:
+        there = {"train": (str(path.resolve()),)}
+    elif path.exists():
+        raise DataError(f"{path} is of no format that is read; these are: {_ENDINGS}.")
+    elif is_path(config.data):
+        raise FileNotFoundError(f"data = {config.data!r}: there is no such file or folder.")
+    else:
+        return None
+    parts = choose_parts(there, config)
+    for places in (parts.train, parts.validation, parts.test):
+        require_files(places)
+    return parts
+
+
+def require_files(places: Places) -> None:
+    """Raises DataError for files of several formats or of another one, or empty ones; FileNotFoundError for none."""
+    files = [Path(place) for place in places]
+    suffixes = {file.suffix.lower() for file in files}
+    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
+        raise DataError(f"{', '.join(places)}: one format at a time, and one of {_ENDINGS}.")
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"No such data file: {file}")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty; training needs rows.")
+
+
+def _parts_of_folder(folder: Path) -> dict[str, Places]:
     """The data files of a folder, under their names without endings."""
     found: dict[str, Places] = {}
     for file in sorted(folder.iterdir()):

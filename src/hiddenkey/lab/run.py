@@ -86,6 +86,7 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
         require_same_data(earlier, checked.examples.digest)
     tell(checked, config, recipe, console)
     trainer = _make_trainer(config, recipe, checked, console)
+    say(console, f"\n{trainer.attachment.plan}\n")
     with postponed():
         if config.overwrite:
             clear(Path(config.out))
@@ -171,7 +172,7 @@ def _make_trainer(config: TrainConfig, recipe: Any, checked: Checked, console: C
     if config.group_by_length:
         trainer.order = ByLength(checked.train_lengths, config.batch_size, config.seed)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(console, config.recipe))
+    trainer.add_callback(ProgressBar(console))
     if config.patience:
         trainer.add_callback(EarlyStopping(config.patience))
     require_space(Path(config.out), _bytes_of_run(trainer))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from .errors import ConfigError
+from .hub import require_model
 
 MODEL_CLASSES = {
     "auto": "",
@@ -49,7 +49,7 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
         OSError: no such model.
         ConfigError: transformers does not know its kind, or it wants to run code of its own and may not.
     """
-    _refuse_other_folders(name)
+    require_model(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except (ValueError, ImportError) as error:
@@ -58,20 +58,6 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
         raise ConfigError(f"{name} cannot be read: {error}{option}") from error
     except OSError as error:
         raise OSError(f"model = {name!r}: here is no folder of that name, and from the hub: {error}") from error
-
-
-def _refuse_other_folders(name: str) -> None:
-    folder = Path(name)
-    if name.startswith((".", "/")) and not folder.exists():
-        raise FileNotFoundError(f"model = {name!r}: there is no such folder.")
-    if (folder / "config.json").exists():
-        return
-    for kind, file in (("a PEFT adapter", "adapter_config.json"), ("a run", "result.json")):
-        if (folder / file).exists():
-            raise ConfigError(
-                f"{name} is the folder of {kind}, not of a model; give the model that it was trained on. To go on "
-                "training an adapter, load it with PEFT in a script (README, load_recipe)."
-            )
 
 
 def published_class(config: Any) -> str:

@@ -15,15 +15,16 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.config import HF_DATASETS_CACHE
 from datasets.exceptions import DatasetGenerationError
 
-from .columns import LABELS, SEEN, values
+from .columns import FRACTION, SEEN, usual_label, values
 from .config import TrainConfig
 from .errors import DataError
-from .parts import FORMATS, Places, choose_parts, parts_of_folder
+from .hub import GLUE_SET
+from .parts import FORMATS, Places, choose_parts, local_parts, require_files
+from .quotes import require_closed_quotes
 
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-_FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
@@ -45,27 +46,14 @@ def read_source(config: TrainConfig) -> Source:
         DataError: a format that is not known, a part that is missing, or one that would be used twice.
         OSError: a file or a hub data set that cannot be read.
     """
-    path = Path(config.data).expanduser()
-    hub: DatasetDict | None = None
-    if config.data_config and path.exists():
-        raise DataError(f"data_config = {config.data_config!r} is for data sets of the hub; {path} is here.")
-    if path.is_dir():
-        there = parts_of_folder(path)
-    elif path.suffix.lower() in FORMATS:
-        there = {"train": (str(path.resolve()),)}
-    elif path.exists():
-        raise DataError(f"{path} is of no format that is read; these are: {', '.join(FORMATS)}.")
-    elif config.data.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"data = {config.data!r}: there is no such file or folder.")
-    else:
+    hub: dict[str, Dataset] = {}
+    parts = local_parts(config)
+    if parts is None:
         hub = _load_hub(config)
-        there = {name: (name,) for name in hub}
-    parts = choose_parts(there, config)
+        parts = choose_parts({name: (name,) for name in hub}, config)
 
     def read(places: Places) -> Dataset:
-        if hub is not None and places[0] in hub:
-            return hub[places[0]]
-        return _read_files([Path(place) for place in places], config)
+        return hub[places[0]] if places[0] in hub else _read_files(places, config)
 
     train = read(parts.train)
     return Source(
@@ -75,16 +63,10 @@ def read_source(config: TrainConfig) -> Source:
     )
 
 
-def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
-    suffixes = {file.suffix.lower() for file in files}
-    if len(suffixes) > 1 or not suffixes <= set(FORMATS):
-        raise DataError(f"{', '.join(map(str, files))}: one format at a time, and one of {', '.join(FORMATS)}.")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"No such data file: {file}")
-        if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty; training needs rows.")
-    suffix = suffixes.pop()
+def _read_files(places: Places, config: TrainConfig) -> Dataset:
+    require_files(places)
+    files = [Path(place) for place in places]
+    suffix = files[0].suffix.lower()
     options: dict[str, Any] = {}
     for file in files if FORMATS[suffix] == "csv" else ():
         options = _csv_options(file, config)
@@ -108,11 +90,10 @@ def _read_files(files: list[Path], config: TrainConfig) -> Dataset:
 
 def _with_scores(rows: Dataset, config: TrainConfig) -> Dataset:
     """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
-    names = (config.label_column,) if config.label_column else LABELS
-    read_as_texts = (*config.text_columns, config.completion_column)
-    for name in (name for name in names if name in rows.column_names and name not in read_as_texts):
+    name = config.label_column or usual_label(rows)
+    if name in rows.column_names and name not in (*config.text_columns, config.completion_column):
         texts = [text.strip() for text in values(rows, name)]
-        if any(map(_FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
+        if any(map(FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
             scores = [float(text) if text else None for text in texts]
             rows = rows.remove_columns(name).add_column(name, scores)
     return rows
@@ -123,6 +104,8 @@ def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"keep_default_na": False}
     if file.suffix.lower() == ".tsv":
         options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    else:
+        require_closed_quotes(file)
     first = _row(file, 0, options)
     names = config.column_names
     if file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(first)):
@@ -182,7 +165,7 @@ def _load_hub(config: TrainConfig) -> DatasetDict:
             raise DataError(
                 f"data_config = {name!r}, but {config.data} names its configuration already; leave it out."
             )
-        path, name = "nyu-mll/glue", config.data.removeprefix("glue/")
+        path, name = GLUE_SET, config.data.removeprefix("glue/")
         if name not in GLUE:
             raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
     try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
 from ..hf.views import IGNORED
-from .columns import values
+from .columns import PLACE, values
 from .errors import DataError
 from .skeleton import MODEL_CLASSES
 
@@ -36,6 +36,8 @@ class Completion:
     def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
         """Token ids of prompt, separator, completion and end mark, cut at the right to `max_length` tokens.
 
+        A start token or an end mark that stands in the texts is not added once more.
+
         Raises:
             DataError: a prompt so long that nothing of its completion is left.
         """
@@ -45,7 +47,7 @@ class Completion:
             texts = [prompt + completion for prompt, completion in zip(prompts, batch["completion"], strict=True)]
             tokens = tokenizer(texts, return_offsets_mapping=True)
             rows = [
-                _row(ids, offsets, len(prompt), tokenizer.eos_token_id, max_length)
+                _row(*_one_start(ids, offsets, tokenizer), len(prompt), tokenizer.eos_token_id, max_length)
                 for ids, offsets, prompt in zip(tokens["input_ids"], tokens["offset_mapping"], prompts, strict=True)
             ]
             return {name: [row[name] for row in rows] for name in ("input_ids", "attention_mask", "labels")}
@@ -53,13 +55,13 @@ class Completion:
         if not tokenizer.is_fast:
             raise DataError("The tokenizer tells no offsets; causal-lm needs a fast one (a tokenizer.json).")
         encoded = rows.map(encode, batched=True, remove_columns=rows.column_names)
-        empty = [
-            i + 1 for i, labels in enumerate(values(encoded, "labels")) if all(label == IGNORED for label in labels)
-        ]
+        places = zip(values(rows, PLACE), values(encoded, "labels"), strict=True)
+        empty = sorted({place for place, labels in places if all(label == IGNORED for label in labels)})
         if empty:
             raise DataError(
-                f"In {len(empty)} rows (the first is {empty[0]}) the prompt alone fills max_length = {max_length} "
-                "tokens, so nothing is left to learn; raise max_length or shorten the prompts."
+                f"In {len(empty)} rows (the first is {empty[0]} of its part, counted from 1) the prompt alone fills "
+                f"max_length = {max_length} tokens, so nothing is left to learn; raise max_length or shorten the "
+                "prompts."
             )
         return encoded
 
@@ -95,10 +97,21 @@ def prompt_ids(prompts: list[str], separator: str, tokenizer: Any) -> list[list[
     """
     ends = [len(prompt + separator) for prompt in prompts]
     tokens = tokenizer([prompt + separator + "x" for prompt in prompts], return_offsets_mapping=True)
+    found = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    kept = (_one_start(ids, offsets, tokenizer) for ids, offsets in found)
     return [
         ids[: next(i for i, (_, stop) in enumerate(offsets) if stop > end)]
-        for ids, offsets, end in zip(tokens["input_ids"], tokens["offset_mapping"], ends, strict=True)
+        for (ids, offsets), end in zip(kept, ends, strict=True)
     ]
+
+
+def _one_start(
+    ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids with one start token where a prompt begins with one and the tokenizer adds another."""
+    start = tokenizer.bos_token_id
+    twice = start is not None and ids[:2] == [start, start]
+    return (ids[1:], offsets[1:]) if twice else (ids, offsets)
 
 
 def _row(
@@ -107,6 +120,8 @@ def _row(
     labels = [token if stop > boundary else IGNORED for token, (_, stop) in zip(ids, offsets, strict=True)]
     if end is not None:
         if ids and ids[-1] == end:  # some tokenizers end every text by themselves
+            if ids[-2:-1] == [end]:  # beside the one that the completion ends in
+                ids, labels = ids[:-1], labels[:-1]
             labels[-1] = end
         else:
             ids, labels = [*ids, end], [*labels, end]

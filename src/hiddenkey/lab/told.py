@@ -46,6 +46,8 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
         missing = _missing_classes(checked.examples.label_names, rows)
         if missing:
             yield f"No {part} row is of class {_listed(missing)}."
+    if checked.examples.task == "causal-lm":
+        yield from _marks_in_texts(checked)
     steps = _steps(config, len(checked.train))
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
     if warmup >= steps:
@@ -55,6 +57,20 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
         )
     if is_idle(recipe, config):
         yield f"'{recipe}' compares two views that are the same: nothing is drawn, so its consistency is 0."
+
+
+def _marks_in_texts(checked: Checked) -> Iterator[str]:
+    rows, tokenizer = checked.examples.train, checked.tokenizer
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    started = sum(text.startswith(start) for text in values(rows, "prompt")) if start else 0
+    if started and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        yield (
+            f"{_rows(started)} of training begin with the start token {start!r}, which the tokenizer adds too; one "
+            "of the two is used."
+        )
+    ended = sum(text.endswith(end) for text in values(rows, "completion")) if end else 0
+    if ended:
+        yield f"{_rows(ended)} of training end in the end mark {end!r}, which is added too; one of the two is used."
 
 
 def is_idle(recipe: Recipe, config: TrainConfig) -> bool:

@@ -52,12 +52,14 @@ def doctor(
     rounds: int = 4,
     size: int = 4,
     length: int = 32,
+    progress: Callable[[Finding], None] | None = None,
 ) -> Diagnosis:
     """Whether `recipe` really is at work on `model`: one finding per check, green or red, with the reason.
 
     recipe: None where one is attached already; otherwise it is attached for the examination, in training mode.
     batches: the model's keyword arguments, on its device; None: two made up from its configuration, of `size`
     examples of `length` tokens. rounds: how often each batch is run to count draws.
+    progress: is given every finding as soon as there is one.
 
     The model is left as it was: weights, buffers, gradients, modes, random states, hooks, counts of draws.
 
@@ -77,12 +79,12 @@ def doctor(
                 f"the recipe '{attachment.recipe}' is attached to this model, not '{parse(recipe)}': leave the "
                 "recipe out, or detach first"
             )
-        return _examine(model, attachment, batches, rounds, size, length)
+        return _examine(model, attachment, batches, rounds, size, length, progress)
     if recipe is None:
         raise AttachError("no recipe is attached to this model; name one: hiddenkey.doctor(model, 'hiddenkey@0.1')")
     with preserved(model), attach(model, recipe) as own:
         model.train()
-        return _examine(model, own, batches, rounds, size, length)
+        return _examine(model, own, batches, rounds, size, length, progress)
 
 
 def _examine(
@@ -92,6 +94,7 @@ def _examine(
     rounds: int,
     size: int,
     length: int,
+    progress: Callable[[Finding], None] | None,
 ) -> Diagnosis:
     random_state = RandomState(model)
     with preserved(model), fresh_counts(attachment), warnings_hidden():
@@ -103,8 +106,12 @@ def _examine(
             raise UserError("batches is empty; give at least one batch, or None to have some made")
         # As training runs it: with a cache, transformers does not look for packed documents in the positions.
         patient = Patient(model, attachment, [named(model, uncached(model, batch)) for batch in batches])
-        findings = tuple(_findings(patient, random_state, rounds))
-    return Diagnosis(str(attachment.recipe), attachment.plan.model, findings)
+        findings = []
+        for finding in _findings(patient, random_state, rounds):
+            findings.append(finding)
+            if progress:
+                progress(finding)
+    return Diagnosis(str(attachment.recipe), attachment.plan.model, tuple(findings))
 
 
 def _findings(patient: Patient, random_state: RandomState, rounds: int) -> Iterator[Finding]:
