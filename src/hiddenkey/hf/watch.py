@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -193,10 +194,12 @@ def active_adapters(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def learned(output: Any) -> Iterator[Tensor]:
-    """The tensors with gradient that a model computed, also those in tuples, lists and mappings of its outputs."""
+    """The tensors with gradient that a model computed, also those in tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):
         if output.requires_grad and not output.is_leaf:
             yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
+    elif isinstance(output, tuple | list):
+        for part in output:
             yield from learned(part)
+    elif isinstance(output, Mapping) or is_dataclass(output):
+        yield from learned(list((output if isinstance(output, Mapping) else vars(output)).values()))

@@ -15,7 +15,7 @@ from ..random_state import RandomState
 from ..structure import find_transformer, require_model
 from ..views import named, uncached
 from .backward import check_consistency, check_reach, check_recompute
-from .batches import make_batches
+from .batches import make_batches, taken
 from .diagnosis import Diagnosis, Finding
 from .effect import check_effect
 from .forward import check_causality, check_evaluation
@@ -96,7 +96,7 @@ def _examine(
     random_state = RandomState(model)
     with preserved(model), fresh_counts(attachment), warnings_hidden():
         if batches is None:
-            batches = make_batches(find_transformer(model)[1], 2, size, length)
+            batches = [taken(model, batch) for batch in make_batches(find_transformer(model)[1], 2, size, length)]
         if isinstance(batches, Mapping):
             raise UserError("batches is a list of batches, here one batch; give [batch]")
         if not batches:
