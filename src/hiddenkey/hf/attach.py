@@ -124,7 +124,7 @@ class Attachment:
         self._copies = [copy for _, copy in saved_copies(model)]
         inner, transformer = find_transformer(model)
         if live:
-            transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
+            transformer.add_module(SWITCHES, nn.ModuleList(self.switches).train(transformer.training))
         self.watch = Watch(self)
         # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called
         # by itself, and after `unload` only that is left.
@@ -273,7 +273,7 @@ class Attachment:
 
     def _look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the first training forward: warn where a site drew nothing in it."""
-        if module.training and not self.seen:
+        if module.training and not self.seen and not self.watch.in_evaluation():
             self.seen = True
             silent = silent_sites(self)
             if silent:

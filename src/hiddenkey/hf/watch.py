@@ -44,7 +44,7 @@ class Watch:
 
         Raises UserError where the model is in evaluation mode.
         """
-        if self._in_evaluation() and not self._aside:
+        if self.in_evaluation() and not self._aside:
             raise UserError(f"a training step of '{self.attachment.recipe}' {EVALUATION}")
         self._in_step, before = True, self._in_step
         try:
@@ -88,7 +88,7 @@ class Watch:
 
     def _misses(self) -> bool:
         """Whether nothing can be drawn, or the consistency is not computed."""
-        return self._in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step)
+        return self.in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step)
 
     def _is_wrong(self) -> bool:
         """Whether a backward pass from here would not teach what the recipe says."""
@@ -121,7 +121,7 @@ class Watch:
     def _action(self) -> partial[None]:
         """What to do when this forward pass is learned from."""
         recipe = self.attachment.recipe
-        if self._in_evaluation():
+        if self.in_evaluation():
             message = f"a backward pass of a model with the recipe '{recipe}' {EVALUATION}"
             return partial(self._fail if self.attachment.model.training else self._warn, message)
         if self._misses():
@@ -131,8 +131,10 @@ class Watch:
         path = next(path for path, site in self.attachment.sites if drop in site.drops)
         return partial(self._fail, UNREACHED.format(drop=drop, path=path))
 
-    def _in_evaluation(self) -> bool:
-        """Whether there is something to drop, but nowhere in training mode."""
+    def in_evaluation(self) -> bool:
+        """Whether there is something to drop, but the model, or each place for it, is in evaluation mode."""
+        if self.attachment.switches and not any(switch.training for switch in self.attachment.switches):
+            return True
         modules = (module_at(self.attachment.model, path) for path in self._places)
         return len(self._places) > 0 and not any(module is None or module.training for module in modules)
 

@@ -114,7 +114,7 @@ def _findings(patient: Patient, random_state: RandomState, rounds: int) -> Itera
     if any(finding.verdict == "wrong" for finding in attached):
         yield Finding("the rest", "skipped", "a training forward would stop at the above; mend that first")
         return
-    if not patient.model.training:
+    if not patient.trains:
         patient.model.train()  # one cause, one red line: the rest is told as it would be in training
     yield from check_rates(patient, rounds)
     for check in CHECKS:

@@ -53,6 +53,11 @@ class Patient:
         return [layer.path for stack in self.attachment.plan.structure.stacks for layer in stack.layers]
 
     @property
+    def trains(self) -> bool:
+        """Whether the model is in training mode, a transformers model inside of an adapter included."""
+        return self.model.training and all(switch.training for switch in self.attachment.switches)
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """The rates of the drops that are switched on."""
         return tuple(switch.p for switch in self.attachment.switches if switch.is_on)
