@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from ..recipe import Drop
@@ -33,3 +36,17 @@ class DropSwitch(nn.Dropout):
 
     def extra_repr(self) -> str:
         return f"{self.drop}{'' if self.is_on else ', switched off'}"
+
+
+def generate_without_drops(model: Any, generate: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` with the switches in evaluation mode: TRL's GRPO and its kin generate in training mode.
+
+    generate: one that was set on the model by hand; None: that of its class.
+    """
+    switches = getattr(model, SWITCHES)
+    training = switches.training
+    switches.eval()
+    try:
+        return type(model).generate(model, *args, **kwargs) if generate is None else generate(*args, **kwargs)
+    finally:
+        switches.train(training)
