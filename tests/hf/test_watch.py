@@ -410,6 +410,17 @@ class Once:
         return self.refuse() if self.calls == 1 else []
 
 
+@pytest.mark.parametrize("family", ("llama", "bert", "gpt2", "qwen3"))
+def test_attention_weights_may_be_asked_for_after_attach(family, monkeypatch):
+    model = make(family, attn_implementation="eager")
+    hiddenkey.attach(model, FREE)
+    model.config.output_attentions = True
+    with draws(monkeypatch) as record:
+        outputs = model(**batch(family))
+    assert len(outputs.attentions) == 4
+    assert record
+
+
 def test_attention_weights_that_are_asked_for_do_not_keep_a_model_from_being_saved(tmp_path):
     model = make("bert", attn_implementation="eager")
     model.config.output_attentions = True
