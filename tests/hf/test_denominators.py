@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 import hiddenkey
 from hiddenkey.hf.own_loss import counts_items
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.hf.views import second_view
 
-from .test_trainer import one_window
+from .test_trainer import InOrder, Rows, model_of, one_epoch, one_window
 from .tiny import CLASSES, batch, make
 from .tools import assert_same_gradients
 
@@ -47,6 +48,100 @@ def test_a_classifier_whose_task_loss_is_a_sum_over_labels(
     without = one_window("bert", tmp_path / "without", big, 1, rows, "hiddenkey-@0", **options)
     name = next(iter(wanted[0]))
     assert not torch.allclose(wanted[0][name], without[0][name], rtol=1e-3)
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+
+
+class Weighted(transformers.Trainer):
+    """Class weights, as the documentation of transformers writes them: a mean."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, reduction="none").mul(WEIGHTS[labels]).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Passing(transformers.Trainer):
+    """A mean of its own, though it hands on the number."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], label_smoothing=0.1)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Focal(transformers.Trainer):
+    """Inside of transformers' loss, of which BERT's is a mean."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
+        return (loss**2, outputs) if kwargs.get("return_outputs") else loss**2
+
+
+class Summed(transformers.Trainer):
+    """A sum that is divided by the number, taken as a Python number."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="sum") / num_items_in_batch.item()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Told(Weighted):
+    """That says of itself that it is a mean, so that transformers divides it by the steps."""
+
+    loss_is_scaled_for_ga = False
+
+
+def mean_function(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels)
+
+
+def sum_function(outputs, labels, num_items_in_batch=None):
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+
+@pytest.mark.parametrize("steps", (2, 4))
+@pytest.mark.parametrize(
+    ("parent", "function", "adds_up"),
+    [
+        (Weighted, None, True),
+        (Passing, None, True),
+        (Focal, None, True),
+        (Summed, None, False),
+        (Told, None, False),
+        (transformers.Trainer, mean_function, True),
+        (transformers.Trainer, sum_function, False),
+    ],
+)
+def test_a_loss_of_ones_own_and_the_consistency_have_one_denominator(
+    parent: Any, function: Any, adds_up: bool, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The weight is the recipe's however a step is cut: what it adds is cut as the task loss is. Means over each
+    batch are added up by transformers, which takes them to be divided by the number of labels.
+    """
+    monkeypatch.setattr("hiddenkey.hf.step.second_view", scaled_view)
+
+    class Mixed(hiddenkey.ConsistencyMixin, parent):
+        _get_train_sampler = InOrder._get_train_sampler
+
+    def added(micro: int, accumulation: int) -> dict[str, torch.Tensor]:
+        """What the consistency adds to the gradients of a step."""
+        found = []
+        for weight in (2.0, 0.0):
+            made = {"model": model_of("bert").double(), "train_dataset": Rows("bert", 4)}
+            recipe = f"hiddenkey@0 ~ kl*{weight}" if weight else "hiddenkey-@0"
+            made |= {"recipe": recipe, "compute_loss_func": function}
+            folder = tmp_path / f"{micro} {weight}"
+            found += one_epoch(Mixed, folder, micro, accumulation, options={}, **made)
+        return {name: with_it - found[1][name] for name, with_it in found[0].items()}
+
+    times = steps if adds_up else 1
+    wanted, found = added(4, 1), added(4 // steps, steps)
+    assert any(value.abs().max() > 1e-4 for value in wanted.values())
+    assert_same_gradients(found, {name: value * times for name, value in wanted.items()}, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """TRL's trainers: what is dropped, compared and refused, against hand computation."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,8 @@ from hiddenkey.hf.beside import ComparedTokens
 
 from .test_step import CLEAN, divergence
 from .test_trainer import InOrder
-from .tiny import make
-from .tools import assert_same_gradients, draws, gradients, lora
+from .tiny import batch, make
+from .tools import assert_same_gradients, draws, gradients, lora, quiet
 from .words import texts, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -356,7 +358,7 @@ def test_a_trainer_without_labels(tmp_path):
             batches, count = super().get_batch_samples(*args)
             return [{"chosen_ids": batch["input_ids"]} for batch in batches], count
 
-    with pytest.raises(ValueError, match=r"'labels' or 'completion_mask'.*Rewards has chosen_ids"):
+    with pytest.raises(ValueError, match=r"have labels, or DPO's.*Rewards \(chosen_ids\) has neither"):
         sft(tmp_path, f"{DROPS} ~ kl", model, cls=Rewards).train()
 
 
@@ -380,3 +382,70 @@ def test_the_pass_that_learns_is_kept_whatever_comes_first():
     assert kept.states.requires_grad
     assert torch.equal(kept.logits(model, {"input_ids": ids}), model(input_ids=ids).logits)
     assert "forward" not in vars(kept.decoder)
+
+
+ONLINE = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}
+
+
+def online(kind, folder, recipe, model):
+    """A trainer that samples its own completions, four of each prompt."""
+    parent, config = ONLINE[kind]
+    cls = type("Online", (hiddenkey.ConsistencyMixin, parent), {})
+    return cls(
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(set(words.split()))) for words in completions],
+        args=config(output_dir=str(folder), **SETTINGS, num_generations=4, max_completion_length=6, temperature=0.7),
+        train_dataset=texts("completion", 16).select_columns("prompt"),
+        processing_class=tokenizer(),
+        recipe=recipe,
+    )
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_completions_are_sampled_without_drops(kind, tmp_path, monkeypatch):
+    """TRL samples in training mode; what learns from the completions drops all the same."""
+    model, seen = adapted(), []
+
+    def generate(*args, **options):
+        with draws(monkeypatch) as record:
+            completions = type(model).generate(model, *args, **options)
+        seen.append((model.training, len(record)))
+        return completions
+
+    trainer = online(kind, tmp_path, DROPS, model)
+    model.generate = generate
+    trainer.train()
+    assert seen
+    assert set(seen) == {(True, 0)}
+    assert all(rate > 0 for rate in trainer.attachment.rates().values())
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+def test_a_consistency_of_completions_that_are_sampled(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"have labels.*Online \(.*\) has neither.*without its consistency"):
+        online(kind, tmp_path, f"{DROPS} ~ kl", adapted()).train()
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "t5", "gemma2"))
+@pytest.mark.parametrize("options", ({}, {"do_sample": True}, {"num_beams": 2}, {"use_cache": False}))
+def test_generation_in_training_mode_is_the_plain_models(family, options):
+    model, prompt = quiet(family), batch(family, padding="left", labels=False)
+    prompt.pop("decoder_input_ids", None)
+
+    def generate():
+        torch.manual_seed(3)
+        return model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, **options)
+
+    wanted = generate()
+    with hiddenkey.attach(model, DROPS.replace(":", "[:]:", 2)) as handle:
+        clone = copy.deepcopy(model)
+        assert torch.equal(generate(), wanted)
+        assert all(rate != rate for rate in handle.rates().values())  # nothing was drawn
+        model(**batch(family)).loss.backward()
+        assert all(rate > 0 for rate in handle.rates().values())
+        assert model.training
+        model, original = clone, model
+        assert torch.equal(generate(), wanted)
+    model = original
+    assert "generate" not in vars(model)
+    assert torch.equal(generate(), wanted)

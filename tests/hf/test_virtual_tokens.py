@@ -28,7 +28,7 @@ def test_the_consistency_compares_the_labels_positions(tuner, monkeypatch):
     attachment = hiddenkey.attach(model, STEP)
     attachment.dense = attachment.shares_lower = True  # as an earlier step has seen
     views = []
-    monkeypatch.setattr(step_module, "compared", lambda *args: views.append(args[0]["logits"]) or compared(*args))
+    monkeypatch.setattr(step_module, "compared", lambda *args: views.append(args[1]["logits"]) or compared(*args))
     compared = hiddenkey.hf.views.compared
     found = hiddenkey.consistency_step(model, inputs).consistency
     virtual = LONGER.get(tuner, 0)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import peft
 import pytest
 import torch
 from transformers import Trainer
@@ -12,7 +13,7 @@ import hiddenkey
 
 from .adapters import build
 from .test_trainer import Rows, drop_trainer, model_of
-from .tiny import batch, make
+from .tiny import FAMILIES, batch, make
 from .tools import arguments, attached, draws, logits_of, lora, quiet
 
 TIED = "hiddenkey@0.3 ~ kl*0.5"
@@ -148,6 +149,50 @@ def test_an_adapter_in_training_mode_around_a_model_in_evaluation_mode(run):
     ):
         warnings.simplefilter("error")
         loss.backward()
+
+
+NEVER_SWITCHED = {
+    "LoRA": {},
+    "head": {"modules_to_save": ["classifier"]},
+    "DoRA": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "recipe"),
+    [*((family, "LoRA", TIED) for family in FAMILIES), *(("bert", kind, FREE) for kind in NEVER_SWITCHED)],
+)
+def test_a_model_that_was_never_switched_to_training_drops_nothing(family, kind, recipe):
+    """from_pretrained leaves the base in evaluation mode, and PEFT's new layers are in training mode."""
+    config = peft.LoraConfig(target_modules="all-linear", **NEVER_SWITCHED[kind])
+    model, inputs = peft.get_peft_model(quiet(family).eval(), config), batch(family)
+    plain = batch(family, labels=False)
+    assert model.training
+    assert any(module.training for module in model.get_base_model().modules())
+    with torch.no_grad():
+        wanted = model(**plain).logits
+    handle = hiddenkey.attach(model, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            found = model(**plain).logits
+    assert torch.equal(found, wanted)
+    with pytest.raises(hiddenkey.UserError, match=r"from_pretrained leaves it.*model\.train\(\)"):
+        model(**inputs).loss.backward()
+    with pytest.raises(hiddenkey.UserError, match=r"from_pretrained leaves it.*model\.train\(\)"):
+        hiddenkey.consistency_step(model, inputs)
+    model.train()
+    hiddenkey.consistency_step(model, inputs).total.backward()
+    assert all(rate > 0 for rate in handle.rates().values())
+
+
+def test_a_doctor_of_a_model_that_was_never_switched():
+    model = peft.get_peft_model(quiet("bert").eval(), peft.LoraConfig(target_modules="all-linear"))
+    hiddenkey.attach(model, FREE)
+    red = [finding for finding in hiddenkey.doctor(model).findings if finding.verdict == "wrong"]
+    assert [finding.check for finding in red] == ["training mode"], red
+    assert "call model.train()" in red[0].reason
 
 
 @pytest.mark.parametrize("recipe", (TIED, FREE))
@@ -363,6 +408,17 @@ class Once:
     def __call__(self, *arguments):
         self.calls += 1
         return self.refuse() if self.calls == 1 else []
+
+
+@pytest.mark.parametrize("family", ("llama", "bert", "gpt2", "qwen3"))
+def test_attention_weights_may_be_asked_for_after_attach(family, monkeypatch):
+    model = make(family, attn_implementation="eager")
+    hiddenkey.attach(model, FREE)
+    model.config.output_attentions = True
+    with draws(monkeypatch) as record:
+        outputs = model(**batch(family))
+    assert len(outputs.attentions) == 4
+    assert record
 
 
 def test_attention_weights_that_are_asked_for_do_not_keep_a_model_from_being_saved(tmp_path):

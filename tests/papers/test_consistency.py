@@ -199,3 +199,20 @@ def test_bad_input(case):
         hiddenkey.consistency_loss(name, torch.zeros(first), torch.zeros(second), **kwargs)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("apart", (1e-1, 1e-2, 1e-3, 1e-4, 1e-5))
+def test_jsd_of_nearly_equal_views_is_that_of_float64_and_never_negative(apart):
+    generator = torch.Generator().manual_seed(0)
+    first, noise = (torch.randn(200, 50, generator=generator) for _ in range(2))
+    second = first + apart * noise
+    p, q = (logits.double().softmax(-1) for logits in (first, second))
+    m = (p + q) / 2
+    wanted = ((p * (p / m).log() + q * (q / m).log()).sum(-1) / 2).clamp(min=0)
+    first.requires_grad_()
+    found = hiddenkey.consistency_loss("jsd", first, second, reduction="none")
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.double(), wanted, rtol=0.1, atol=1e-14)
+    found.sum().backward()
+    gradient = p * ((p / m).log() - (p * (p / m).log()).sum(-1, keepdim=True)) / 2
+    assert (first.grad - gradient).norm() < 0.02 * gradient.norm()

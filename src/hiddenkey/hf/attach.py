@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,7 @@ from .skip import TokenSkip, can_skip
 from .softmax import OwnSoftmax
 from .strays import OURS, hooks_in, hooks_of, remove_strays, saved_copies, silenced_in
 from .structure import find_transformer, require_model
-from .switch import SWITCHES, DropSwitch
+from .switch import SWITCHES, DropSwitch, generate_without_drops
 from .watch import Watch
 
 MARK = "hiddenkey_attachment"
@@ -129,7 +130,10 @@ class Attachment:
         self._copies = [copy for _, copy in saved_copies(model)]
         inner, transformer = find_transformer(model)
         if live:
-            transformer.add_module(SWITCHES, nn.ModuleList(self.switches))
+            transformer.add_module(SWITCHES, nn.ModuleList(self.switches).train(transformer.training))
+            if hasattr(transformer, "generate"):
+                generate = vars(transformer).get("generate")
+                vars(transformer)["generate"] = partial(generate_without_drops, transformer, generate)
         self.watch = Watch(self)
         # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called
         # by itself, and after `unload` only that is left.
@@ -187,7 +191,13 @@ class Attachment:
         for _, handle in self.handles:
             handle.remove()
         remove_strays(self.model, ATTACHED)
-        find_transformer(self.model)[1]._modules.pop(SWITCHES, None)
+        transformer = find_transformer(self.model)[1]
+        transformer._modules.pop(SWITCHES, None)
+        generate = vars(transformer).get("generate")
+        if isinstance(generate, partial) and generate.func is generate_without_drops:
+            del transformer.generate
+            if generate.args[1] is not None:
+                transformer.generate = generate.args[1]
         for config in self.renamed:
             if not any(config is other for attachment in ATTACHED for other in attachment.renamed):
                 restore_backend(config)
@@ -282,7 +292,7 @@ class Attachment:
 
     def _look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the first training forward: warn where a site drew nothing in it."""
-        if module.training and not self.seen:
+        if module.training and not self.seen and not self.watch.in_evaluation():
             self.seen = True
             silent = silent_sites(self)
             if silent:

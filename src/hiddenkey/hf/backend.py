@@ -26,7 +26,6 @@ from ..masks import Mask, read_mask
 from .code import asks_for_sdpa, names_in, uses_interface
 from .sites import AttentionSite
 from .softmax import DropAtSoftmax
-from .structure import find_transformer
 
 PREFIX = "hiddenkey_"
 WRAPPED = ("sdpa", "eager")
@@ -176,9 +175,8 @@ def check_backend(path: str, module: Any) -> str | None:
 def our_name(model: nn.Module, name: str) -> str:
     """The name under which our function around `name` is registered, as this model is to see it."""
     compared = any(asks_for_sdpa(module) for module in model.modules())
-    # A configuration that asks for attention weights insists on "eager" when it is saved.
-    insists = name == "eager" and getattr(find_transformer(model)[1].config, "output_attentions", False)
-    return OurName(name) if compared or insists else PREFIX + name
+    # A configuration that asks for attention weights, now or later, insists on "eager".
+    return OurName(name) if compared or name == "eager" else PREFIX + name
 
 
 def wrapped_name(name: str | None) -> str:

@@ -62,8 +62,9 @@ def compared_in(batch: Batch, trainer: str) -> ComparedTokens:
             batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED), by_sequence=True
         )
     raise UserError(
-        f"a consistency compares tokens by 'labels' or 'completion_mask', but a batch of {trainer} has "
-        f"{', '.join(batch)}; attach the recipe without its consistency"
+        f"a consistency compares tokens that have labels, or DPO's completions in 'input_ids'; a batch of {trainer} "
+        f"({', '.join(batch)}) has neither, as where a trainer generates its own completions; attach the recipe "
+        "without its consistency"
     )
 
 

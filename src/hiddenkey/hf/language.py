@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +14,9 @@ from transformers import PreTrainedModel
 from ..consistency import Consistency
 from .adapters import adds_to_loss
 from .attach import Attachment
-from .code import config_names_in, written_in
-from .feed_forward import ancestors
-from .own_loss import WRAPPERS, takes_the_stock_loss
+from .code import config_names_in
+from .outer_forward import is_own, parameters
+from .own_loss import takes_the_stock_loss
 from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys
 from .token_loss import Head, Share, TokenLoss
 from .views import IGNORED, Batch
@@ -58,7 +57,7 @@ def frozen_head(attachment: Attachment) -> Head | None:
     head = transformer.get_output_embeddings()
     fits = (
         type(transformer).__name__.endswith(LANGUAGE_MODELS)
-        and "logits_to_keep" in inspect.signature(transformer.forward).parameters
+        and "logits_to_keep" in parameters(transformer)
         and getattr(type(head), "forward", None) is nn.Linear.forward
         and _is_plain(head)
         and not any(parameter.requires_grad for parameter in head.parameters())
@@ -72,28 +71,22 @@ def frozen_head(attachment: Attachment) -> Head | None:
 
 def is_next_token_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether the model's loss of the batch is transformers' cross entropy of next tokens, with nothing added."""
-    path, transformer = find_transformer(model)
+    transformer = find_transformer(model)[1]
     routers = batch.get("output_router_logits")
     if routers is None:
         routers = getattr(transformer.config, "output_router_logits", False)
     return (
         takes_the_stock_loss(transformer)
-        and _is_wrapped_plainly(model, path)
+        and not is_own(model)
         and batch.get("shift_labels") is None
         and not routers
         and not getattr(transformer, "z_loss_coefficient", 0)
     )
 
 
-def _is_wrapped_plainly(model: nn.Module, path: str) -> bool:
-    """Whether nothing of the user's is around the model at the path, which may add to its loss."""
-    around = {*ancestors(path), ""} - {path}
-    return all(written_in(model.get_submodule(wrapper)) <= WRAPPERS for wrapper in around)
-
-
 def _cuts_tokens(transformer: PreTrainedModel) -> bool:
     """Whether the decoder itself leaves tokens out for which no logits are asked, as Gemma 4's upper layers do."""
-    takes_it = "logits_to_keep" in inspect.signature(transformer.get_decoder().forward).parameters
+    takes_it = "logits_to_keep" in parameters(transformer.get_decoder())
     return takes_it and reads_lower_keys(transformer)
 
 

@@ -24,15 +24,15 @@ from transformers.loss.loss_utils import (
 
 from ..errors import UserError
 from .code import names_in, written_in
+from .outer_forward import WRAPPERS, parameters
+from .structure import find_transformer
 
-# Packages that, around a model or its forward, leave its loss alone, or are known to change it (see `adds_to_loss`).
-WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
 # transformers' losses that divide by the number of items.
 DIVIDED = (ForCausalLMLoss, ForMaskedLMLoss, ForTokenClassification, ForQuestionAnsweringLoss)
 # transformers' losses that compare logits and labels at one place; all others, such as a user's, take the next label.
 IN_PLACE = frozenset(name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss)
 BY_HAND = {"cross_entropy", "CrossEntropyLoss", "nll_loss", "NLLLoss"}
-SHIFT = re.compile(r"\w*labels\[(.* )?1:\]|\w*logits\[(.* )?:-1(, .*)?\]")
+SHIFT = re.compile(r"[\w.]*labels\[(.* )?1:\]|[\w.]*logits\[(.* )?:-1(, .*)?\]")
 
 
 def counts_items(model: nn.Module, labels: Tensor | None = None) -> bool:
@@ -40,8 +40,10 @@ def counts_items(model: nn.Module, labels: Tensor | None = None) -> bool:
 
     Many classifiers call the loss without their keyword arguments, and so take the mean. Of those that pass them on,
     a regression, a classifier of several yes/no answers and CTC take it all the same. A loss that is set in the place
-    of transformers' is taken to divide.
+    of transformers' is taken to divide, and a user's module around a model where it names the argument.
     """
+    if not isinstance(model, PreTrainedModel):
+        return "num_items_in_batch" in parameters(model)
     kind: Any = type(model)
     if not _passes_keywords_to_loss(kind):
         return False
@@ -71,9 +73,16 @@ def shifts_labels(model: nn.Module) -> bool:
     """Whether the loss compares the logits of a place with the label of the next one, as causal models' do.
 
     Read off the code: some decoders (Bart's, XLNet) take labels that are shifted already. A loss that is set in the
-    place of transformers' is taken to shift as that does. Raises UserError where a loss by hand cannot be read.
+    place of transformers' is taken to shift as that does. A user's module around a model shifts where its code does,
+    or leaves the loss to the model. Raises UserError where a loss by hand cannot be read.
     """
     transformer: Any = model
+    if not isinstance(model, PreTrainedModel):
+        forward = inspect.unwrap(type(model).forward)
+        if _shifts_by_hand(forward) or not BY_HAND.isdisjoint(forward.__code__.co_names):
+            return _shifts_by_hand(forward)
+        transformer = find_transformer(model)[1]
+        return "labels" in parameters(transformer) and shifts_labels(transformer)
     if transformer.config.is_encoder_decoder:
         return False
     for forward in _forwards(type(model)):
@@ -83,7 +92,7 @@ def shifts_labels(model: nn.Module) -> bool:
         if not BY_HAND.isdisjoint(names):
             return _shifts_by_hand(forward)
     inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
-    return any(shifts_labels(child) for child in inner if "labels" in inspect.signature(child.forward).parameters)
+    return any(shifts_labels(child) for child in inner if "labels" in parameters(child))
 
 
 def takes_the_stock_loss(model: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import evaluation
+from .outer_forward import named_outputs, without_labels
 from .structure import find_transformer
 
 
@@ -84,7 +85,6 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
     stack = attachment.plan.structure.last
     assert stack is not None  # whose last layer's output was kept
     handle = model.get_submodule(stack.layers[-1].path).register_forward_hook(cut)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     try:
         with (
             attachment.watch.aside(),
@@ -92,7 +92,7 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
-            predictions = model(**inputs)["logits"]
+            predictions = named_outputs(model(**without_labels(model, batch)))["logits"]
     finally:
         handle.remove()
     (gradient,) = torch.autograd.grad(predictions.sum(), seen[-1], materialize_grads=True)

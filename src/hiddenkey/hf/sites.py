@@ -35,13 +35,13 @@ class AttentionSite:
 
     @property
     def active(self) -> tuple[Drop, ...]:
-        """The drops that are switched on."""
-        return tuple(switch.drop for switch in self.switches if switch.is_on)
+        """The drops that are switched on, while the model is in training mode."""
+        return tuple(switch.drop for switch in self.switches if switch.is_active)
 
     def draw(self, shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
         """One keep mask per active drop over (B, Hkv, Q, K), counted."""
         keeps = draw_keeps(self.active, shape, device, self.mask_of_documents(mask))
-        tallies = [tally for tally, switch in zip(self.tallies, self.switches, strict=True) if switch.is_on]
+        tallies = [tally for tally, switch in zip(self.tallies, self.switches, strict=True) if switch.is_active]
         for keep, tally, drop in zip(keeps, tallies, self.active, strict=True):
             tally.add(keep, drawn_together(drop, keep, lead=2))
         return keeps
@@ -54,7 +54,7 @@ class AttentionSite:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Forward pre-hook with keywords: what a mask means to hide is hidden for certain (see `hiding`)."""
-        if not module.training:
+        if not module.training or not self.active:
             return args, kwargs
         self.in_windows = False
         names = (*self.parameters, *("" for _ in args))
@@ -76,8 +76,8 @@ class StreamSite:
         self.tallies = [Tally()]
 
     def is_active(self, module: nn.Module) -> bool:
-        """Whether it drops now: the module is training and the drop is switched on."""
-        return module.training and self.switches[0].is_on
+        """Whether it drops now: the module and the model are training and the drop is switched on."""
+        return module.training and self.switches[0].is_active
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: drop from the output, or from the first of several."""

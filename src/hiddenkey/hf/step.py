@@ -14,6 +14,7 @@ from ..errors import AttachError, UserError
 from .attach import Attachment, find_attachment
 from .language import HiddenStates, agrees, frozen_head, is_next_token_loss, token_losses
 from .lower import LowerLayers
+from .outer_forward import named_outputs, outermost
 from .own_loss import counts_items
 from .random_state import RandomState
 from .ranks import check_wrapper, everywhere
@@ -71,35 +72,37 @@ class Step:
 
 
 def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
-    """The loss that a transformers model computes from the labels in its batch.
+    """The loss that the model computes from the labels in its batch.
 
     Of an accumulated batch it is this batch's share. Most classifiers return the mean over this batch whatever
     num_items is, so theirs is multiplied by this batch's share of the labels: of none it is 0.
     """
-    transformer, labels = find_transformer(model)[1], batch.get("labels")
-    divides = num_items is not None and counts_items(transformer, labels if isinstance(labels, Tensor) else None)
+    labels = batch.get("labels")
+    divides = num_items is not None and counts_items(outermost(model), labels if isinstance(labels, Tensor) else None)
     counted = {"num_items_in_batch": num_items} if divides else {}
     outputs = model(**batch, **counted)
-    if outputs.get("loss") is None:
+    found = named_outputs(outputs)
+    if found.get("loss") is None:
         raise UserError(
-            f"the model computes no loss from {', '.join(batch)}; a training step needs 'labels' in the batch"
+            f"the model computes no loss from {', '.join(batch)}, it puts out {', '.join(found)}; a training step "
+            "needs 'labels' in the batch, and a 'loss' in the outputs, which is the first of a tuple"
         )
     if num_items is None or counted:
-        return outputs["loss"], outputs
+        return found["loss"], outputs
     if not isinstance(labels, Tensor):
         raise UserError(
             f"num_items divides by labels, and the batch of {', '.join(batch)} has no 'labels' to count; leave it out"
         )
-    count = count_labels(transformer, labels)
+    count = count_labels(model, labels)
     if not count:  # a mean over nothing, and so would its gradient be
-        return outputs["logits"][:0].sum(), outputs
-    return outputs["loss"] * (count / num_items), outputs
+        return found["logits"][:0].sum(), outputs
+    return found["loss"] * (count / num_items), outputs
 
 
 def _pair(found: Any) -> tuple[Tensor, Any]:
     """(loss, outputs) of a task loss. Raises UserError where it gave something else."""
     pair = isinstance(found, tuple) and len(found) == 2
-    if not pair or not isinstance(found[0], Tensor) or not isinstance(found[1], Mapping):
+    if not pair or not isinstance(found[0], Tensor) or isinstance(found[1], Tensor | None):
         kinds = ", ".join(type(part).__name__ for part in found) if isinstance(found, tuple) else type(found).__name__
         raise UserError(f"task_loss returns (loss, outputs), a tensor and the model's outputs by name; got {kinds}")
     return found
@@ -224,7 +227,7 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
     with LastLayer(step.attachment) as last:
         with lower.record():
             task, outputs = step.task(step.batch, step.num_items)
-        first = compared(outputs, last.output, step.batch, step.attachment, step.consistency)
+        first = compared(step.model, outputs, last.output, step.batch, step.attachment, step.consistency)
         if task.requires_grad and not first.logits.requires_grad:
             raise UserError(
                 "the outputs that come with the task loss carry no gradient, so the consistency would teach nothing; "
@@ -236,7 +239,9 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
                 other_task, others = step.task(step.batch, step.num_items)
             else:
                 other_task, others = task, second_view(step.model, step.batch, step.consistency)
-            return other_task, compared(others, last.output, step.batch, step.attachment, step.consistency)
+            return other_task, compared(
+                step.model, others, last.output, step.batch, step.attachment, step.consistency
+            )
 
         other_task, second = lower.second(step.model, other, lambda view: view[1].logits)
     if step.consistency.both:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -13,10 +14,12 @@ from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
 from .beside import compared_in, step_beside
+from .random_state import RandomState
 from .ranks import RankSeed
 from .rate_log import log_what_is_wrong
 from .saving import load_recipe, save_recipe
 from .step import StepLoss, consistency_step
+from .views import copied
 
 
 class ConsistencyMixin:
@@ -38,6 +41,7 @@ class ConsistencyMixin:
     label_smoother: Any
     get_tp_size: Any
     _together = False
+    _divides_own_loss: bool | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Raises TypeError where a trainer stands before the mixin, whose methods would then never be called."""
@@ -91,7 +95,8 @@ class ConsistencyMixin:
         """
         if not model.training:
             return self._trainers_loss(model, inputs, num_items_in_batch, return_outputs)
-        num_items = num_items_in_batch if self._is_scaled(num_items_in_batch) else None
+        divided = self._is_scaled(num_items_in_batch) and self._divides(model, inputs, num_items_in_batch)
+        num_items = num_items_in_batch if divided else None
         options: dict[str, Any] = {"num_items": num_items, "scale": self._consistency_scale(num_items)}
         if self._gives_no_logits() and self.attachment.recipe.consistency is not None:
             step = step_beside(
@@ -157,6 +162,27 @@ class ConsistencyMixin:
         if scaled is None:
             scaled = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         return scaled and num_items is not None
+
+    def _divides(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> bool:
+        """Whether the trainer divides its loss by num_items, as transformers takes it to; a user's may be a mean over
+        each batch, and the consistency is then too. Tried in the first step where it matters, with twice the number.
+        """
+        module: str = getattr(super().compute_loss, "__module__", "")  # type: ignore[misc]
+        users = self.compute_loss_func is not None or module.partition(".")[0] not in ("transformers", "trl")
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        whole = getattr(self, "current_gradient_accumulation_steps", 1) == self.args.world_size == 1
+        if not users or told is not None or whole:
+            return True
+        if self._divides_own_loss is None:
+            draws, losses = RandomState(model), []
+            for count in (num_items, 2 * num_items):
+                with torch.no_grad():
+                    losses.append(float(self._trainers_loss(model, copied(inputs), count)))
+                draws.restore()
+            if not losses[0]:  # a batch without labels tells nothing
+                return True
+            self._divides_own_loss = losses[1] / losses[0] < 0.75
+        return self._divides_own_loss
 
     def _consistency_scale(self, num_items: Tensor | int | None) -> float:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..errors import UserError
 from .adapters import virtual_tokens
 from .attach import Attachment
 from .modes import evaluation
+from .outer_forward import is_own, named_outputs, outermost, parameters, takes, without_labels
 from .own_loss import shifts_labels
 from .pooling import pooled
 from .structure import find_transformer
@@ -66,9 +66,9 @@ def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **opti
 
     options: further arguments of the model.
     """
-    inputs = {name: value for name, value in uncached(model, batch).items() if name != "labels"} | options
+    inputs = without_labels(model, uncached(model, batch)) | options
     transformer = find_transformer(model)[1]
-    if _needs_decoder_inputs(transformer, inputs, batch.get("labels")):
+    if not is_own(model) and _needs_decoder_inputs(transformer, inputs, batch.get("labels")):
         inputs["decoder_input_ids"] = decoder_inputs(transformer, batch["labels"])
     held = inference(model) if consistency.clean else nullcontext() if consistency.both else torch.no_grad()
     with held:
@@ -86,41 +86,48 @@ def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The batch, and `use_cache=False` for a model that takes it: with a cache, transformers does not look for packed
     documents in the positions, and the two views would see different ones.
     """
-    takes_it = "use_cache" in inspect.signature(find_transformer(model)[1].forward).parameters
-    return {**batch, "use_cache": False} if takes_it else dict(batch)
+    return {**batch, "use_cache": False} if takes(model, "use_cache") else dict(batch)
 
 
 def named(model: nn.Module, batch: Batch) -> Batch:
-    """The batch, so that the model's outputs have names, where it is set to give a tuple."""
-    by_default = getattr(find_transformer(model)[1].config, "return_dict", True)
+    """The batch, so that a transformers model's outputs have names, where it is set to give a tuple."""
+    by_default = is_own(model) or getattr(find_transformer(model)[1].config, "return_dict", True)
     return batch if batch.get("return_dict", by_default) else {**batch, "return_dict": True}
 
 
-def count_labels(transformer: nn.Module, labels: Tensor) -> Tensor:
+def count_labels(model: nn.Module, labels: Tensor) -> Tensor:
     """How many labels count in the loss."""
-    return ((labels[..., 1:] if shifts_labels(transformer) else labels) != IGNORED).sum()
+    return ((labels[..., 1:] if shifts_labels(outermost(model)) else labels) != IGNORED).sum()
 
 
 def compared(
-    outputs: Any, last: Tensor | None, batch: Batch, attachment: Attachment, consistency: Consistency
+    model: nn.Module,
+    outputs: Any,
+    last: Tensor | None,
+    batch: Batch,
+    attachment: Attachment,
+    consistency: Consistency,
 ) -> Compared:
     """What `consistency` compares in the outputs of one view (arXiv 2403.00812, section 3.2).
 
     Classification: the classifier's logits. Regression: the pooled token's last-layer vector, or the prediction
     itself for a scalar consistency. Generation: the logits at label positions.
     """
+    outputs = named_outputs(outputs)
     logits = outputs.get("logits")
     if logits is None or not isinstance(batch["labels"], Tensor):
         raise UserError(
             f"the consistency {consistency.name!r} compares logits at labels, but this model's outputs are "
             f"{', '.join(outputs)} and its labels a {type(batch['labels']).__name__}; leave the consistency out"
         )
-    labels = labels_of(batch, logits.shape[1], attachment.model) if logits.dim() == 3 else batch["labels"]
+    labels = labels_of(batch, logits.shape[1], model) if logits.dim() == 3 else batch["labels"]
     tokens = logits.dim() == 3 and labels.dim() == 2 and logits.shape[:2] == labels.shape
     if tokens and not consistency.scalar:
-        return _tokens(logits, labels, batch.get("shift_labels"), attachment)
+        return _tokens(logits, labels, batch.get("shift_labels"), model)
     problem = getattr(find_transformer(attachment.model)[1].config, "problem_type", None)
     regression = labels.is_floating_point() and problem != "multi_label_classification"
+    if regression and logits.shape == labels.shape and logits.dim() == 1:  # a head of the user's, squeezed
+        logits = logits[:, None]
     if consistency.scalar:
         if not regression:
             raise UserError(
@@ -168,10 +175,10 @@ def labels_of(batch: Batch, length: int, model: nn.Module) -> Tensor:
     return labels
 
 
-def _tokens(logits: Tensor, labels: Tensor, shifted: Tensor | None, attachment: Attachment) -> Compared:
+def _tokens(logits: Tensor, labels: Tensor, shifted: Tensor | None, model: nn.Module) -> Compared:
     if shifted is not None and shifted.shape == labels.shape:  # transformers' loss takes these in their place
         return Compared(logits, shifted != IGNORED)
-    if shifts_labels(find_transformer(attachment.model)[1]):
+    if shifts_labels(outermost(model)):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return Compared(logits, labels != IGNORED)
 
@@ -192,7 +199,7 @@ def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None
     """Whether the decoder reads the labels, which are tokens, and the second view goes without them."""
     if labels is None or labels.dim() != 2 or labels.is_floating_point() or not transformer.config.is_encoder_decoder:
         return False
-    takes_them = "decoder_input_ids" in inspect.signature(transformer.forward).parameters
+    takes_them = "decoder_input_ids" in parameters(transformer)
     writes = transformer.get_output_embeddings() is not None  # else the labels are classes
     return takes_them and writes and {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class Watch:
 
         Raises UserError where the model is in evaluation mode.
         """
-        if self._in_evaluation() and not self._aside:
+        if self.in_evaluation() and not self._aside:
             raise UserError(f"a training step of '{self.attachment.recipe}' {EVALUATION}")
         self._in_step, before = True, self._in_step
         try:
@@ -87,7 +88,7 @@ class Watch:
 
     def _misses(self) -> bool:
         """Whether nothing can be drawn, or the consistency is not computed."""
-        return self._in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step)
+        return self.in_evaluation() or (self.attachment.recipe.consistency is not None and not self._in_step)
 
     def _is_wrong(self) -> bool:
         """Whether a backward pass from here would not teach what the recipe says."""
@@ -120,7 +121,7 @@ class Watch:
     def _action(self) -> partial[None]:
         """What to do when this forward pass is learned from."""
         recipe = self.attachment.recipe
-        if self._in_evaluation():
+        if self.in_evaluation():
             message = f"a backward pass of a model with the recipe '{recipe}' {EVALUATION}"
             return partial(self._fail if self.attachment.model.training else self._warn, message)
         if self._misses():
@@ -130,8 +131,10 @@ class Watch:
         path = next(path for path, site in self.attachment.sites if drop in site.drops)
         return partial(self._fail, UNREACHED.format(drop=drop, path=path))
 
-    def _in_evaluation(self) -> bool:
-        """Whether there is something to drop, but nowhere in training mode."""
+    def in_evaluation(self) -> bool:
+        """Whether there is something to drop, but the model, or each place for it, is in evaluation mode."""
+        if self.attachment.switches and not any(switch.training for switch in self.attachment.switches):
+            return True
         modules = (module_at(self.attachment.model, path) for path in self._places)
         return len(self._places) > 0 and not any(module is None or module.training for module in modules)
 
@@ -193,10 +196,12 @@ def active_adapters(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def learned(output: Any) -> Iterator[Tensor]:
-    """The tensors with gradient that a model computed, also those in tuples, lists and mappings of its outputs."""
+    """The tensors with gradient that a model computed, also those in tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):
         if output.requires_grad and not output.is_leaf:
             yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
+    elif isinstance(output, tuple | list):
+        for part in output:
             yield from learned(part)
+    elif isinstance(output, Mapping) or is_dataclass(output):
+        yield from learned(list((output if isinstance(output, Mapping) else vars(output)).values()))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UserError
+from ..outer_forward import is_own, outermost, parameters, takes
 
 Batch = dict[str, Any]
 LONGEST_AUDIO = 16000
@@ -22,6 +22,25 @@ def make_batches(model: PreTrainedModel, count: int, size: int, length: int) -> 
     whose inputs can't be made from its configuration.
     """
     return [_batch(model, size, length) for _ in range(count)]
+
+
+def taken(model: nn.Module, batch: Batch) -> Batch:
+    """What of a batch for a transformers model the user's module around it takes; all where there is none.
+
+    Raises UserError where that module needs more.
+    """
+    if not is_own(model):
+        return batch
+    batch = {name: value for name, value in batch.items() if takes(model, name)}
+    asked = parameters(outermost(model)).values()
+    needed = [p.name for p in asked if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    missing = [name for name in needed if name not in batch]
+    if missing:
+        raise UserError(
+            f"{type(outermost(model)).__name__} needs {', '.join(missing)}, for which nothing can be made up here; "
+            "give batches of your own: hiddenkey.doctor(model, recipe, batches=[…])"
+        )
+    return batch
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -62,7 +81,7 @@ def _text(model: PreTrainedModel, size: int, length: int) -> Batch:
         cut = length - length // 4
         ids[-1, cut:], mask[-1, cut:] = pad, 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    if "pixel_values" in inspect.signature(model.forward).parameters and hasattr(config, "vision_config"):
+    if "pixel_values" in parameters(model) and hasattr(config, "vision_config"):
         batch |= {} if model.can_generate() else {"pixel_values": _image(model, size)}
     return batch
 

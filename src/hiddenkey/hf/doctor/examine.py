@@ -15,7 +15,7 @@ from ..random_state import RandomState
 from ..structure import find_transformer, require_model
 from ..views import named, uncached
 from .backward import check_consistency, check_reach, check_recompute
-from .batches import make_batches
+from .batches import make_batches, taken
 from .diagnosis import Diagnosis, Finding
 from .effect import check_effect
 from .forward import check_causality, check_evaluation
@@ -99,7 +99,7 @@ def _examine(
     random_state = RandomState(model)
     with preserved(model), fresh_counts(attachment), warnings_hidden():
         if batches is None:
-            batches = make_batches(find_transformer(model)[1], 2, size, length)
+            batches = [taken(model, batch) for batch in make_batches(find_transformer(model)[1], 2, size, length)]
         if isinstance(batches, Mapping):
             raise UserError("batches is a list of batches, here one batch; give [batch]")
         if not batches:
@@ -121,7 +121,7 @@ def _findings(patient: Patient, random_state: RandomState, rounds: int) -> Itera
     if any(finding.verdict == "wrong" for finding in attached):
         yield Finding("the rest", "skipped", "a training forward would stop at the above; mend that first")
         return
-    if not patient.model.training:
+    if not patient.trains:
         patient.model.train()  # one cause, one red line: the rest is told as it would be in training
     yield from check_rates(patient, rounds)
     for check in CHECKS:

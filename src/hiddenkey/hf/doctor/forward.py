@@ -44,7 +44,8 @@ def check_evaluation(patient: Patient) -> Iterator[Finding]:
 
 def _check_generate(patient: Patient) -> Finding:
     transformer = patient.transformer
-    if not transformer.can_generate() or transformer.main_input_name != "input_ids":
+    generates = transformer.can_generate() and hasattr(patient.attachment.model, "generate")
+    if not generates or transformer.main_input_name != "input_ids":
         return Finding("generate", "skipped", "this model generates no text")
     limit = positions(transformer)
     room = None if limit is None else max(limit - TOKENS - 2, 1)  # some begin to count at 2

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..attach import Attachment
+from ..outer_forward import named_outputs
 from ..structure import find_transformer
 from ..views import copied, inference
 from .preserve import plain_twin, seed_all
@@ -50,6 +51,11 @@ class Patient:
     def layers(self) -> list[str]:
         """The paths of all layers, the decoder's last."""
         return [layer.path for stack in self.attachment.plan.structure.stacks for layer in stack.layers]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model is in training mode, a transformers model inside of an adapter included."""
+        return self.model.training and all(switch.training for switch in self.attachment.switches)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -105,12 +111,13 @@ def layers_kept(model: nn.Module, paths: Iterable[str]) -> Iterator[States]:
 
 def loss_of(outputs: Any) -> Tensor:
     """The loss the model computed from labels; without labels the mean square of what it puts out."""
-    loss = outputs.get("loss")
+    loss = named_outputs(outputs).get("loss")
     return main_output(outputs).float().square().mean() if loss is None else loss
 
 
 def main_output(outputs: Any) -> Tensor:
     """The logits; without a head the last hidden states; the loss where a fused kernel gives no logits."""
+    outputs = named_outputs(outputs)
     for name in ("logits", "last_hidden_state", "start_logits", "loss"):
         if outputs.get(name) is not None:
             return outputs[name]

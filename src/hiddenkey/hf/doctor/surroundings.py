@@ -36,7 +36,7 @@ def check_attached(patient: Patient) -> Iterator[Finding]:
 
 def check_mode(patient: Patient) -> Iterator[Finding]:
     """The model is in training mode, and so is every module that drops."""
-    if not patient.model.training:
+    if not patient.trains:
         reason = "the model is in evaluation mode, in which nothing is dropped: call model.train()"
         yield Finding("training mode", "wrong", reason)
         return
