@@ -6,7 +6,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-full test-oldest cover models lint clean
+.PHONY: demo test test-full test-oldest cover models lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,9 +40,15 @@ models: $(VENV)/.installed
 	$(BIN)/python -m tests.models
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check src tests demo examples
-	$(BIN)/ruff format --check src tests demo examples
+	$(BIN)/ruff check src tests demo examples benchmarks
+	$(BIN)/ruff format --check src tests demo examples benchmarks
 	$(BIN)/mypy
+
+# About half an hour; for a GPU too, where there is one. One script with other flags: python -m benchmarks.step --help
+bench: $(VENV)/.installed
+	for name in startup dropout attention step; do \
+	  $(BIN)/python -m benchmarks.$$name --out benchmarks/results/$$(date +%F)/$$name.json || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .mypy_cache .ruff_cache .pytest_cache demo/out

@@ -15,7 +15,6 @@ import tyro
 import hiddenkey
 
 from .lab.artifacts import is_begun
-from .lab.bench.config import BenchConfig
 from .lab.config import FIELD_TYPES, TrainConfig
 from .lab.errors import ConfigError
 from .lab.sweep.config import SweepConfig
@@ -148,21 +147,6 @@ def _require_model(name: str) -> None:
         ask_hub("model", name)
 
 
-def run_bench(config: BenchConfig) -> None:
-    """Measure, or write the page from what was measured."""
-    config.check()
-    if config.page:
-        from .lab.bench.page import write_page
-
-        print(write_page(config))
-        return
-    from .lab.bench.run import bench
-    from .lab.quiet import quieten
-
-    quieten()
-    bench(config)
-
-
 def run_sweep(config: SweepConfig) -> None:
     """Make every run of a sweep file."""
     from .lab.sweep.run import sweep
@@ -183,7 +167,6 @@ RUNNERS: dict[type, Callable[[Any], None]] = {
     TrainConfig: run_train,
     PlanCommand: run_plan,
     DoctorCommand: run_doctor,
-    BenchConfig: run_bench,
     SweepConfig: run_sweep,
     ReportCommand: run_report,
 }
@@ -234,7 +217,6 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
-        | Annotated[BenchConfig, tyro.conf.subcommand("bench")]
         | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     )
     return tyro.cli(

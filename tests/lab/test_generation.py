@@ -17,15 +17,14 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hiddenkey.lab import run
+from hiddenkey.lab import metrics, run
 from hiddenkey.lab.columns import PLACE
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError
 from hiddenkey.lab.generation import Prompt, Written, collect_prompts, generate
 from hiddenkey.lab.generation import _NoRepeat as NoRepeat
-from hiddenkey.lab.metrics import measure as metrics
-from hiddenkey.lab.metrics.ngrams import ter
+from hiddenkey.lab.metrics import ter
 from hiddenkey.lab.tasks_completion import Completion, prompt_ids
 
 from . import tiny

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from transformers import EvalPrediction
 
+from hiddenkey.lab import metrics
 from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.metrics import measure as metrics
-from hiddenkey.lab.metrics.measure import has_java, measure
-from hiddenkey.lab.metrics.ngrams import bleu, nist, ter
+from hiddenkey.lab.metrics import bleu, has_java, measure, nist, ter, tokenise
 from hiddenkey.lab.tasks import lower_is_better
 from hiddenkey.lab.tasks_sequence import Classification, Regression
 
@@ -73,10 +73,16 @@ def test_without_java_the_metrics_that_need_it_are_refused(monkeypatch: pytest.M
 
 @needs_java
 def test_words_of_the_treebank_without_marks():
-    from hiddenkey.lab.metrics.captions import tokenise
-
-    texts = ["Café Sicilia is cheap, isn't it?", "", "A  very\nnice ||| one."]
-    assert tokenise(texts) == ["café sicilia is cheap is n't it", "", "a very nice one"]
+    texts, references = (
+        ["Café Sicilia is cheap, isn't it?", ""],
+        [["A  very\nnice ||| one."], ["It's (not) --cheap--"]],
+    )
+    words, truths = tokenise(texts, references)
+    assert words == ["café sicilia is cheap is n't it", ""]
+    assert truths == [["a very nice one"], ["it 's -lrb- not -rrb- cheap"]]
+    plain = [[{"caption": text}] for text in ("Isn't it?", "", *references[1])]
+    theirs = PTBTokenizer().tokenize(dict(enumerate(plain)))
+    assert [several[0] for several in theirs.values()] == ["is n't it", "", truths[1][0]]
 
 
 @needs_java

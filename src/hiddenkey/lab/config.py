@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
-from .metrics.measure import OF_CAPTIONS, OF_NGRAMS
+from .metrics import OF_CAPTIONS, OF_NGRAMS
 
 Task = Literal["auto", "classification", "regression", "causal-lm"]
 Scheduler = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]

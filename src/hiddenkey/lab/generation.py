@@ -18,7 +18,7 @@ from .columns import SEEN, values
 from .config import TrainConfig
 from .errors import ConfigError
 from .interrupts import heed
-from .metrics.measure import measure, require_tools
+from .metrics import measure, require_tools
 from .models import positions
 from .say import say
 from .tasks_completion import prompt_ids

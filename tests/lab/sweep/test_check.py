@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from hiddenkey.lab import metrics
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
-from hiddenkey.lab.metrics import measure as metrics
 from hiddenkey.lab.sweep import run as running
 from hiddenkey.lab.sweep.board import Board
 from hiddenkey.lab.sweep.config import SweepConfig
