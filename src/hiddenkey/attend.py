@@ -10,11 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .axes.grid import Grid
-from .axes.pattern import PATTERNS
 from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
 from .fused import attend_cells, attend_keys, undropped
 from .masks import Mask, Shape, hiding, over_cells, read_mask
+from .patterns import PATTERNS, Grid
 from .recipe import Drop, Recipe
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .axes.compensation import COMPENSATIONS
-from .axes.grid import Grid
-from .axes.pattern import PATTERNS
-from .axes.position import POSITIONS, Space
+from .compensations import COMPENSATIONS
 from .errors import RecipeError, UserError
+from .patterns import PATTERNS, Grid
+from .positions import POSITIONS, Space
 from .recipe import Drop, Recipe, parse
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .axes.compensation import COMPENSATIONS
-from .axes.grid import Grid
+from .compensations import COMPENSATIONS
 from .drop import broadcasts, compensate, draw, select
 from .errors import RecipeError
+from .patterns import Grid
 from .recipe import Drop, Recipe
 
 

@@ -12,11 +12,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .axes.compensation import COMPENSATIONS
-from .axes.pattern import PATTERNS
-from .axes.position import POSITIONS, Position
+from .compensations import COMPENSATIONS
 from .consistency import CONSISTENCIES
 from .errors import RecipeError, UnknownNameError
+from .patterns import PATTERNS
+from .positions import POSITIONS, Position
 from .presets import PRESETS
 from .registry import unknown
 

@@ -19,10 +19,9 @@ from transformers import Trainer, TrainerCallback
 
 import hiddenkey
 from hiddenkey import attend, drop, dropout
-from hiddenkey.axes.grid import Grid
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.patterns import PATTERNS, Grid, register_pattern
 from tests.hf.test_trainer import Rows, training_logs
 from tests.hf.tiny import CLASSES, make
 from tests.hf.tools import arguments, lora

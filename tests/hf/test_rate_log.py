@@ -12,12 +12,11 @@ from transformers import TrainerCallback
 
 import hiddenkey
 from hiddenkey import attend, dropout
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
-from hiddenkey.draws import random_keep
 from hiddenkey.drop import Tally, draw
 from hiddenkey.hf import rate_log
 from hiddenkey.hf.interval import interval, surprise
 from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
+from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
 from .test_trainer import drop_trainer, training_logs
 from .tiny import batch

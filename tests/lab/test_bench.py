@@ -16,7 +16,6 @@ import transformers
 
 import hiddenkey
 from hiddenkey.cli import main
-from hiddenkey.draws import generator, random_bytes
 from hiddenkey.lab.bench import page as performance
 from hiddenkey.lab.bench import run as bench
 from hiddenkey.lab.bench.attention import RIVALS
@@ -27,6 +26,7 @@ from hiddenkey.lab.bench.providers import PROVIDERS
 from hiddenkey.lab.bench.record import Case, Record, Row, read_record, read_records, write_record
 from hiddenkey.lab.bench.targets import TARGETS, Target, growth, over_sum, ratio
 from hiddenkey.lab.errors import RunError
+from hiddenkey.patterns import generator, random_bytes
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

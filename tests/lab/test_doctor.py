@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.cli import _parse, main
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.doctor import load
+from hiddenkey.patterns import PATTERNS, register_pattern
 
 QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]
 

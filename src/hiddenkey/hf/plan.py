@@ -9,10 +9,10 @@ from typing import get_args
 
 from torch import nn
 
-from ..axes.pattern import PATTERNS
-from ..axes.position import POSITIONS, Side
 from ..drop import space_of
 from ..errors import PlanError
+from ..patterns import PATTERNS
+from ..positions import POSITIONS, Side
 from ..recipe import Drop, Recipe, parse
 from .adapters import adapters, restless
 from .backend import check_backend

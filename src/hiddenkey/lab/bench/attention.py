@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import attention
-from ...draws import random_keep
 from ...drop import guard
 from ...fused import folded
 from ...masks import Mask
+from ...patterns import random_keep
 from .config import BenchConfig
 from .measure import Work, interleave
 from .memory import peak_memory

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ... import StructuredDropout, consistency_loss
 from ...consistency import CONSISTENCIES
-from ...draws import random_keep
 from ...hf.token_loss import Head, Share, TokenLoss
+from ...patterns import random_keep
 from .config import BenchConfig
 from .measure import Work, interleave
 from .memory import peak_memory
