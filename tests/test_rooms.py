@@ -13,11 +13,10 @@ import hiddenkey
 ROOT = Path(hiddenkey.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# errors <- registry <- axes, consistency <- recipe <- drop <- causal, cells <- fused <- attend <- hf <- lab <- cli
+# errors <- registry <- axes, consistency <- recipe <- masks <- causal, cells <- fused <- attend <- hf <- lab <- cli
 RANKS = {
     "errors": 0,
     "presets": 0,
-    "masks": 0,
     "flash": 0,
     "registry": 1,
     "positions": 2,
@@ -25,7 +24,7 @@ RANKS = {
     "compensations": 2,
     "consistency": 2,
     "recipe": 3,
-    "drop": 4,
+    "masks": 4,
     "causal": 5,
     "cells": 5,
     "fused": 6,
@@ -168,6 +167,6 @@ def test_every_module_opens_with_what_it_is(file):
     assert ast.get_docstring(ast.parse((ROOT / file).read_text()))
 
 
-@pytest.mark.parametrize("room", ["registry", "recipe", "drop", "attend", "dropout", "consistency", "presets"])
+@pytest.mark.parametrize("room", ["registry", "recipe", "masks", "attend", "dropout", "consistency", "presets"])
 def test_core_rooms_import_on_their_own(room):
     assert importlib.import_module(f"hiddenkey.{room}").__doc__

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
+from .compensations import COMPENSATIONS
 from .fused import attend_cells, attend_keys, undropped
-from .masks import Mask, Shape, hiding, over_cells, read_mask
+from .masks import Mask, Shape, broadcasts, draw, guard, hiding, over_cells, read_mask, spread
 from .patterns import PATTERNS, Grid
-from .recipe import Drop, Recipe
+from .recipe import Drop, Recipe, select, space_of
 
 
 def attention(
@@ -144,7 +144,7 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "weights":
-            weights = compensate(drop, weights * guard(keep, allowed))
+            weights = COMPENSATIONS[drop.compensation].apply(weights * guard(keep, allowed), drop.p)
     return weights * alive
 
 

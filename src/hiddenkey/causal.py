@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import flash
-from .drop import spread
+from .masks import spread
 
 
 def attend_causal(

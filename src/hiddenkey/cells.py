@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from . import flash
-from .drop import guard, spread
-from .masks import Mask, over_cells
+from .masks import Mask, guard, over_cells, spread
 
 # Entries of a part's mask: 8 MiB of float32, in cache; from 32 MiB on, Linux's allocator asks the system every time.
 PART_CELLS = 2**21

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .compensations import COMPENSATIONS
-from .drop import broadcasts, compensate, draw, select
 from .errors import RecipeError
+from .masks import broadcasts, draw
 from .patterns import Grid
-from .recipe import Drop, Recipe
+from .recipe import Drop, Recipe, select
 
 
 class KeepTimes(torch.autograd.Function):
@@ -46,10 +46,10 @@ def draw_stream(x: Tensor, drop: Drop, segments: Tensor | None = None) -> Tensor
 
 def drop_stream(x: Tensor, drop: Drop, keep: Tensor) -> Tensor:
     """x' = C(x · M), with M given as keep, broadcastable to x."""
-    factor = COMPENSATIONS[drop.compensation].factor
-    if factor is None:
-        return compensate(drop, x * keep)
-    return KeepTimes.apply(x, keep, factor(drop.p))
+    compensation = COMPENSATIONS[drop.compensation]
+    if compensation.factor is None:
+        return compensation.apply(x * keep, drop.p)
+    return KeepTimes.apply(x, keep, compensation.factor(drop.p))
 
 
 class StructuredDropout(nn.Module):

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import causal, cells, flash
-from .drop import guard, spread
-from .masks import Mask, over_cells
+from .masks import Mask, guard, over_cells, spread
 
 # Flash kernels on CUDA want head sizes in multiples of 8.
 FEATURES = 8

@@ -18,7 +18,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 import hiddenkey
-from hiddenkey import attend, drop, dropout
+from hiddenkey import attend, dropout, masks
 from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.patterns import PATTERNS, Grid, register_pattern
@@ -64,7 +64,7 @@ def recorded() -> Iterator[list[str]]:
     modules: tuple[Any, ...] = (attend, dropout)
 
     def draw(*arguments: Any) -> Tensor:
-        keep = drop.draw(*arguments)
+        keep = masks.draw(*arguments)
         prints.append(hashlib.sha256(keep.numpy().tobytes()).hexdigest())
         return keep
 
@@ -74,7 +74,7 @@ def recorded() -> Iterator[list[str]]:
         yield prints
     finally:
         for module in modules:
-            module.draw = drop.draw
+            module.draw = masks.draw
 
 
 def build(family: str, all_trained: bool = False) -> Any:

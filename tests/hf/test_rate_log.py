@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 import hiddenkey
 from hiddenkey import attend, dropout
-from hiddenkey.drop import Tally, draw
 from hiddenkey.hf import rate_log
 from hiddenkey.hf.interval import interval, surprise
 from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
+from hiddenkey.masks import Tally, draw
 from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
 from .test_trainer import drop_trainer, training_logs

@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import hiddenkey
 from hiddenkey import dropout
-from hiddenkey.drop import draw
 from hiddenkey.hf import backend, sites, skip, views
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.masks import draw
 
 from .tiny import batch, make
 from .tools import attached, inputs_for, logits_of, lora, quiet, snapshot

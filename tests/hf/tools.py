@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import hiddenkey
 from hiddenkey import attend, dropout
-from hiddenkey.drop import draw
+from hiddenkey.masks import draw
 
 from .tiny import DECODERS, DEPTH, FAMILIES, VOCABULARY, batch, make
 

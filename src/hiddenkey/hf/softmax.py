@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..attend import attend, drop_weights, guarded
-from ..drop import spread
-from ..masks import Mask, read_mask
+from ..masks import Mask, read_mask, spread
 from .sites import AttentionSite
 
 SOFTMAX: tuple[Callable[..., Any], ...] = (F.softmax, torch.softmax, Tensor.softmax)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...drop import drawn_together
-from ...masks import Mask, Shape
+from ...masks import Mask, Shape, drawn_together
 from ...patterns import PATTERNS, Grid, document_bounds, run_length
 from ...recipe import Drop
 from ..intact import module_at, switched_off

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import attention
-from ...drop import guard
 from ...fused import folded
-from ...masks import Mask
+from ...masks import Mask, guard
 from ...patterns import random_keep
 from .config import BenchConfig
 from .measure import Work, interleave
