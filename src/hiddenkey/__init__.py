@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 ROOMS = {
     "recipe": ("parse", "Recipe", "Drop", "LayerSlice"),
     "errors": ("UserError", "RecipeError", "PlanError", "AttachError", "SavedRecipeError", "UnknownNameError"),
-    "attend": ("attention",),
+    "attention_paths": ("attention",),
     "dropout": ("StructuredDropout",),
     "consistency": ("consistency_loss", "register_consistency"),
     "patterns": ("register_pattern",),
@@ -32,7 +32,7 @@ _room_of = {name: room for room, names in ROOMS.items() for name in names}
 __all__ = sorted(_room_of)
 
 if TYPE_CHECKING:
-    from .attend import attention as attention
+    from .attention_paths import attention as attention
     from .compensations import register_compensation as register_compensation
     from .consistency import consistency_loss as consistency_loss
     from .consistency import register_consistency as register_consistency

@@ -114,10 +114,10 @@ def guard(keep: Tensor, visible: Tensor | None) -> Tensor:
     empties query i with probability p^(i+1); minus infinity would then give NaN, a large finite number a look into
     the future.
     """
-    if visible is None:
-        return keep | ~keep.any(-1, keepdim=True)
-    left = keep & visible
-    return torch.where(left.any(-1, keepdim=True), left, visible)
+    left = keep if visible is None else keep & visible
+    # The largest byte, because on a CPU torch takes eight times as long for `any` over bool (torch 2.13).
+    emptied = left.view(torch.uint8).amax(-1, keepdim=True) == 0
+    return left | (emptied if visible is None else emptied & visible)
 
 
 def over_cells(mask: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 import hiddenkey
-from hiddenkey import attend, dropout, masks
+from hiddenkey import attention_paths, dropout, masks
 from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.patterns import PATTERNS, Grid, register_pattern
@@ -61,7 +61,7 @@ class InOrder(hiddenkey.DropTrainer):
 def recorded() -> Iterator[list[str]]:
     """A fingerprint of every mask that is drawn."""
     prints: list[str] = []
-    modules: tuple[Any, ...] = (attend, dropout)
+    modules: tuple[Any, ...] = (attention_paths, dropout)
 
     def draw(*arguments: Any) -> Tensor:
         keep = masks.draw(*arguments)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import hiddenkey
-from hiddenkey import attend, dropout
+from hiddenkey import attention_paths, dropout
 from hiddenkey.hf import rate_log
 from hiddenkey.hf.interval import interval, surprise
 from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
@@ -95,7 +95,7 @@ def watched(recipe=RECIPE):
 
 
 def other_rate(monkeypatch, rate):
-    for module in (dropout, attend):
+    for module in (dropout, attention_paths):
         monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
 
 

@@ -288,7 +288,7 @@ def test_patched_forwards_that_are_harmless():
 
 
 def other_rate(monkeypatch, rate):
-    for module in (dropout, hiddenkey.attend):
+    for module in (dropout, hiddenkey.attention_paths):
         monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import draw_keeps
+from ..attention_paths import draw_keeps
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
 from ..masks import Mask, Shape, Tally, drawn_together, hiding

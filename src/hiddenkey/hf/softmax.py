@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attend import attend, drop_weights, guarded
+from ..attention_paths import attend, drop_weights, guarded
 from ..masks import Mask, read_mask, spread
 from .sites import AttentionSite
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import attention
-from ...fused import folded
+from ...attention_paths import folded
 from ...masks import Mask, guard
 from ...patterns import random_keep
 from .config import BenchConfig
