@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.axes.compensation import COMPENSATIONS
-from hiddenkey.axes.pattern import PATTERNS
-from hiddenkey.axes.position import POSITIONS
+from hiddenkey.compensations import COMPENSATIONS
 from hiddenkey.consistency import CONSISTENCIES
+from hiddenkey.patterns import PATTERNS
+from hiddenkey.positions import POSITIONS
 
 from .hf.tiny import batch, make
 
@@ -237,12 +237,14 @@ def register_whole():
     @hiddenkey.register_pattern("whole")
     def whole(grid, p):
         """All keys or none: constant along them."""
-        return hiddenkey.draws.random_keep((*grid.lead, *(1,) * (len(grid.shape) - len(grid.lead))), p, grid.device)
+        return hiddenkey.patterns.random_keep(
+            (*grid.lead, *(1,) * (len(grid.shape) - len(grid.lead))), p, grid.device
+        )
 
     @hiddenkey.register_pattern("queries")
     def queries(grid, p):
         """All keys or none, for every query."""
-        return hiddenkey.draws.random_keep((*grid.shape[:-1], 1), p, grid.device)
+        return hiddenkey.patterns.random_keep((*grid.shape[:-1], 1), p, grid.device)
 
 
 @pytest.mark.parametrize("pattern", ("whole", "queries"))

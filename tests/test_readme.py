@@ -12,9 +12,9 @@ import pytest
 
 import hiddenkey
 from hiddenkey import cli
-from hiddenkey.axes.pattern import PATTERNS
-from hiddenkey.axes.position import POSITIONS
 from hiddenkey.consistency import CONSISTENCIES
+from hiddenkey.patterns import PATTERNS
+from hiddenkey.positions import POSITIONS
 
 from .hf.tiny import make
 
@@ -123,7 +123,7 @@ def test_a_preset_is_what_stands_beside_it():
 def names_of_a_new_process():
     """The names by axis, without those that other tests registered."""
     code = (
-        "import json, hiddenkey.axes.position as p, hiddenkey.axes.pattern as q, hiddenkey.axes.compensation as c\n"
+        "import json, hiddenkey.positions as p, hiddenkey.patterns as q, hiddenkey.compensations as c\n"
         "import hiddenkey.consistency as k\n"
         "axes = dict(position=p.POSITIONS, pattern=q.PATTERNS, compensation=c.COMPENSATIONS)\n"
         "axes['consistency'] = k.CONSISTENCIES\n"

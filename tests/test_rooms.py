@@ -13,22 +13,19 @@ import hiddenkey
 ROOT = Path(hiddenkey.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
-# errors, draws <- registry <- axes, consistency <- recipe <- drop <- causal, cells <- fused <- attend <- hf <- lab
+# errors <- registry <- positions, patterns, compensations, consistency <- recipe <- masks <- attention_paths, dropout
+# <- hf <- lab <- cli
 RANKS = {
     "errors": 0,
     "presets": 0,
-    "masks": 0,
-    "draws": 0,
-    "flash": 0,
     "registry": 1,
-    "axes": 2,
+    "positions": 2,
+    "patterns": 2,
+    "compensations": 2,
     "consistency": 2,
     "recipe": 3,
-    "drop": 4,
-    "causal": 5,
-    "cells": 5,
-    "fused": 6,
-    "attend": 7,
+    "masks": 4,
+    "attention_paths": 7,
     "dropout": 7,
     "hf": 8,
     "lab": 9,
@@ -79,16 +76,16 @@ def test_the_reader_of_imports_sees_every_form():
     source = """
 import os, torch.nn as nn
 from transformers import Trainer
-from .grid import Grid
-from . import pattern
+from .plan import plan
+from . import sites
 from ..registry import Registry
 from .. import recipe
 from hiddenkey.hf.plan import plan
 def f():
     from ..lab.run import go
 """
-    found = imports(source, ["hiddenkey", "axes"])
-    assert {"os", "torch.nn", "transformers", "hiddenkey.axes.grid.Grid", "hiddenkey.axes.pattern"} <= found
+    found = imports(source, ["hiddenkey", "hf"])
+    assert {"os", "torch.nn", "transformers", "hiddenkey.hf.plan.plan", "hiddenkey.hf.sites"} <= found
     assert {"hiddenkey.registry.Registry", "hiddenkey.recipe", "hiddenkey.hf.plan", "hiddenkey.lab.run.go"} <= found
 
 
@@ -105,12 +102,6 @@ def test_imports_point_one_way(file):
     assert rooms_entered(file) <= allowed
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) == "axes"], ids=str)
-def test_the_axes_do_not_import_one_another(file):
-    siblings = {name.split(".")[2] for name in imports_of(file) if name.startswith("hiddenkey.axes.")}
-    assert siblings <= {"grid"}
-
-
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_only_hf_and_lab_import_hugging_face(file):
     if room_of(file) == "lab":
@@ -124,8 +115,8 @@ def test_only_hf_and_lab_import_hugging_face(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
-def test_no_file_is_longer_than_300_lines(file):
-    assert len((ROOT / file).read_text().splitlines()) <= 300
+def test_no_file_is_longer_than_600_lines(file):
+    assert len((ROOT / file).read_text().splitlines()) <= 600
 
 
 def loaded_after(code):
@@ -146,6 +137,12 @@ def test_the_core_loads_no_transformers():
     loaded = loaded_after(f"{code}; hiddenkey.consistency_loss")
     assert "torch" in loaded
     assert not loaded & {"transformers", "peft", "accelerate", "datasets"}
+
+
+def test_no_module_hides_a_public_name():
+    """An imported module becomes an attribute of its package: a public name of a module's own name would be lost."""
+    modules = {room_of(file) for file in FILES}
+    assert not modules & set(hiddenkey.__all__)
 
 
 def test_an_unknown_attribute_is_an_attribute_error():
@@ -173,6 +170,8 @@ def test_every_module_opens_with_what_it_is(file):
     assert ast.get_docstring(ast.parse((ROOT / file).read_text()))
 
 
-@pytest.mark.parametrize("room", ["registry", "recipe", "drop", "attend", "dropout", "consistency", "presets"])
+@pytest.mark.parametrize(
+    "room", ["registry", "recipe", "masks", "attention_paths", "dropout", "consistency", "presets"]
+)
 def test_core_rooms_import_on_their_own(room):
     assert importlib.import_module(f"hiddenkey.{room}").__doc__

@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 ROOMS = {
     "recipe": ("parse", "Recipe", "Drop", "LayerSlice"),
     "errors": ("UserError", "RecipeError", "PlanError", "AttachError", "SavedRecipeError", "UnknownNameError"),
-    "attend": ("attention",),
+    "attention_paths": ("attention",),
     "dropout": ("StructuredDropout",),
     "consistency": ("consistency_loss", "register_consistency"),
-    "axes.pattern": ("register_pattern",),
-    "axes.position": ("register_position",),
-    "axes.compensation": ("register_compensation",),
+    "patterns": ("register_pattern",),
+    "positions": ("register_position",),
+    "compensations": ("register_compensation",),
     "hf.plan": ("plan", "Plan"),
     "hf.attach": ("attach", "find_attachment", "Attachment"),
     "hf.doctor.examine": ("doctor",),
@@ -32,10 +32,8 @@ _room_of = {name: room for room, names in ROOMS.items() for name in names}
 __all__ = sorted(_room_of)
 
 if TYPE_CHECKING:
-    from .attend import attention as attention
-    from .axes.compensation import register_compensation as register_compensation
-    from .axes.pattern import register_pattern as register_pattern
-    from .axes.position import register_position as register_position
+    from .attention_paths import attention as attention
+    from .compensations import register_compensation as register_compensation
     from .consistency import consistency_loss as consistency_loss
     from .consistency import register_consistency as register_consistency
     from .dropout import StructuredDropout as StructuredDropout
@@ -59,6 +57,8 @@ if TYPE_CHECKING:
     from .hf.step import consistency_step as consistency_step
     from .hf.trainer import ConsistencyMixin as ConsistencyMixin
     from .hf.trainer import DropTrainer as DropTrainer
+    from .patterns import register_pattern as register_pattern
+    from .positions import register_position as register_position
     from .recipe import Drop as Drop
     from .recipe import LayerSlice as LayerSlice
     from .recipe import Recipe as Recipe

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .axes.compensation import COMPENSATIONS
-from .axes.grid import Grid
-from .drop import broadcasts, compensate, draw, select
+from .compensations import COMPENSATIONS
 from .errors import RecipeError
-from .recipe import Drop, Recipe
+from .masks import broadcasts, draw
+from .patterns import Grid
+from .recipe import Drop, Recipe, select
 
 
 class KeepTimes(torch.autograd.Function):
@@ -46,10 +46,10 @@ def draw_stream(x: Tensor, drop: Drop, segments: Tensor | None = None) -> Tensor
 
 def drop_stream(x: Tensor, drop: Drop, keep: Tensor) -> Tensor:
     """x' = C(x · M), with M given as keep, broadcastable to x."""
-    factor = COMPENSATIONS[drop.compensation].factor
-    if factor is None:
-        return compensate(drop, x * keep)
-    return KeepTimes.apply(x, keep, factor(drop.p))
+    compensation = COMPENSATIONS[drop.compensation]
+    if compensation.factor is None:
+        return compensation.apply(x * keep, drop.p)
+    return KeepTimes.apply(x, keep, compensation.factor(drop.p))
 
 
 class StructuredDropout(nn.Module):

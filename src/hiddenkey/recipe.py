@@ -12,11 +12,11 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .axes.compensation import COMPENSATIONS
-from .axes.pattern import PATTERNS
-from .axes.position import POSITIONS, Position
+from .compensations import COMPENSATIONS
 from .consistency import CONSISTENCIES
 from .errors import RecipeError, UnknownNameError
+from .patterns import PATTERNS
+from .positions import POSITIONS, Position, Space
 from .presets import PRESETS
 from .registry import unknown
 
@@ -127,6 +127,11 @@ class Recipe:
         return drops if self.consistency is None else f"{drops} ~ {self.consistency}*{float(self.weight)!r}"
 
 
+def space_of(drop: Drop) -> Space:
+    """What the drop acts on: attention logits, attention weights, or a stream."""
+    return POSITIONS[drop.position].space
+
+
 def parse(recipe: str | Recipe) -> Recipe:
     """Parse a recipe (see the module's head); a `Recipe` is returned as it is.
 
@@ -142,6 +147,24 @@ def parse(recipe: str | Recipe) -> Recipe:
         return _parse(recipe)
     except (RecipeError, UnknownNameError) as error:
         raise RecipeError(f"in the recipe {recipe!r}: {error}") from None
+
+
+def select(recipe: str | Recipe, spaces: tuple[Space, ...], user: str) -> tuple[Drop, ...]:
+    """The drops of `recipe` in the given spaces, for a function that has no layers to choose from.
+
+    Raises RecipeError where there is none, or one of them names layers.
+    """
+    drops = tuple(drop for drop in parse(recipe).drops if space_of(drop) in spaces)
+    if not drops:
+        allowed = [position.name for position in POSITIONS if position.space in spaces]
+        raise RecipeError(
+            f"{user} got the recipe '{recipe}', which drops nothing at {' or '.join(allowed)}: "
+            f"write for example '{allowed[0]}:column@0.1'"
+        )
+    for drop in drops:
+        if drop.layers is not None:
+            raise RecipeError(f"{user} knows no layers, so '{drop}' can't choose any: leave out [{drop.layers}]")
+    return drops
 
 
 def _parse(text: str) -> Recipe:

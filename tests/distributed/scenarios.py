@@ -18,11 +18,10 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 import hiddenkey
-from hiddenkey import attend, drop, dropout
-from hiddenkey.axes.grid import Grid
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey import attention_paths, dropout, masks
 from hiddenkey.hf.language import whole
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.patterns import PATTERNS, Grid, register_pattern
 from tests.hf.test_trainer import Rows, training_logs
 from tests.hf.tiny import CLASSES, make
 from tests.hf.tools import arguments, lora
@@ -62,10 +61,10 @@ class InOrder(hiddenkey.DropTrainer):
 def recorded() -> Iterator[list[str]]:
     """A fingerprint of every mask that is drawn."""
     prints: list[str] = []
-    modules: tuple[Any, ...] = (attend, dropout)
+    modules: tuple[Any, ...] = (attention_paths, dropout)
 
     def draw(*arguments: Any) -> Tensor:
-        keep = drop.draw(*arguments)
+        keep = masks.draw(*arguments)
         prints.append(hashlib.sha256(keep.numpy().tobytes()).hexdigest())
         return keep
 
@@ -75,7 +74,7 @@ def recorded() -> Iterator[list[str]]:
         yield prints
     finally:
         for module in modules:
-            module.draw = drop.draw
+            module.draw = masks.draw
 
 
 def build(family: str, all_trained: bool = False) -> Any:

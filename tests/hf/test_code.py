@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hiddenkey
-from hiddenkey import attend
+from hiddenkey import attention_paths
 from hiddenkey.hf.code import closed_because, uses_own_softmax
 from hiddenkey.hf.feed_forward import Modules, feed_forwards
 from hiddenkey.hf.sites import AttentionSite
@@ -78,7 +78,9 @@ class TestDropAtSoftmax:
         torch.testing.assert_close(dropped.sum(-1), torch.ones(64, 1, 6))
 
     def test_a_key_with_a_low_bias_is_seen_where_the_others_are_dropped(self, monkeypatch):
-        monkeypatch.setattr(attend, "draw", lambda drop, grid: grid.lay(torch.tensor([[[True, False, False]]])))
+        monkeypatch.setattr(
+            attention_paths, "draw", lambda drop, grid: grid.lay(torch.tensor([[[True, False, False]]]))
+        )
         dropped = weights(lambda: (torch.randn(2, 3, 4, 3) - torch.tensor([4000.0, 0, 0])).softmax(-1))
         assert torch.equal(dropped, torch.tensor([1.0, 0, 0]).expand(2, 3, 4, 3))
 

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer
 
 import hiddenkey
-from hiddenkey import attend, dropout
+from hiddenkey import attention_paths, dropout
 
 from .test_trainer import Rows, drop_trainer, training_logs
 from .tiny import batch, make
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_eager_mode(case, checkpointing, monkeypatch):
     family, options = CASES[case]
     if checkpointing is not None and family == "mpnet":
         pytest.skip("has no activation checkpointing")
-    for module in (attend, dropout):
+    for module in (attention_paths, dropout):
         monkeypatch.setattr(module, "draw", scattered)
     model, inputs = make(family, depth=2, **options), batch(family)
     if checkpointing is not None:
@@ -293,7 +293,7 @@ def test_a_stock_trainer_that_compiles(tmp_path):
 @pytest.mark.parametrize("family", ("bert", "llama"))
 def test_every_step_is_that_of_eager_mode(family, consistency, way, monkeypatch):
     """Hooks of the step come and go; a graph that was compiled with those of the first must not serve the second."""
-    for module in (attend, dropout):
+    for module in (attention_paths, dropout):
         monkeypatch.setattr(module, "draw", scattered)
     found = []
     for compile_it in (lambda model: model, WAYS[way]):

@@ -16,8 +16,6 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
 import hiddenkey
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
-from hiddenkey.draws import random_keep
 from hiddenkey.hf import step
 from hiddenkey.hf.doctor import examine, surroundings
 from hiddenkey.hf.doctor.forward import difference
@@ -25,6 +23,7 @@ from hiddenkey.hf.doctor.patient import Patient
 from hiddenkey.hf.doctor.surroundings import check_ranks
 from hiddenkey.hf.random_state import RandomState
 from hiddenkey.hf.step import consistency_step
+from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
 from .adapters import batch_for, build
 from .tiny import FAMILIES, batch, make

@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hiddenkey
 from hiddenkey import dropout
-from hiddenkey.drop import draw, is_recomputing
 from hiddenkey.hf import backend, sites, skip, step
 from hiddenkey.hf.doctor.rates import FALSE_ALARM
 from hiddenkey.hf.interval import interval
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.masks import draw, is_recomputing
 
 from .tiny import batch, make
 from .tools import attached, lora

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 import hiddenkey
-from hiddenkey import attend
+from hiddenkey import attention_paths
 from hiddenkey.masks import hiding, read_mask
 
 LOWEST = torch.finfo(torch.float32).min
@@ -130,7 +130,9 @@ def test_a_far_key_is_seen_where_nearer_ones_are_dropped(name, monkeypatch):
     model, path = alibi(name)
     seen = []
     model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    monkeypatch.setattr(attend, "draw", lambda drop, grid: grid.lay((torch.arange(grid.places) == 0)[None, None]))
+    monkeypatch.setattr(
+        attention_paths, "draw", lambda drop, grid: grid.lay((torch.arange(grid.places) == 0)[None, None])
+    )
     with hiddenkey.attach(model.train(), "logits[:]:column@0.5"), torch.no_grad():
         model(torch.randint(3, 64, (1, LENGTH)))
     (context,) = seen

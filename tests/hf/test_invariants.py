@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey import attend, dropout
+from hiddenkey import attention_paths, dropout
 from hiddenkey.hf import sites, skip
 
 from .tiny import DECODERS, FAMILIES, batch, make
@@ -87,7 +87,7 @@ def test_masks_that_keep_everything_change_nothing(family, layout, implementatio
     inputs = inputs_of(family, layout)
     plain = quiet(family, attn_implementation=implementation)
     model = attached(family, ALL, attn_implementation=implementation)
-    for module in (attend, dropout):
+    for module in (attention_paths, dropout):
         monkeypatch.setattr(module, "draw", lambda drop, grid: torch.ones(grid.shape, dtype=torch.bool))
     for module in (sites, skip):
         monkeypatch.setattr(module, "drop_stream", lambda x, drop, keep: x)

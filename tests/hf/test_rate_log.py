@@ -11,13 +11,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 import hiddenkey
-from hiddenkey import attend, dropout
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
-from hiddenkey.draws import random_keep
-from hiddenkey.drop import Tally, draw
+from hiddenkey import attention_paths, dropout
 from hiddenkey.hf import rate_log
 from hiddenkey.hf.interval import interval, surprise
 from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
+from hiddenkey.masks import Tally, draw
+from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
 from .test_trainer import drop_trainer, training_logs
 from .tiny import batch
@@ -96,7 +95,7 @@ def watched(recipe=RECIPE):
 
 
 def other_rate(monkeypatch, rate):
-    for module in (dropout, attend):
+    for module in (dropout, attention_paths):
         monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
 
 

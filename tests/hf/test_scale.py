@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer
 
 import hiddenkey
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
+from hiddenkey.patterns import PATTERNS, register_pattern
 
 from .test_trainer import InOrder, Rows
 from .tiny import decoder, make

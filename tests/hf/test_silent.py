@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import hiddenkey
 from hiddenkey import dropout
-from hiddenkey.drop import draw
 from hiddenkey.hf import backend, sites, skip, views
 from hiddenkey.hf.structure import find_transformer
+from hiddenkey.masks import draw
 
 from .tiny import batch, make
 from .tools import attached, inputs_for, logits_of, lora, quiet, snapshot
@@ -288,7 +288,7 @@ def test_patched_forwards_that_are_harmless():
 
 
 def other_rate(monkeypatch, rate):
-    for module in (dropout, hiddenkey.attend):
+    for module in (dropout, hiddenkey.attention_paths):
         monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey import attend
+from hiddenkey import attention_paths
 from hiddenkey.consistency import consistency_loss
 from hiddenkey.hf import pooling
 from hiddenkey.hf import step as step_module
@@ -177,7 +177,9 @@ def test_a_row_that_would_be_emptied_sees_the_prefix_again(family, monkeypatch):
     wanted = logits_of(build("prefix tuning", family), inputs)
     model = build("prefix tuning", family)
     hiddenkey.attach(model, "logits[:]:column@0.5")
-    monkeypatch.setattr(attend, "draw", lambda drop, grid: torch.zeros(*grid.lead, 1, grid.places, dtype=torch.bool))
+    monkeypatch.setattr(
+        attention_paths, "draw", lambda drop, grid: torch.zeros(*grid.lead, 1, grid.places, dtype=torch.bool)
+    )
     shown = inputs["attention_mask"].bool() if family == "llama" else slice(None)
     torch.testing.assert_close(logits_of(model, inputs)[shown], wanted[shown], rtol=1e-4, atol=1e-4)
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 import hiddenkey
-from hiddenkey import attend, dropout
-from hiddenkey.drop import draw
+from hiddenkey import attention_paths, dropout
+from hiddenkey.masks import draw
 
 from .tiny import DECODERS, DEPTH, FAMILIES, VOCABULARY, batch, make
 
@@ -173,7 +173,7 @@ def draws(monkeypatch: Any, replay: list[Drawn] | None = None) -> Any:
         return keep
 
     with monkeypatch.context() as patch:
-        patch.setattr(attend, "draw", recorded)
+        patch.setattr(attention_paths, "draw", recorded)
         patch.setattr(dropout, "draw", recorded)
         yield record
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.status import Status
 
-from hiddenkey.axes.pattern import PATTERNS, register_pattern
 from hiddenkey.cli import _parse, main
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.doctor import load
+from hiddenkey.patterns import PATTERNS, register_pattern
 
 QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]
 

@@ -70,7 +70,7 @@ def test_another_draw_when_checkpointing_recomputes(monkeypatch):
         generator = torch.Generator().manual_seed(len(drawn))
         return torch.rand(shape, generator=generator) >= p
 
-    monkeypatch.setattr("hiddenkey.axes.pattern.random_keep", other)
+    monkeypatch.setattr("hiddenkey.patterns.random_keep", other)
     assert "gradients with activation checkpointing are others" in problems("bert")
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..drop import Tally
 from ..errors import AttachError
+from ..masks import Tally
 from ..recipe import Recipe
 from .backend import SITE, our_name, read_eager, restore_backend, wrapped_name
 from .code import uses_interface

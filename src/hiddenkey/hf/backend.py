@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..attend import attend
+from ..attention_paths import attend
 from ..errors import PlanError
 from ..masks import Mask, read_mask
 from .code import asks_for_sdpa, names_in, uses_interface

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..axes.pattern import PATTERNS
-from ..drop import is_recomputing
 from ..errors import UserError
-from ..masks import documents_in, hiding, read_mask
+from ..masks import documents_in, hiding, is_recomputing, read_mask
+from ..patterns import PATTERNS
 from .structure import Layer, Stack, Structure, find_transformer
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from typing import get_args
 
 from torch import nn
 
-from ..axes.pattern import PATTERNS
-from ..axes.position import POSITIONS, Side
-from ..drop import space_of
 from ..errors import PlanError
-from ..recipe import Drop, Recipe, parse
+from ..patterns import PATTERNS
+from ..positions import POSITIONS, Side
+from ..recipe import Drop, Recipe, parse, space_of
 from .adapters import adapters, restless
 from .backend import check_backend
 from .code import closed_because, passes_tokens_first

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..axes.pattern import PATTERNS
+from ..patterns import PATTERNS
 from ..recipe import Drop
 from .attach import Attachment
 from .dropouts import own_dropouts

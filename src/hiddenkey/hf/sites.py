@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attend import draw_keeps
-from ..axes.pattern import PATTERNS
-from ..drop import Tally, drawn_together
+from ..attention_paths import draw_keeps
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
-from ..masks import Mask, Shape, hiding
+from ..masks import Mask, Shape, Tally, drawn_together, hiding
+from ..patterns import PATTERNS
 from ..recipe import Drop
 from .documents import MASK_ARGUMENTS, Documents
 from .switch import DropSwitch

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..axes.compensation import COMPENSATIONS
+from ..compensations import COMPENSATIONS
 from ..dropout import drop_stream
 from ..recipe import Drop
 from .adapters import works_by_token

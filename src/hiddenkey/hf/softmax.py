@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..attend import attend, drop_weights, guarded
-from ..drop import spread
-from ..masks import Mask, read_mask
+from ..attention_paths import attend, drop_weights, guarded
+from ..masks import Mask, read_mask, spread
 from .sites import AttentionSite
 
 SOFTMAX: tuple[Callable[..., Any], ...] = (F.softmax, torch.softmax, Tensor.softmax)

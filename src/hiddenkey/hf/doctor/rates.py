@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...axes.grid import Grid
-from ...axes.pattern import PATTERNS, document_bounds, run_length
-from ...drop import drawn_together
-from ...masks import Mask, Shape
+from ...masks import Mask, Shape, drawn_together
+from ...patterns import PATTERNS, Grid, document_bounds, run_length
 from ...recipe import Drop
 from ..intact import module_at, switched_off
 from ..interval import interval

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from ..registry import Registry
+from .registry import Registry
 
 Space = Literal["logits", "weights", "stream"]
 Side = Literal["attention", "input", "output"]

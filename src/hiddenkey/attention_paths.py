@@ -1,6 +1,10 @@
 """Attention with dropped logits or weights (arXiv 2403.00812, eq. 1-3): the reference, and the choice of path.
 
-`reference` is written from the equations; every faster path must equal it.
+`reference` is written from the equations; every faster path equals it, rows that a draw would empty included:
+
+    by_key   a draw of whole keys under no mask but padding: one bias per key
+    folded   a draw of whole keys for many queries and keys, under any mask: one more feature
+    by_cell  everything else: a mask of (B, H, Q, K)
 """
 
 from __future__ import annotations
@@ -9,13 +13,17 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .axes.grid import Grid
-from .axes.pattern import PATTERNS
-from .drop import broadcasts, compensate, draw, guard, select, space_of, spread
-from .fused import attend_cells, attend_keys, undropped
-from .masks import Mask, Shape, hiding, over_cells, read_mask
-from .recipe import Drop, Recipe
+from .compensations import COMPENSATIONS
+from .masks import Mask, Shape, broadcasts, draw, guard, hiding, over_cells, read_mask, spread
+from .patterns import PATTERNS, Grid
+from .recipe import Drop, Recipe, select, space_of
+
+# Flash kernels on CUDA want head sizes in multiples of 8.
+FEATURES = 8
+# Up to so many entries a mask of (B, H, Q, K) costs less than one more feature, which loses digits in emptied rows.
+SMALL = 2**22
 
 
 def attention(
@@ -77,11 +85,16 @@ def attend(
 
     keeps: one bool mask per drop, (B, Hkv or H, Q or 1, K). bias: float, broadcastable to (B, H, Q, K).
     """
-    if [space_of(drop) for drop in drops] == ["logits"]:
-        path = attend_keys if keeps[0].shape[2] == 1 else attend_cells
-        keep = keeps[0].expand(*keeps[0].shape[:-1], key.shape[2])
-        return path(query, key, value, keep, mask, bias, scale)
-    return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
+    if [space_of(drop) for drop in drops] != ["logits"]:
+        return reference(query, key, value, drops, keeps, mask=mask, bias=bias, scale=scale)
+    query, key, value = _as_autocast(query, key, value)
+    keep = keeps[0].expand(*keeps[0].shape[:-1], key.shape[2])
+    if keep.shape[2] == 1:
+        if mask.full is None and bias is None and not mask.causal:
+            return by_key(query, key, value, keep, mask, scale)
+        if query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] > SMALL:
+            return folded(query, key, value, keep, mask, bias, scale)
+    return by_cell(query, key, value, keep, mask, bias, scale)
 
 
 def reference(
@@ -102,6 +115,54 @@ def reference(
     visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
     weights = drop_weights(logits, visible, drops, [spread(keep, heads) for keep in keeps])
     return weights.to(value.dtype) @ value
+
+
+def by_cell(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """Dropped logits as a mask of torch's kernels: keep (B, Hkv or H, Q or 1, K)."""
+    visible = mask.dense((*query.shape[:3], key.shape[2]), query.device)
+    allowed = guard(spread(keep, query.shape[1]), visible)
+    if bias is not None:
+        allowed = torch.where(allowed, bias.to(query.dtype), -torch.inf)
+    return _sdpa(query, key, value, allowed, scale)
+
+
+def by_key(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, scale: float | None) -> Tensor:
+    """The same for keep (B, Hkv or H, 1, K) and a mask of keys alone: a bias with stride 0 over the queries."""
+    visible = guard(keep, None if mask.keys is None else mask.keys[:, None, None])
+    bias = torch.where(visible, 0.0, -torch.inf).to(query.dtype)
+    return _sdpa(query, key, value, spread(bias, query.shape[1]).expand(*query.shape[:3], -1), scale)
+
+
+def folded(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """The drop as one more feature of queries and keys, for any kernel and any mask (identities of section 2).
+
+    keep: (B, Hkv or H, 1, K). For kernels that take only their own causal mask, and where one of (B, H, Q, K) would
+    be too large. A row whose visible keys are all dropped is shifted as a whole, so it keeps them by itself.
+    """
+    size = query.shape[-1]
+    scale = size**-0.5 if scale is None else scale
+    if mask.keys is not None or (mask.causal and bias is not None):
+        mask = Mask(full=mask.dense((*query.shape[:3], key.shape[2]), query.device))
+    shift = torch.where(keep, 0.0, -_shift(query, key, bias, scale))
+    if shift.shape[1] not in (1, key.shape[1]):
+        key, value = (x.repeat_interleave(shift.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    extra = F.pad(shift.transpose(-1, -2).expand(*key.shape[:-1], 1), (0, FEATURES - 1)).to(key.dtype)
+    query = torch.cat([query, F.pad(query.new_full((*query.shape[:-1], 1), 1 / scale), (0, FEATURES - 1))], -1)
+    wide = F.pad(value, (0, max(query.shape[-1] - value.shape[-1], 0)))
+    output = _sdpa(query, torch.cat([key, extra], -1), wide, _dense(mask, bias, query), scale, mask.causal)
+    return output[..., : value.shape[-1]]
+
+
+def undropped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """The same with nothing dropped."""
+    seen = _dense(mask, bias, query)
+    return _sdpa(query, key, value, None if seen is None else over_cells(seen), scale, mask.causal)
 
 
 def draw_keeps(drops: Sequence[Drop], shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
@@ -145,12 +206,53 @@ def drop_weights(logits: Tensor, visible: Tensor | None, drops: Sequence[Drop], 
     weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
     for drop, keep in zip(drops, keeps, strict=True):
         if space_of(drop) == "weights":
-            weights = compensate(drop, weights * guard(keep, allowed))
+            weights = COMPENSATIONS[drop.compensation].apply(weights * guard(keep, allowed), drop.p)
     return weights * alive
 
 
 def _full_rank(keep: Tensor, shape: Shape) -> Tensor:
     return over_cells(keep).expand(shape[0], -1, -1, shape[3])
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
+) -> Tensor:
+    grouped = bool(query.shape[1] != key.shape[1])  # of symbolic sizes it would be no bool
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _shift(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """What is taken off dropped keys, (); of a row that the draw would empty it is taken off the whole, and cancels.
+
+    Large enough that the weight of a dropped key underflows to zero beside any kept one, whose logit lies at most
+    twice the longest query times the longest key below, and hardly larger, because it costs digits in emptied rows
+    (float32 at 1e4: four of them).
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query_length, key_length = (torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide).amax() for x in (query, key))
+    furthest = scale * query_length * key_length
+    if bias is not None:
+        furthest = furthest + bias.detach().abs().amax()
+    underflow = 1000.0 if query.dtype == torch.float64 else 120.0
+    return (underflow + 2 * furthest).clamp(max=torch.finfo(query.dtype).max / 4 * min(scale, 1.0))
+
+
+def _dense(mask: Mask, bias: Tensor | None, query: Tensor) -> Tensor | None:
+    if bias is None:
+        return mask.full
+    bias = bias.to(query.dtype)
+    return bias if mask.full is None else torch.where(mask.full, bias, -torch.inf)
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast does before sdpa, for a kernel below it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check_kinds(

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hiddenkey
-from hiddenkey import causal, cells, flash, fused
-from hiddenkey.attend import attend, reference
+from hiddenkey import attention_paths
+from hiddenkey.attention_paths import attend, reference
 from hiddenkey.masks import Mask
 from hiddenkey.recipe import parse
 
@@ -70,28 +70,13 @@ def assert_equal_paths(tensors, keep, mask, bias=None, scale=None, **tolerance):
         torch.testing.assert_close(fast, slow, **tolerance)
 
 
-@pytest.mark.parametrize("few", (0, 4, 32))
-@pytest.mark.parametrize("largest", (1, 2 * LENGTH**2, 8 * LENGTH**2))
-@pytest.mark.parametrize("kv_heads", (1, 2, 4))
-@pytest.mark.parametrize("mask", MASKS)
-def test_cells_in_parts_of_any_size(mask, kv_heads, largest, few, monkeypatch):
-    """One head, two heads, two examples at a time; rows mended before the kernel runs, and after it."""
-    monkeypatch.setattr(cells, "PART_CELLS", largest)
-    monkeypatch.setattr(cells, "FIRST_ROWS", few)
-    for keep_heads in {kv_heads, 4}:
-        tensors, keep = inputs(torch.float64, kv_heads), some_keep("cell", keep_heads)
-        before = keep.clone()
-        assert_equal_paths(tensors, keep, MASKS[mask](), rtol=1e-10, atol=1e-10)
-        assert keep.equal(before)
-
-
 @pytest.mark.parametrize("small", (True, False))
 @pytest.mark.parametrize("with_bias", (False, True))
 @pytest.mark.parametrize("kind", ("key", "cell"))
 @pytest.mark.parametrize("kv_heads", (1, 2, 4))
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_path_is_the_reference_in_float64(mask, kv_heads, kind, with_bias, small, monkeypatch):
-    monkeypatch.setattr(fused, "SMALL", 2**22 if small else 0)
+    monkeypatch.setattr(attention_paths, "SMALL", 2**22 if small else 0)
     bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
     tensors, keep = inputs(torch.float64, kv_heads), some_keep(kind, kv_heads)
     assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
@@ -101,7 +86,7 @@ def test_every_path_is_the_reference_in_float64(mask, kv_heads, kind, with_bias,
 @pytest.mark.parametrize("kind", ("key", "cell"))
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_scale_of_its_own(mask, kind, small, monkeypatch):
-    monkeypatch.setattr(fused, "SMALL", 2**22 if small else 0)
+    monkeypatch.setattr(attention_paths, "SMALL", 2**22 if small else 0)
     tensors, keep = inputs(torch.float64, 2), some_keep(kind, 2)
     assert_equal_paths(tensors, keep, MASKS[mask](), scale=0.9, rtol=1e-10, atol=1e-10)
 
@@ -130,10 +115,10 @@ def errors(found, exact):
     return [float((a.double() - b).detach().abs().max()) for a, b in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize("mask", ("window", "packed"))
+@pytest.mark.parametrize("mask", ("window", "packed", "causal"))
 def test_a_folded_feature_in_float32(mask, monkeypatch):
     """A shifted row loses the digits of the shift: one of 120 to 240 has an ulp of 8e-6 to 1.5e-5 in float32."""
-    monkeypatch.setattr(fused, "SMALL", 0)
+    monkeypatch.setattr(attention_paths, "SMALL", 0)
     assert_equal_paths(inputs(torch.float32, 2), some_keep("key", 2), MASKS[mask](), rtol=1e-4, atol=1e-4)
 
 
@@ -150,7 +135,7 @@ def test_a_dropped_key_far_above_the_kept_ones(by, far, dtype):
         bias = torch.zeros(1, 1, 4, 4, dtype=dtype)
         bias[..., 0] = far
     keep = torch.tensor([False, True, True, True]).view(1, 1, 1, 4)
-    found = fused.folded(query, key, value, keep, Mask(causal=True), bias, None)[0, 0, :, 0]
+    found = attention_paths.folded(query, key, value, keep, Mask(causal=True), bias, None)[0, 0, :, 0]
     assert found.tolist() == [1, 0, 0, 0], "the first query sees no other key, the others must not see this one"
 
 
@@ -164,7 +149,7 @@ def test_a_dropped_key_far_above_the_kept_ones(by, far, dtype):
     st.booleans(),
     st.integers(0, 2**16),
 )
-def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded, seed):
+def test_causal_of_any_shape(batch, heads, queries, more_keys, p, padded, seed):
     torch.manual_seed(seed)
     keys = queries + more_keys
     shapes = ((batch, heads[0], queries, 4), (batch, heads[1], keys, 4), (batch, heads[1], keys, 4))
@@ -182,40 +167,35 @@ def test_causal_kernel_of_any_shape(batch, heads, queries, more_keys, p, padded,
     st.sampled_from((8, 5, 40)),
     st.booleans(),
     st.booleans(),
-    st.booleans(),
-    st.integers(1, 16 * LENGTH**2),
     st.integers(0, 2**16),
 )
-def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias, small, kernel, largest, seed):
+def test_whatever_path_chance_takes(mask, kv_heads, kind, value_width, with_bias, small, seed):
     torch.manual_seed(seed)
     tensors, keep = inputs(torch.float64, kv_heads, 8, value_width), some_keep(kind, kv_heads)
     bias = torch.randn(1, 4, LENGTH, LENGTH, dtype=torch.float64) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "SMALL", 2**22 if small else 0)
-        patch.setattr(flash, "_has_kernel", lambda: kernel)
-        patch.setattr(cells, "PART_CELLS", largest)
+        patch.setattr(attention_paths, "SMALL", 2**22 if small else 0)
         assert_equal_paths(tensors, keep, MASKS[mask](), bias, rtol=1e-10, atol=1e-10)
 
 
 def test_the_paths_that_are_meant_are_taken(monkeypatch):
     taken = []
-    paths = (causal, "attend_causal"), (cells, "attend_parts"), (fused, "_unmasked"), (fused, "folded")
-    for module, name in paths:
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: (taken.append(name), real(*a))[1])
+    for name in ("by_key", "folded", "by_cell"):
+        real = getattr(attention_paths, name)
+        monkeypatch.setattr(attention_paths, name, lambda *a, name=name, real=real: (taken.append(name), real(*a))[1])
     tensors, keep = inputs(torch.float32, 2), some_keep("key", 2)
-    for mask in ("causal", "causal, left padding", "everything", "right padding", "window"):
+    for mask in ("everything", "right padding", "causal", "window"):
         attend(*tensors, DROPS, [keep], mask=MASKS[mask]())
     attend(*tensors, DROPS, [some_keep("cell", 2)], mask=Mask(causal=True))
-    monkeypatch.setattr(fused, "SMALL", 0)
-    attend(*tensors, DROPS, [keep], mask=sliding_window())
-    monkeypatch.setattr(flash, "_has_kernel", lambda: False)
-    attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
-    assert taken == ["attend_causal"] * 2 + ["_unmasked"] * 2 + ["attend_parts"] * 2 + ["folded"] * 2
+    monkeypatch.setattr(attention_paths, "SMALL", 0)
+    for mask in ("everything", "causal", "window"):
+        attend(*tensors, DROPS, [keep], mask=MASKS[mask]())
+    assert taken == ["by_key"] * 2 + ["by_cell"] * 3 + ["by_key"] + ["folded"] * 2
 
 
-def test_nothing_of_queries_times_keys_is_saved():
+def test_nothing_of_queries_times_keys_is_saved(monkeypatch):
     """At length 512 the tensors kept for the backward pass of the causal path are all proportional to the length."""
+    monkeypatch.setattr(attention_paths, "SMALL", 0)
     length, sizes = 512, []
     tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]
     keep = torch.rand(1, 2, 1, length) > 0.1
@@ -224,31 +204,12 @@ def test_nothing_of_queries_times_keys_is_saved():
     ):
         attend(*tensors, DROPS, [keep], mask=Mask(causal=True))
     assert sizes
-    assert max(sizes) <= 2 * length * 8 * 4
-
-
-def test_one_byte_a_cell_is_saved():
-    """Of a draw over cells the backward pass keeps the bool mask, never floats."""
-    length, sizes = 256, []
-    tensors = [torch.randn(2, 2, length, 8, requires_grad=True) for _ in range(3)]
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (sizes.append(x.untyped_storage().nbytes()), x)[1], lambda x: x
-    ):
-        attend(*tensors, DROPS, [torch.rand(2, 2, length, length) > 0.1], mask=Mask())
-    assert max(sizes) == 2 * 2 * length * length
-
-
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
-def test_a_bias_from_its_bits(dtype):
-    left, query, key = torch.rand(2, 1, 3, 5) > 0.4, torch.empty(2, 4, 3, 8, dtype=dtype), torch.empty(2, 1, 5, 8)
-    wanted = torch.where(left, 0.0, -torch.inf).to(dtype).expand(2, 4, 3, 5)
-    assert cells._bias(left, query, key).dtype == dtype
-    assert torch.equal(cells._bias(left, query, key), wanted)
+    assert max(sizes) <= 2 * length * (8 + attention_paths.FEATURES) * 4
 
 
 @pytest.mark.parametrize("recipe", ("logits:column@0.4", "logits:element@0.4"))
 def test_tensors_that_lie_apart_in_memory(recipe):
-    """The kernel takes the last axis for neighbours in memory: (…, 3) of one projection is none."""
+    """Such as (…, 3) of one projection."""
     apart = torch.randn(2, LENGTH, 4, 8, 3).permute(4, 0, 2, 1, 3)
     keep = torch.rand(2, 4, 1 if "column" in recipe else LENGTH, LENGTH) > 0.4
     results = []

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binom, chisquare
 
-from hiddenkey import draws
-from hiddenkey.draws import SMALL_DRAW, generator, random_bytes, random_keep, rare_places
+from hiddenkey import patterns
+from hiddenkey.patterns import SMALL_DRAW, generator, random_bytes, random_keep, rare_places
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def test_rare_events_fall_anywhere_at_their_rate(rate, rounds, monkeypatch):
     """Where the first gaps do not reach the end, others go on from there."""
     if rounds == "several":
         few = SimpleNamespace(sqrt=lambda x: -x / 10)
-        monkeypatch.setattr(draws, "math", few)
+        monkeypatch.setattr(patterns, "math", few)
     count = 200_000
     places = rare_places(generator(), count, rate)
     assert (np.diff(places) > 0).all()

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..registry import Registry
+from .registry import Registry
 
 Compensate = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """A named compensation and the spaces (see `position.py`) in which it means something.
+    """A named compensation and the spaces (see `positions.py`) in which it means something.
 
     factor: set where it is no more than a number, a function of p, that multiplies what is kept.
     """

@@ -51,7 +51,7 @@ def test_a_taken_name():
 
 PLUGIN = """
 from hiddenkey import register_consistency, register_pattern
-from hiddenkey.draws import random_keep
+from hiddenkey.patterns import random_keep
 
 @register_pattern("feature")
 def feature(grid, p):
