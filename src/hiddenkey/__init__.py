@@ -23,7 +23,7 @@ ROOMS = {
     "hf.attach": ("attach", "find_attachment", "Attachment"),
     "hf.doctor.examine": ("doctor",),
     "hf.doctor.diagnosis": ("Diagnosis", "Finding"),
-    "hf.step": ("consistency_step", "StepLoss"),
+    "hf.training_step": ("consistency_step", "StepLoss"),
     "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
     "hf.saving": ("save_recipe", "load_recipe"),
 }
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from .hf.plan import plan as plan
     from .hf.saving import load_recipe as load_recipe
     from .hf.saving import save_recipe as save_recipe
-    from .hf.step import StepLoss as StepLoss
-    from .hf.step import consistency_step as consistency_step
     from .hf.trainer import ConsistencyMixin as ConsistencyMixin
     from .hf.trainer import DropTrainer as DropTrainer
+    from .hf.training_step import StepLoss as StepLoss
+    from .hf.training_step import consistency_step as consistency_step
     from .patterns import register_pattern as register_pattern
     from .positions import register_position as register_position
     from .recipe import Drop as Drop

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 import hiddenkey
 from hiddenkey import attention_paths, dropout, masks
-from hiddenkey.hf.language import whole
+from hiddenkey.hf.chunked_loss import whole
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.patterns import PATTERNS, Grid, register_pattern
 from tests.hf.test_trainer import Rows, training_logs

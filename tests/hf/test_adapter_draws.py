@@ -7,8 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import hiddenkey
-from hiddenkey.hf.lower import LowerLayers
-from hiddenkey.hf.skip import TokenSkip
+from hiddenkey.hf.shared_layers import LowerLayers
+from hiddenkey.hf.sites import TokenSkip
 from hiddenkey.hf.structure import find_transformer
 
 from .adapters import FEED_FORWARD, TUNERS, adapt, batch_for, build, moved, pairs

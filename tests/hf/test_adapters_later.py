@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import hiddenkey
-from hiddenkey.hf.lower import LowerLayers
+from hiddenkey.hf.shared_layers import LowerLayers
 from hiddenkey.hf.structure import find_transformer
 
 from .adapters import LINEARS, adapt, moved, skip_where_peft_is_behind
@@ -252,7 +252,7 @@ def test_a_tied_head_under_trainable_tokens():
     base = quiet("llama", tie_word_embeddings=True)
     model = moved(peft.get_peft_model(base, config("llama", trainable_token_indices={"embed_tokens": [3, 4]})))
     attachment = hiddenkey.attach(model, STEP)
-    assert hiddenkey.hf.language.frozen_head(attachment) is None
+    assert hiddenkey.hf.chunked_loss.frozen_head(attachment) is None
     assert any("trainable_tokens_delta" in name for name in step(model, "llama"))
 
 

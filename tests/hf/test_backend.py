@@ -11,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hiddenkey
-from hiddenkey.hf.backend import OurName, eager_forward, sdpa_forward
+from hiddenkey.hf.attention_backend import OurName, eager_forward, sdpa_forward
 
 from .tools import attached
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.hf.beside import compared_in, step_beside
+from hiddenkey.hf.training_step import compared_in, step_beside
 
 from .tiny import batch, make
 

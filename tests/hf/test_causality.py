@@ -6,8 +6,9 @@ import transformers as hf
 
 import hiddenkey
 from hiddenkey import find_attachment
-from hiddenkey.hf import backend, softmax
-from hiddenkey.hf.views import LastLayer
+from hiddenkey.hf import attention_backend as backend
+from hiddenkey.hf import attention_softmax as softmax
+from hiddenkey.hf.compared_outputs import LastLayer
 
 from .tiny import DECODERS, ENCODERS, LENGTH, make
 from .tools import DOCUMENTS, PACKABLE, attached, inputs_for, logits_of, other_tokens, real_of

@@ -9,12 +9,10 @@ from torch.nn import functional as F
 
 import hiddenkey
 from hiddenkey import attention_paths
-from hiddenkey.hf.code import closed_because, uses_own_softmax
-from hiddenkey.hf.feed_forward import Modules, feed_forwards
-from hiddenkey.hf.sites import AttentionSite
-from hiddenkey.hf.softmax import DropAtSoftmax, OwnSoftmax
-from hiddenkey.hf.structure import read
-from hiddenkey.hf.switch import DropSwitch
+from hiddenkey.hf.attention_softmax import DropAtSoftmax, OwnSoftmax
+from hiddenkey.hf.sites import AttentionSite, DropSwitch
+from hiddenkey.hf.source_reading import closed_because, uses_own_softmax
+from hiddenkey.hf.structure import Modules, feed_forwards, read
 
 from ..models.tiny import build
 

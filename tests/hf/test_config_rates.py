@@ -9,7 +9,7 @@ import transformers as hf
 from torch._dynamo.utils import counters
 
 import hiddenkey
-from hiddenkey.hf.dropouts import rates_in_config
+from hiddenkey.hf.model_dropouts import rates_in_config
 
 from .tools import lora
 

@@ -11,9 +11,9 @@ import transformers
 from torch.nn import functional as F
 
 import hiddenkey
-from hiddenkey.hf.own_loss import counts_items
+from hiddenkey.hf.compared_outputs import second_view
+from hiddenkey.hf.source_reading import counts_items
 from hiddenkey.hf.structure import find_transformer
-from hiddenkey.hf.views import second_view
 
 from .test_trainer import InOrder, Rows, model_of, one_epoch, one_window
 from .tiny import CLASSES, batch, make
@@ -37,7 +37,7 @@ def scaled_view(model: Any, *args: Any, **options: Any) -> Any:
 def test_a_classifier_whose_task_loss_is_a_sum_over_labels(
     micro: int, accumulation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("hiddenkey.hf.step.second_view", scaled_view)
+    monkeypatch.setattr("hiddenkey.hf.training_step.second_view", scaled_view)
     big, rows = micro * accumulation, 2 * micro * accumulation + micro
     recipe, options = "hiddenkey@0 ~ kl*2.0", {"label_smoothing_factor": 0.1}
     wanted = one_window("bert", tmp_path / "big", big, 1, rows, recipe, **options)
@@ -122,7 +122,7 @@ def test_a_loss_of_ones_own_and_the_consistency_have_one_denominator(
     """The weight is the recipe's however a step is cut: what it adds is cut as the task loss is. Means over each
     batch are added up by transformers, which takes them to be divided by the number of labels.
     """
-    monkeypatch.setattr("hiddenkey.hf.step.second_view", scaled_view)
+    monkeypatch.setattr("hiddenkey.hf.training_step.second_view", scaled_view)
 
     class Mixed(hiddenkey.ConsistencyMixin, parent):
         _get_train_sampler = InOrder._get_train_sampler

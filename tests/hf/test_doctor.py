@@ -16,13 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
 import hiddenkey
-from hiddenkey.hf import step
+from hiddenkey.hf import training_step as step
 from hiddenkey.hf.doctor import examine, surroundings
 from hiddenkey.hf.doctor.forward import difference
 from hiddenkey.hf.doctor.patient import Patient
 from hiddenkey.hf.doctor.surroundings import check_ranks
-from hiddenkey.hf.random_state import RandomState
-from hiddenkey.hf.step import consistency_step
+from hiddenkey.hf.preserve import RandomState
+from hiddenkey.hf.training_step import consistency_step
 from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
 from .adapters import batch_for, build

@@ -15,9 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hiddenkey
 from hiddenkey import dropout
-from hiddenkey.hf import backend, sites, skip, step
+from hiddenkey.hf import attention_backend as backend
+from hiddenkey.hf import sites
+from hiddenkey.hf import sites as skip
+from hiddenkey.hf import training_step as step
 from hiddenkey.hf.doctor.rates import FALSE_ALARM
-from hiddenkey.hf.interval import interval
+from hiddenkey.hf.rate_monitor import interval
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.masks import draw, is_recomputing
 

@@ -5,7 +5,7 @@ import torch
 
 import hiddenkey
 from hiddenkey.consistency import CONSISTENCIES
-from hiddenkey.hf.token_loss import Share, _sweep_kl
+from hiddenkey.hf.chunked_loss import Share, _sweep_kl
 
 from .tiny import BATCH, ENCODERS, FAMILIES, LENGTH, VOCABULARY, batch, make
 from .tools import ALL, attached, inputs_for, logits_of, lora

@@ -7,7 +7,8 @@ import torch
 
 import hiddenkey
 from hiddenkey import attention_paths, dropout
-from hiddenkey.hf import sites, skip
+from hiddenkey.hf import sites
+from hiddenkey.hf import sites as skip
 
 from .tiny import DECODERS, FAMILIES, batch, make
 from .tools import ALL, POSITIONS, attached, draws, inputs_for, logits_of, lora, quiet, same_state, shown, snapshot

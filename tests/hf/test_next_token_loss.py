@@ -11,8 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hiddenkey
-from hiddenkey.hf.own_loss import shifts_labels
-from hiddenkey.hf.views import count_labels
+from hiddenkey.hf.compared_outputs import count_labels
+from hiddenkey.hf.source_reading import shifts_labels
 
 from ..models.shrink import shrink
 from ..models.tiny import build as build_tiny

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers as hf
 
 import hiddenkey
-from hiddenkey.hf import pooling
+from hiddenkey.hf import compared_outputs as pooling
 
 from ..models.shrink import shrink
 from .test_pairs import BART, T5, build, texts

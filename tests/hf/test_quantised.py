@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import hiddenkey
-from hiddenkey.hf.language import frozen_head
+from hiddenkey.hf.chunked_loss import frozen_head
 
 from .adapters import moved
 from .bases import BASES, llama

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hiddenkey.hf.ranks import RankSeed, everywhere, rank_seed
+from hiddenkey.hf.distributed import RankSeed, everywhere, rank_seed
 
 
 def first_draw(process: int, *, tp_size: int, processes: int = 4, seed: int = 0) -> float:

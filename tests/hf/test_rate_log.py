@@ -12,9 +12,8 @@ from transformers import TrainerCallback
 
 import hiddenkey
 from hiddenkey import attention_paths, dropout
-from hiddenkey.hf import rate_log
-from hiddenkey.hf.interval import interval, surprise
-from hiddenkey.hf.rate_log import FALSE_ALARM, RateWatch
+from hiddenkey.hf import rate_monitor as rate_log
+from hiddenkey.hf.rate_monitor import FALSE_ALARM, RateWatch, interval, surprise
 from hiddenkey.masks import Tally, draw
 from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 

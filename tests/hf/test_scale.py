@@ -33,7 +33,7 @@ def fixed(monkeypatch):
 
 
 def other_view(*args, **options):
-    from hiddenkey.hf.views import second_view
+    from hiddenkey.hf.compared_outputs import second_view
 
     VIEW[0] = 1
     try:

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 import transformers as hf
 
 import hiddenkey
-from hiddenkey.hf import language, step
-from hiddenkey.hf.lower import LowerLayers
+from hiddenkey.hf import chunked_loss as language
+from hiddenkey.hf import training_step as step
+from hiddenkey.hf.shared_layers import LowerLayers
 
 from ..models.shrink import shrink
 from ..models.tiny import enliven

@@ -19,7 +19,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import hiddenkey
 from hiddenkey import dropout
-from hiddenkey.hf import backend, sites, skip, views
+from hiddenkey.hf import attention_backend as backend
+from hiddenkey.hf import compared_outputs as views
+from hiddenkey.hf import sites
+from hiddenkey.hf import sites as skip
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.masks import draw
 
@@ -463,7 +466,7 @@ def test_new_keys_are_red():
 def test_two_views_that_are_one_are_red(monkeypatch):
     model = attached("bert", "hiddenkey@0.3")
     monkeypatch.setattr(
-        "hiddenkey.hf.step.compared", lambda *_: views.Compared(torch.ones(3, 2, requires_grad=True), None)
+        "hiddenkey.hf.training_step.compared", lambda *_: views.Compared(torch.ones(3, 2, requires_grad=True), None)
     )
     assert "the two views are the same" in red(model)["consistency"][0]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.hf import skip
-from hiddenkey.hf.skip import TokenSkip
+from hiddenkey.hf import sites as skip
+from hiddenkey.hf.sites import TokenSkip
 
 from .tiny import batch, make
 from .tools import assert_same_gradients, gradients, inputs_for, logits_of, lora

@@ -7,7 +7,7 @@ from transformers import Wav2Vec2BertConfig, Wav2Vec2BertForSequenceClassificati
 
 import hiddenkey
 from hiddenkey import PlanError
-from hiddenkey.hf.documents import documents as documents_of
+from hiddenkey.hf.document_bounds import documents as documents_of
 
 from ..models.shrink import shrink
 from .tiny import DECODERS, LENGTH, batch, make

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 import hiddenkey
-from hiddenkey.hf.step import model_loss
+from hiddenkey.hf.training_step import model_loss
 
 from .tiny import CLASSES, DEPTH, batch, decoder, make
 from .tools import assert_same_gradients, attached, draws, gradients, inputs_for, logits_of, lora

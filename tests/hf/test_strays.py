@@ -9,7 +9,7 @@ import transformers as hf
 from packaging.version import Version
 
 import hiddenkey
-from hiddenkey.hf.backend import SITE
+from hiddenkey.hf.attention_backend import SITE
 
 from .adapters import adapt
 from .test_config_rates import falcon

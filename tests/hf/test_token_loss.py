@@ -9,9 +9,10 @@ from accelerate.utils import convert_outputs_to_fp32
 
 import hiddenkey
 from hiddenkey.consistency import CONSISTENCIES
-from hiddenkey.hf import lower, step, token_loss
-from hiddenkey.hf.language import frozen_head
-from hiddenkey.hf.token_loss import Head, Share, TokenLoss
+from hiddenkey.hf import chunked_loss as token_loss
+from hiddenkey.hf import shared_layers as lower
+from hiddenkey.hf import training_step as step
+from hiddenkey.hf.chunked_loss import Head, Share, TokenLoss, frozen_head
 
 from .tiny import batch, decoder, make
 from .tools import assert_same_gradients, gradients, lora

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
 import hiddenkey
-from hiddenkey.hf import views
+from hiddenkey.hf import compared_outputs as views
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.hf.trainer import ConsistencyMixin
 
@@ -148,7 +148,7 @@ def other_weights(monkeypatch):
         handle.remove()
         return outputs
 
-    monkeypatch.setattr("hiddenkey.hf.step.second_view", second_view)
+    monkeypatch.setattr("hiddenkey.hf.training_step.second_view", second_view)
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
@@ -196,7 +196,7 @@ def test_evaluation_has_one_view_and_no_note(tmp_path, monkeypatch):
 
     trainer = drop_trainer("bert", tmp_path)
     trainer.model.eval()
-    monkeypatch.setattr("hiddenkey.hf.step.second_view", fail)
+    monkeypatch.setattr("hiddenkey.hf.training_step.second_view", fail)
     before = dict(trainer.attachment.rates())
     trainer.evaluate()
     assert "_window" not in vars(trainer)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hiddenkey
-from hiddenkey.hf.beside import ComparedTokens
+from hiddenkey.hf.training_step import ComparedTokens
 
 from .test_step import CLEAN, divergence
 from .test_trainer import InOrder
@@ -369,7 +369,7 @@ def test_a_consistency_of_predictions(tmp_path):
 
 def test_the_pass_that_learns_is_kept_whatever_comes_first():
     """A reference or a metric may be computed before the policy's pass as well as after it."""
-    from hiddenkey.hf.beside import Pass
+    from hiddenkey.hf.training_step import Pass
 
     model = make("llama")
     ids, kept = torch.randint(3, 60, (2, 5)), Pass(model)

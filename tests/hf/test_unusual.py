@@ -6,7 +6,7 @@ import transformers as hf
 
 import hiddenkey
 from hiddenkey.errors import UserError
-from hiddenkey.hf import lower
+from hiddenkey.hf import shared_layers as lower
 
 from .test_token_loss import one_step
 from .test_trainer import drop_trainer

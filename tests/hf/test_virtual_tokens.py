@@ -7,9 +7,9 @@ import torch
 import hiddenkey
 from hiddenkey import attention_paths
 from hiddenkey.consistency import consistency_loss
-from hiddenkey.hf import pooling
-from hiddenkey.hf import step as step_module
-from hiddenkey.hf.views import labels_of
+from hiddenkey.hf import compared_outputs as pooling
+from hiddenkey.hf import training_step as step_module
+from hiddenkey.hf.compared_outputs import labels_of
 
 from .adapters import adapt, batch_for, build, moved
 from .tiny import BATCH, LENGTH, batch, decoder, make
@@ -29,7 +29,7 @@ def test_the_consistency_compares_the_labels_positions(tuner, monkeypatch):
     attachment.dense = attachment.shares_lower = True  # as an earlier step has seen
     views = []
     monkeypatch.setattr(step_module, "compared", lambda *args: views.append(args[1]["logits"]) or compared(*args))
-    compared = hiddenkey.hf.views.compared
+    compared = hiddenkey.hf.compared_outputs.compared
     found = hiddenkey.consistency_step(model, inputs).consistency
     virtual = LONGER.get(tuner, 0)
     assert [view.shape[1] for view in views] == [LENGTH + virtual] * 2
@@ -65,7 +65,7 @@ def test_a_tuner_with_a_loss_of_its_own_is_not_computed_in_chunks(tuner):
     """Its loss is added in a forward with labels, which chunks do without."""
     model = build(tuner, "llama")
     attachment = hiddenkey.attach(model, STEP)
-    assert hiddenkey.hf.language.frozen_head(attachment) is None
+    assert hiddenkey.hf.chunked_loss.frozen_head(attachment) is None
 
 
 def test_both_views_with_gradient():

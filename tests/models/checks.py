@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hiddenkey
-from hiddenkey.hf.code import uses_interface
+from hiddenkey.hf.source_reading import uses_interface
 
 from .inputs import tensors
 from .subject import LOGITS, NEVER, RATE, SEED, Subject, patterns, same, seed

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hiddenkey.hf import attach, backend, sites, softmax, structure
+from hiddenkey.hf import attach, sites, structure
+from hiddenkey.hf import attention_backend as backend
+from hiddenkey.hf import attention_softmax as softmax
 
 from .examine import examine
 

@@ -15,19 +15,16 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import AttachError
 from ..masks import Tally
 from ..recipe import Recipe
-from .backend import SITE, our_name, read_eager, restore_backend, wrapped_name
-from .code import uses_interface
-from .documents import Notes
-from .dropouts import Silenced, give_back, silence
-from .intact import problems, replicated, silent_sites, warn_of_silence, warn_of_switches
+from .attention_backend import SITE, our_name, read_eager, restore_backend, wrapped_name
+from .attention_softmax import OwnSoftmax
+from .checks import Watch, problems, replicated, silent_sites, warn_of_silence, warn_of_switches
+from .document_bounds import Notes
+from .model_dropouts import Silenced, give_back, silence
 from .plan import Plan, Site, plan
-from .sites import AttentionSite, StreamSite
-from .skip import TokenSkip, can_skip
-from .softmax import OwnSoftmax
+from .sites import SWITCHES, AttentionSite, DropSwitch, StreamSite, TokenSkip, can_skip, generate_without_drops
+from .source_reading import uses_interface
 from .strays import OURS, hooks_in, hooks_of, remove_strays, saved_copies, silenced_in
 from .structure import find_transformer, require_model
-from .switch import SWITCHES, DropSwitch, generate_without_drops
-from .watch import Watch
 
 MARK = "hiddenkey_attachment"
 ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .code import written_in
-from .feed_forward import ancestors
-from .structure import find_transformer
+from .source_reading import written_in
+from .structure import ancestors, find_transformer
 
 # Packages that, around a model or its forward, hand on its arguments and leave its loss alone, or are known to change
 # it (see `adapters.adds_to_loss`).

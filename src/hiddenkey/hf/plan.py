@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from torch import nn
 
@@ -13,13 +15,15 @@ from ..errors import PlanError
 from ..patterns import PATTERNS
 from ..positions import POSITIONS, Side
 from ..recipe import Drop, Recipe, parse, space_of
-from .adapters import adapters, restless
-from .backend import check_backend
-from .code import closed_because, passes_tokens_first
-from .dropouts import OwnDropout, adapter_dropouts, own_dropouts
-from .feed_forward import ancestors
-from .plan_text import describe
-from .structure import Layer, Stack, Structure, find_transformer, read, require_model
+from .attention_backend import check_backend
+from .model_dropouts import OwnDropout, adapter_dropouts, own_dropouts
+from .peft_layers import adapters, restless
+from .source_reading import closed_because, passes_tokens_first
+from .structure import Layer, Stack, Structure, ancestors, find_transformer, read, require_model
+
+if TYPE_CHECKING:
+    from .model_dropouts import OwnDropout
+    from .structure import Stack
 
 
 @dataclass(frozen=True)
@@ -191,3 +195,80 @@ def _check_overlap(sites_by_drop: Iterable[Iterable[Site]]) -> None:
                     f"'{taken[place]}' and '{own[place]}' meet at {place[1]}: give them layers that do not overlap"
                 )
         taken |= own
+
+
+DIGITS = re.compile(r"\d+")
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table: one line per drop and kind of site, then the dropouts that were there before."""
+    lines = [f"recipe  {plan.recipe}", f"model   {plan.model}: {_stacks(plan)}", ""]
+    rows = [("drop", "sites", "where"), *(_row(group) for group in _groups(plan))]
+    if not plan.sites:
+        rows.append(("nothing", "0", "the recipe drops nothing"))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines += [f"  {drop:<{widths[0]}}  {sites:>{widths[1]}}  {where}" for drop, sites, where in rows]
+    lines += ["", f"own dropouts set to 0: {_dropouts(plan.own_dropouts) or 'none there'}"]
+    if plan.adapter_dropouts:
+        lines.append(f"adapter dropout left as it is: {_dropouts(plan.adapter_dropouts)}")
+    if plan.restless:
+        lines.append(f"the adapter by itself, in training: {', '.join(plan.restless)}")
+    return "\n".join(lines)
+
+
+def _stacks(plan: Plan) -> str:
+    return "; ".join(
+        f"{len(stack.layers)} {'causal ' if stack.causal else ''}layers in {stack.path}{_without(stack)}"
+        for stack in plan.structure.stacks
+    )
+
+
+def _without(stack: Stack) -> str:
+    """What some of the layers lack: hybrid models have layers without softmax attention, or without feed-forward."""
+    lacking = {
+        "attention": sum(not layer.attentions and not layer.closed for layer in stack.layers),
+        "feed-forward": sum(not layer.feed_forwards for layer in stack.layers),
+    }
+    parts = [f"{count} without {what}" for what, count in lacking.items() if count]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _groups(plan: Plan) -> list[list[Site]]:
+    """Sites that differ in nothing but the layer."""
+    groups: dict[tuple[str, str, str], list[Site]] = {}
+    for site in plan.sites:
+        kind = DIGITS.sub("#", site.path) if site.layer else site.path
+        groups.setdefault((str(site.drop), kind, site.layer[0] if site.layer else ""), []).append(site)
+    return list(groups.values())
+
+
+def _row(sites: list[Site]) -> tuple[str, str, str]:
+    first = sites[0]
+    where = f"{first.side} of {first.path}"
+    if first.layer is not None:
+        stack, _ = first.layer
+        prefix = len(stack) + 1
+        _, _, tail = first.path[prefix:].partition(".")
+        indices = [site.layer[1] for site in sites if site.layer]
+        where = f"{first.side} of {stack}.{_ranges(indices)}{'.' + tail if tail else ''}"
+    return str(first.drop), str(len(sites)), where
+
+
+def _ranges(indices: list[int]) -> str:
+    runs: list[list[int]] = []
+    for index in sorted(set(indices)):
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
+
+
+def _dropouts(dropouts: tuple[OwnDropout, ...]) -> str:
+    counts = Counter((_kind(own), own.p) for own in dropouts)
+    return ", ".join(f"{count} x {name} {p:g}" for (name, p), count in counts.items())
+
+
+def _kind(own: OwnDropout) -> str:
+    path = own.path if own.name == "p" else f"{own.path}.{own.name}"
+    return ".".join(DIGITS.sub("#", path).split(".")[-2:])

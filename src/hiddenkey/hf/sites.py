@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..attention_paths import draw_keeps
+from ..compensations import COMPENSATIONS
 from ..dropout import draw_stream, drop_stream
 from ..errors import UserError
 from ..masks import Mask, Shape, Tally, drawn_together, hiding
 from ..patterns import PATTERNS
 from ..recipe import Drop
-from .documents import MASK_ARGUMENTS, Documents
-from .switch import DropSwitch
+from .document_bounds import MASK_ARGUMENTS, Documents
+from .peft_layers import works_by_token
+from .structure import is_linear
+
+SWITCHES = "hiddenkey_drops"
+
+
+class DropSwitch(nn.Dropout):
+    """One drop of the attached recipe: an `nn.Dropout` that stands in the model and is never called.
+
+    All sites of the drop look at its `p`. Code that walks over the modules and sets every dropout to 0 (TRL's
+    `disable_dropout`, for reproducible log-probabilities) turns the drop off; p put back turns it on again. They look
+    at its mode too, which is the whole model's: PEFT's new layers are in training mode in a model that
+    `from_pretrained` left in evaluation mode. It has no parameters and no buffers, so `state_dict` does not know it.
+    """
+
+    def __init__(self, drop: Drop) -> None:
+        super().__init__(drop.p)
+        self.drop = drop
+
+    @property
+    def is_on(self) -> bool:
+        return self.p > 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is on and the model is in training mode."""
+        return self.is_on and self.training
+
+    def extra_repr(self) -> str:
+        return f"{self.drop}{'' if self.is_on else ', switched off'}"
+
+
+def generate_without_drops(model: Any, generate: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` with the switches in evaluation mode: TRL's GRPO and its kin generate in training mode.
+
+    generate: one that was set on the model by hand; None: that of its class.
+    """
+    switches = getattr(model, SWITCHES)
+    training = switches.training
+    switches.eval()
+    try:
+        return type(model).generate(model, *args, **kwargs) if generate is None else generate(*args, **kwargs)
+    finally:
+        switches.train(training)
 
 
 class AttentionSite:
@@ -127,3 +171,62 @@ class StreamSite:
                 "whole layers passes an object of its own between them; leave this position out"
             )
         return drop_stream(x, self.drops[0], self.draw(x))
+
+
+def can_skip(block: nn.Module, drop: Drop) -> bool:
+    """Whether the block has no parts but linear maps and functions without state, and the drop is a plain factor.
+
+    An adapter other than LoRA may look at several tokens at once, so nothing is skipped under it.
+    """
+    if not all(works_by_token(part) for part in block.children()):
+        return False
+    parts = [part for part in block.children() if not is_linear(part)]
+    linears = len(list(block.children())) - len(parts)
+    stateless = not any(True for part in parts for _ in (*part.parameters(), *part.buffers()))
+    own = any(True for _ in block.parameters(recurse=False))
+    return linears >= 2 and stateless and not own and COMPENSATIONS[drop.compensation].factor is not None
+
+
+class TokenSkip(StreamSite):
+    """A drop at the output of such a block. Draws before it, gives it the kept tokens, puts its output back.
+
+    A draw over single features, which drops no token, is applied to the output as elsewhere.
+    """
+
+    rows: Tensor | None = None
+    keep: Tensor | None = None
+    shape: torch.Size | None = None
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Forward pre-hook with keywords."""
+        self.rows = self.keep = None
+        whole = len(args) == 1 and not kwargs and args[0].dim() == 3
+        if not self.is_active(module) or not whole or torch.compiler.is_compiling():
+            return args, kwargs
+        x = args[0]
+        self.keep = self.draw(x)
+        if self.keep.shape[-1] != 1:
+            return args, kwargs
+        self.shape, self.rows = x.shape, self.keep.expand(*x.shape[:2], 1).flatten().nonzero().squeeze(1)
+        return (x.flatten(0, 1).index_select(0, self.rows).unsqueeze(0),), kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook. The draw goes afterwards: with activation checkpointing nobody else needs it."""
+        try:
+            return super().after(module, args, output) if self.rows is None else self._put_back(output)
+        finally:
+            self.rows = self.keep = None
+
+    def _put_back(self, output: Tensor) -> Tensor:
+        assert self.rows is not None
+        assert self.shape is not None
+        factor = COMPENSATIONS[self.drops[0].compensation].factor
+        assert factor is not None
+        kept = output.squeeze(0) * factor(self.drops[0].p)
+        whole = kept.new_zeros(self.shape[0] * self.shape[1], kept.shape[-1]).index_copy(0, self.rows, kept)
+        return whole.view(*self.shape[:2], -1)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return super()._drop(x) if self.keep is None else drop_stream(x, self.drops[0], self.keep)

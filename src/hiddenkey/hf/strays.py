@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .backend import SITE, restore_backend
-from .documents import Documents
-from .dropouts import Silenced
-from .intact import module_at
+from .attention_backend import SITE, restore_backend
+from .attention_softmax import OwnSoftmax
+from .checks import module_at
+from .document_bounds import Documents
+from .model_dropouts import Silenced
 from .sites import AttentionSite, StreamSite
-from .softmax import OwnSoftmax
 
 if TYPE_CHECKING:
     from .attach import Attachment

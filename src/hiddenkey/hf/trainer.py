@@ -13,13 +13,12 @@ from transformers import Trainer
 from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import Attachment, attach, find_attachment
-from .beside import compared_in, step_beside
-from .random_state import RandomState
-from .ranks import RankSeed
-from .rate_log import log_what_is_wrong
+from .compared_outputs import copied
+from .distributed import RankSeed
+from .preserve import RandomState
+from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
-from .step import StepLoss, consistency_step
-from .views import copied
+from .training_step import StepLoss, compared_in, consistency_step, step_beside
 
 
 class ConsistencyMixin:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import DataCollatorForSeq2Seq, EvalPrediction
 
-from ..hf.views import IGNORED
+from ..hf.compared_outputs import IGNORED
 from .columns import PLACE, values
 from .errors import DataError
 from .skeleton import MODEL_CLASSES

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
 from ..attach import Attachment
-from ..intact import some
-from ..step import consistency_step
+from ..checks import some
 from ..structure import find_transformer
+from ..training_step import consistency_step
 from .diagnosis import Finding
 from .forward import close, difference
 from .patient import REFUSALS, SEED, Patient

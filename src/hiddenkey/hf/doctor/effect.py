@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ...recipe import Drop
-from ..intact import some
-from ..sites import AttentionSite, StreamSite
-from ..switch import DropSwitch
+from ..checks import some
+from ..sites import AttentionSite, DropSwitch, StreamSite
 from .diagnosis import Finding
 from .forward import difference
 from .patient import SEED, Patient, States, layers_kept, main_output

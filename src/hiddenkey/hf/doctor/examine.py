@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
 from ..attach import Attachment, attach, find_attachment
-from ..random_state import RandomState
+from ..compared_outputs import named, uncached
+from ..preserve import RandomState
 from ..structure import find_transformer, require_model
-from ..views import named, uncached
 from .backward import check_consistency, check_reach, check_recompute
 from .batches import make_batches, taken
 from .diagnosis import Diagnosis, Finding

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..attach import Attachment
+from ..compared_outputs import copied, inference
 from ..outer_forward import named_outputs
 from ..structure import find_transformer
-from ..views import copied, inference
 from .preserve import plain_twin, seed_all
 
 Batch = Mapping[str, Any]

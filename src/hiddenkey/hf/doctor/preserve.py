@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import Attachment, find_attachment
-from ..dropouts import adapter_dropouts, give_back, own_dropouts, silence
-from ..modes import give_back_modes, modes_of
-from ..random_state import RandomState
+from ..model_dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..preserve import RandomState, give_back_modes, modes_of
 from ..structure import find_transformer
 
 # Of an attachment: what its first step or forward finds out.

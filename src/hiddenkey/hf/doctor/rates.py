@@ -12,8 +12,8 @@ from torch import Tensor
 from ...masks import Mask, Shape, drawn_together
 from ...patterns import PATTERNS, Grid, document_bounds, run_length
 from ...recipe import Drop
-from ..intact import module_at, switched_off
-from ..interval import interval
+from ..checks import module_at, switched_off
+from ..rate_monitor import interval
 from ..sites import AttentionSite, StreamSite
 from .diagnosis import Finding
 from .patient import SEED, Patient

@@ -11,11 +11,11 @@ import torch
 from torch import distributed
 
 from ...errors import UserError
-from ..adapters import restless
-from ..dropouts import OwnDropout, adapter_dropouts, own_dropouts
-from ..intact import module_at, problems, some
-from ..random_state import RandomState
-from ..step import consistency_step
+from ..checks import module_at, problems, some
+from ..model_dropouts import OwnDropout, adapter_dropouts, own_dropouts
+from ..peft_layers import restless
+from ..preserve import RandomState
+from ..training_step import consistency_step
 from .diagnosis import Finding
 from .patient import SEED, Patient, loss_of, main_output
 from .preserve import seed_all

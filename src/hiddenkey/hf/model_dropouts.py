@@ -10,10 +10,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from .adapters import is_wrapper, modules
-from .code import config_names_in, names_in
-from .quiet import QuietConfig
-from .switch import DropSwitch
+from .peft_layers import is_wrapper, modules
+from .sites import DropSwitch
+from .source_reading import config_names_in, names_in
 
 RATE_NAME = re.compile(r"dropout|drop_prob|drop_path|pdrop|layerdrop|droprate")
 
@@ -113,3 +112,39 @@ def _rates_by_adapter(module: nn.Module) -> Iterator[tuple[str, float]]:
     for name, value in vars(module).items():
         if RATE_NAME.search(name) and isinstance(value, dict):
             yield from ((f"{name}.{adapter}", p) for adapter, p in value.items() if isinstance(p, float) and p > 0)
+
+
+class QuietConfig:
+    """Reads and writes through to `original`, but for the rates that were set here."""
+
+    def __init__(self, original: Any) -> None:
+        vars(self)["original"] = original
+
+    @classmethod
+    def of(cls, config: Any) -> QuietConfig:
+        """A view as it is, a view of anything else."""
+        return config if isinstance(config, cls) else cls(config)
+
+    def set_rate(self, name: str, p: float) -> None:
+        """A rate of this view; one that is the original's is read there again."""
+        if p == getattr(self.original, name):
+            vars(self).pop(name, None)
+        else:
+            vars(self)[name] = p
+
+    @property
+    def differs(self) -> bool:
+        """Whether any rate is this view's own."""
+        return len(vars(self)) > 1
+
+    def __getattr__(self, name: str) -> Any:
+        # Copying and pickling ask for these of an object that has no `original` yet.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(vars(self)["original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            vars(self)[name] = value
+        else:
+            setattr(vars(self)["original"], name, value)

@@ -9,14 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .adapters import adapters
 from .attach import Attachment
-from .modes import another_forward
+from .compared_outputs import Batch
+from .distributed import everywhere, has_reentrant_checkpoints
+from .peft_layers import adapters
 from .plan import Site
-from .random_state import RandomState
-from .ranks import everywhere, has_reentrant_checkpoints
+from .preserve import RandomState, another_forward
 from .structure import find_transformer, reads_lower_keys
-from .views import Batch
 
 COLLECTED = ("output_router_logits", "output_hidden_states", "output_attentions")
 View = TypeVar("View")

@@ -23,9 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from ..attention_paths import attend
 from ..errors import PlanError
 from ..masks import Mask, read_mask
-from .code import asks_for_sdpa, names_in, uses_interface
+from .attention_softmax import DropAtSoftmax
 from .sites import AttentionSite
-from .softmax import DropAtSoftmax
+from .source_reading import asks_for_sdpa, names_in, uses_interface
 
 PREFIX = "hiddenkey_"
 WRAPPED = ("sdpa", "eager")
