@@ -20,7 +20,8 @@ ROOMS = {
     "positions": ("register_position",),
     "compensations": ("register_compensation",),
     "hf.plan": ("plan", "Plan"),
-    "hf.attach": ("attach", "find_attachment", "Attachment"),
+    "hf.attach": ("attach",),
+    "hf.attachment": ("find_attachment", "Attachment"),
     "hf.doctor.examine": ("doctor",),
     "hf.doctor.diagnosis": ("Diagnosis", "Finding"),
     "hf.training_step": ("consistency_step", "StepLoss"),
@@ -43,9 +44,9 @@ if TYPE_CHECKING:
     from .errors import SavedRecipeError as SavedRecipeError
     from .errors import UnknownNameError as UnknownNameError
     from .errors import UserError as UserError
-    from .hf.attach import Attachment as Attachment
     from .hf.attach import attach as attach
-    from .hf.attach import find_attachment as find_attachment
+    from .hf.attachment import Attachment as Attachment
+    from .hf.attachment import find_attachment as find_attachment
     from .hf.doctor.diagnosis import Diagnosis as Diagnosis
     from .hf.doctor.diagnosis import Finding as Finding
     from .hf.doctor.examine import doctor as doctor

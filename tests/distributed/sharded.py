@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import hiddenkey
-from hiddenkey.hf.attach import find_attachment
+from hiddenkey.hf.attachment import find_attachment, step_state
 from hiddenkey.hf.structure import find_transformer
 from tests.distributed.scenarios import RANKS, Views, batches, build, curve, same
 
@@ -62,7 +62,7 @@ def step(model: Any, batch: dict[str, Tensor], scale: float) -> dict[str, Any]:
     gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     attachment = find_attachment(model)
     assert attachment is not None
-    return {"gradients": gradients, "dense": attachment.dense}
+    return {"gradients": gradients, "dense": step_state(attachment).dense}
 
 
 def full(tensor: Any) -> Tensor:

@@ -13,6 +13,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hiddenkey
+from hiddenkey.hf import attachment as attachment_module
+from hiddenkey.hf.attachment import StepState, step_state
 
 from .tiny import batch, make
 from .tools import assert_same_gradients, gradients
@@ -92,7 +94,7 @@ def test_the_second_view_is_the_inference_pass(why, shares, position):
         for _ in range(2):
             found = hiddenkey.consistency_step(model, inputs, **options)
             assert float(found.consistency) == pytest.approx(by_hand(model, inputs, found.outputs.logits), abs=1e-6)
-        assert attachment.shares_lower is shares
+        assert step_state(attachment).shares_lower is shares
 
 
 @pytest.mark.parametrize("recipe", ("hiddenkey@0.3 ~ kl-rdrop", "hiddenkey@0.3"))
@@ -142,8 +144,8 @@ def test_the_views_of_kl_have_noise_of_their_own():
     model, inputs = experts()
     with hiddenkey.attach(model.train(), "hidden[2:]:element@1e-9 ~ kl") as attachment:
         found = [float(hiddenkey.consistency_step(model, inputs).consistency) for _ in range(2)]
-        assert attachment.dense is False
-        assert attachment.shares_lower is False
+        assert step_state(attachment).dense is False
+        assert step_state(attachment).shares_lower is False
     assert min(found) > 1e-3
 
 
@@ -159,7 +161,7 @@ def test_seeing_it_draws_nothing_that_is_not_drawn_otherwise(build, monkeypatch)
         return random.random(), numpy.random.rand(), float(torch.rand(()))
 
     found = after()
-    monkeypatch.setattr(hiddenkey.hf.attach.Attachment, "shares_lower", False)
+    monkeypatch.setattr(attachment_module, "StepState", partial(StepState, shares_lower=False))
     assert found == after()
 
 

@@ -7,6 +7,7 @@ import transformers as hf
 
 import hiddenkey
 from hiddenkey.hf import compared_outputs as pooling
+from hiddenkey.hf.attachment import step_state
 
 from ..models.shrink import shrink
 from .test_pairs import BART, T5, build, texts
@@ -83,9 +84,9 @@ def test_looking_at_it_changes_nothing():
         for seen in (False, True):
             model = make("bert", depth=1, num_labels=1)
             attachment = hiddenkey.attach(model, f"{DROPS} ~ kl")
-            attachment.pooling_seen = seen
+            step_state(attachment).pooling_seen = seen
             found.append((one_step(model, run, 5), str(attachment.rates())))
-            assert attachment.pooling_seen
+            assert step_state(attachment).pooling_seen
             assert all(module.training for module in model.modules())
         assert found[0] == found[1]
 
@@ -99,7 +100,7 @@ def test_every_batch_is_compared_where_the_model_predicts_from(ends, masked):
     inputs = {**texts(torch.tensor(VALUES)), "labels": torch.tensor(VALUES)}
     inputs["input_ids"] = torch.randint(3, 60, (BATCH, 12))
     hiddenkey.consistency_step(model, {**inputs, "attention_mask": torch.ones(BATCH, 12)})
-    assert attachment.pooling_seen
+    assert step_state(attachment).pooling_seen
     if ends == "padded":
         inputs["input_ids"][0, 7:] = 0
     if ends == "in the padding token":

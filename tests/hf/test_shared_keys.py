@@ -10,6 +10,7 @@ import transformers as hf
 import hiddenkey
 from hiddenkey.hf import chunked_loss as language
 from hiddenkey.hf import training_step as step
+from hiddenkey.hf.attachment import step_state
 from hiddenkey.hf.shared_layers import LowerLayers
 
 from ..models.shrink import shrink
@@ -95,7 +96,7 @@ def test_a_decoder_that_leaves_tokens_out_takes_the_dense_way(foreseen, monkeypa
         monkeypatch.setattr(language, "_cuts_tokens", lambda transformer: False)
     found, _, attachment = one_step(model, RECIPE, tokens())
     assert (language.frozen_head(attachment) is None) is foreseen
-    assert attachment.dense is not foreseen
+    assert step_state(attachment).dense is not foreseen
     assert found.outputs["logits"].shape[1] > 1
 
 

@@ -1,6 +1,7 @@
 """Losses from hidden states in chunks, and the shared lower layers, equal the dense step of two whole forwards."""
 
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from accelerate.utils import convert_outputs_to_fp32
 
 import hiddenkey
 from hiddenkey.consistency import CONSISTENCIES
+from hiddenkey.hf import attachment as attachment_module
 from hiddenkey.hf import chunked_loss as token_loss
 from hiddenkey.hf import shared_layers as lower
 from hiddenkey.hf import training_step as step
+from hiddenkey.hf.attachment import StepState, step_state
 from hiddenkey.hf.chunked_loss import Head, Share, TokenLoss, frozen_head
 
 from .tiny import batch, decoder, make
@@ -45,7 +48,7 @@ def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
     model, inputs, recipe = frozen(family), batch(family), f"hiddenkey@0.2 ~ {consistency}*0.7"
     found, ours, attachment = one_step(model, recipe, inputs, num_items=num_items)
     assert frozen_head(attachment) is not None
-    assert not attachment.dense
+    assert not step_state(attachment).dense
     dense, theirs, _ = one_step(model, recipe, inputs, num_items=num_items, task_loss=step.model_loss)
     for name in ("total", "task", "consistency"):
         assert float(getattr(found, name)) == pytest.approx(float(getattr(dense, name)), rel=1e-5, abs=1e-7)
@@ -55,7 +58,7 @@ def test_chunks_are_the_dense_step(family, consistency, num_items, monkeypatch):
 def test_a_scale_before_the_loss_is_noticed():
     model = lora(decoder("Granite")(initializer_range=0.3, logits_scaling=2.0), ["q_proj"])
     found, _, attachment = one_step(model, "hiddenkey@0.2", batch("llama"))
-    assert attachment.dense
+    assert step_state(attachment).dense
     assert found.outputs["logits"].shape[1] > 1
 
 
@@ -220,7 +223,7 @@ def test_a_forward_of_the_layers_own_stays():
 def test_shared_lower_layers_change_nothing(family, consistency, monkeypatch):
     model, inputs, recipe = make(family), batch(family), f"hiddenkey[1/2:]@0.2 ~ {consistency}"
     with monkeypatch.context() as patch:
-        patch.setattr(hiddenkey.hf.attach.Attachment, "shares_lower", True)
+        patch.setattr(attachment_module, "StepState", partial(StepState, shares_lower=True))
         shared, ours, _ = one_step(model, recipe, inputs)
     monkeypatch.setattr(lower.LowerLayers, "_keep", lambda *_: None)
     twice, theirs, _ = one_step(model, recipe, inputs)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import hiddenkey
+from hiddenkey.hf.attachment import step_state
 from hiddenkey.hf.training_step import ComparedTokens
 
 from .test_step import CLEAN, divergence
@@ -236,7 +237,7 @@ def test_dpo_is_the_policys_two_views_at_the_completions(consistency, reference,
     recipe = f"{DROPS} ~ {consistency}*{WEIGHT}"
     trainer = dpo(tmp_path, recipe, reference=reference, gradient_checkpointing=False)
     batch = first_batch(trainer)
-    trainer.attachment.shares_lower = True  # as an earlier step has seen
+    step_state(trainer.attachment).shares_lower = True  # as an earlier step has seen
     with draws(monkeypatch) as record:
         loss, ours = loss_and_gradients(trainer, batch)
     assert len(record) == 8, "two views of two layers with two drops; none in the reference"

@@ -7,6 +7,7 @@ import transformers as hf
 import hiddenkey
 from hiddenkey.errors import UserError
 from hiddenkey.hf import shared_layers as lower
+from hiddenkey.hf.attachment import step_state
 
 from .test_token_loss import one_step
 from .test_trainer import drop_trainer
@@ -30,10 +31,10 @@ def test_a_step_that_falls_back_draws_as_if_it_had_not_tried():
         with hiddenkey.attach(model, "hiddenkey@0.3") as attachment:
             if tried_before:
                 hiddenkey.consistency_step(model, inputs)
-            assert attachment.dense is (True if tried_before else None)
+            assert step_state(attachment).dense is (True if tried_before else None)
             torch.manual_seed(5)
             found.append([float(hiddenkey.consistency_step(model, inputs).total.detach()) for _ in range(2)])
-            assert attachment.dense
+            assert step_state(attachment).dense
     assert found[0] == found[1]
     assert found[0][0] != found[0][1]
 

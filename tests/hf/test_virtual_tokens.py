@@ -9,6 +9,7 @@ from hiddenkey import attention_paths
 from hiddenkey.consistency import consistency_loss
 from hiddenkey.hf import compared_outputs as pooling
 from hiddenkey.hf import training_step as step_module
+from hiddenkey.hf.attachment import step_state
 from hiddenkey.hf.compared_outputs import labels_of
 
 from .adapters import adapt, batch_for, build, moved
@@ -26,7 +27,7 @@ def test_the_consistency_compares_the_labels_positions(tuner, monkeypatch):
     """The virtual tokens, the padding and whatever has no label are left out, at the shift of the task loss."""
     model, inputs = build(tuner, "llama"), batch_for(tuner, "llama")
     attachment = hiddenkey.attach(model, STEP)
-    attachment.dense = attachment.shares_lower = True  # as an earlier step has seen
+    step_state(attachment).dense = step_state(attachment).shares_lower = True  # as an earlier step has seen
     views = []
     monkeypatch.setattr(step_module, "compared", lambda *args: views.append(args[1]["logits"]) or compared(*args))
     compared = hiddenkey.hf.compared_outputs.compared
@@ -49,10 +50,10 @@ def test_chunks_of_tokens_give_the_same_as_whole_logits(tuner):
     for dense in (False, True):
         model = build(tuner, "llama")
         attachment = hiddenkey.attach(model, STEP)
-        attachment.dense = dense
+        step_state(attachment).dense = dense
         torch.manual_seed(0)
         step = hiddenkey.consistency_step(model, batch_for(tuner, "llama"))
-        assert attachment.dense is dense
+        assert step_state(attachment).dense is dense
         step.total.backward()
         losses.append(torch.stack([step.total, step.task, step.consistency]))
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..recipe import Drop, Recipe
+from .attachment import Attachment, PassWatch, module_at
 from .attention_backend import PREFIX, SITE
 from .preserve import Modes, give_back_modes, to_evaluation
 from .sites import AttentionSite, DropSwitch
-
-if TYPE_CHECKING:
-    from .attach import Attachment
 
 
 def problems(attachment: Attachment) -> Iterator[str]:
@@ -58,14 +57,6 @@ def replicated(module: nn.Module, recipe: Recipe) -> str | None:
         f"'{recipe}'; train with one process per GPU (torchrun or accelerate launch), or on one GPU "
         "(CUDA_VISIBLE_DEVICES=0)"
     )
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path, None where there is none any more."""
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        module = module._modules.get(name) if module is not None else None
-    return module
 
 
 def warn_of_switches(attachment: Attachment) -> None:
@@ -137,12 +128,13 @@ def _place(attachment: Attachment, path: str, module: nn.Module) -> Iterator[str
         yield f"{path} is {now}, so '{recipe}' would miss it; detach, change the model, and attach again"
 
 
-class Watch:
-    """Two hooks on an attached model, and on the transformers model inside, which may be called by itself.
+class Watch(PassWatch):
+    """The hooks on an attached model, and on the transformers model inside, which may be called by itself.
 
-    A reference pass (without gradient, under another adapter than the one that learns, or under none) is made in
-    evaluation mode. A loss that is trained without what the recipe says is an error of its backward pass, not of the
-    forward: looking at the outputs of a model in training mode is no mistake.
+    What took us off the model is an error of the next training forward. A reference pass (without gradient, under
+    another adapter than the one that learns, or under none) is made in evaluation mode. A loss that is trained
+    without what the recipe says is an error of its backward pass, not of the forward: looking at the outputs of a
+    model in training mode is no mistake.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -151,6 +143,20 @@ class Watch:
         self.learning = active_adapters(attachment.model)
         self._in_step = self._aside = self._drawn = self._warned = False
         self._modes: dict[int, Modes] = {}
+        self._looked_back = False
+
+    def hooks_around(self, module: nn.Module) -> list[RemovableHandle]:
+        """Put the hooks on a module that is called with a batch: the model, or the one inside of it."""
+        return [
+            module.register_forward_pre_hook(self.verify),
+            module.register_forward_hook(self.look_back),
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def hooks_inside(self, module: nn.Module) -> list[RemovableHandle]:
+        """The same on what holds the layers: PEFT 0.19 calls the model's forward without its hooks."""
+        return [module.register_forward_pre_hook(self.verify), module.register_forward_hook(self.inside)]
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -169,11 +175,27 @@ class Watch:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Around passes that nobody learns from, as a doctor makes them: nothing is an error in them."""
-        self._aside, before = True, self._aside
+        before = self._aside, self._looked_back
+        self._aside = self._looked_back = True
         try:
             yield
         finally:
-            self._aside = before
+            self._aside, self._looked_back = before
+
+    def verify(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook: an error where something took us off the model, a warning of drops switched off."""
+        if module.training:
+            problem = replicated(module, self.attachment.recipe) or self._problem()
+            if problem is not None:
+                self._stop(problem)
+
+    def look_back(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: after the first training forward, warn where a site drew nothing in it."""
+        if module.training and not self._looked_back and not self.in_evaluation():
+            self._looked_back = True
+            silent = silent_sites(self.attachment)
+            if silent:
+                self._warn_of_silence(silent)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook."""
@@ -211,7 +233,23 @@ class Watch:
         self._drawn = self._drawn or self._undrawn() is None
         return not self._drawn
 
+    @torch.compiler.assume_constant_result
+    def _problem(self) -> str | None:
+        """The first of `problems`. A compiled model asks when it is compiled, as it is again after each of them."""
+        problem = next(problems(self.attachment), None)
+        if problem is None:
+            warn_of_switches(self.attachment)
+        return problem
+
     # A compiled model runs what follows outside of its graph: rare cases may cost a break in it.
+
+    @torch.compiler.disable(reason="something took hiddenkey off the model since attach")
+    def _stop(self, problem: str) -> None:
+        raise RuntimeError(problem)
+
+    @torch.compiler.disable(reason="some sites of hiddenkey drew nothing")
+    def _warn_of_silence(self, silent: list[str]) -> None:
+        warn_of_silence(self.attachment, silent)
 
     @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
     def _begin_reference(self, module: nn.Module) -> None:

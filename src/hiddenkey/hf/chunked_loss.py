@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..consistency import Consistency, bidirectional
-from .attach import Attachment
+from .attachment import Attachment
 from .compared_outputs import IGNORED, Batch
-from .outer_forward import is_own, parameters
+from .outer_forward import is_own
 from .peft_layers import adds_to_loss
-from .source_reading import config_names_in, takes_the_stock_loss
+from .source_reading import config_names_in, parameters, takes_the_stock_loss
 from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys
 
 # Logits of a chunk, enough for the head's matrix product, and of a few tokens of it, which stay in the cache.

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
-from .attach import Attachment
-from .outer_forward import is_own, named_outputs, outermost, parameters, takes, without_labels
+from .attachment import Attachment, step_state
+from .outer_forward import is_own, named_outputs, outermost, takes, without_labels
 from .peft_layers import virtual_tokens
 from .preserve import evaluation
-from .source_reading import shifts_labels
+from .source_reading import parameters, shifts_labels
 from .structure import find_transformer
 
 Batch = Mapping[str, Any]
@@ -221,9 +221,10 @@ def pooled(last: Tensor, batch: Mapping[str, Any], attachment: Attachment) -> Te
     """
     places = _places(last, batch, attachment)
     prompted = _decodes(attachment) and virtual_tokens(attachment.model) > 0
-    if not attachment.pooling_seen or (prompted and bool((places < last.shape[1] - 1).any())):
+    state = step_state(attachment)
+    if not state.pooling_seen or (prompted and bool((places < last.shape[1] - 1).any())):
         _refuse_other_pooling(batch, attachment)
-        attachment.pooling_seen = True
+        state.pooling_seen = True
     return last[torch.arange(len(last), device=last.device), places]
 
 

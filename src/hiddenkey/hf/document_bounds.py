@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UserError
 from ..masks import documents_in, hiding, is_recomputing, read_mask
 from ..patterns import PATTERNS
-from .structure import Layer, Stack, Structure, find_transformer
-
-if TYPE_CHECKING:
-    from .plan import Site
+from .structure import Layer, Site, Stack, Structure, find_transformer
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
 # T5Gemma 2: over the keys of the text, then those of the encoder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -10,12 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .source_reading import written_in
+from .source_reading import WRAPPERS, parameters, written_in
 from .structure import ancestors, find_transformer
-
-# Packages that, around a model or its forward, hand on its arguments and leave its loss alone, or are known to change
-# it (see `adapters.adds_to_loss`).
-WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
 
 
 def outermost(model: nn.Module) -> nn.Module:
@@ -38,11 +33,6 @@ def takes(model: nn.Module, name: str) -> bool:
         and takes_the_rest(outer)
         and name in parameters(transformer)
     )
-
-
-def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module's forward."""
-    return inspect.signature(module.forward).parameters
 
 
 def takes_the_rest(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from torch import nn
 
@@ -19,24 +19,7 @@ from .attention_backend import check_backend
 from .model_dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from .peft_layers import adapters, restless
 from .source_reading import closed_because, passes_tokens_first
-from .structure import Layer, Stack, Structure, ancestors, find_transformer, read, require_model
-
-if TYPE_CHECKING:
-    from .model_dropouts import OwnDropout
-    from .structure import Stack
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place where one drop is at work.
-
-    path: the module; side: its attention, its input or its output. layer: (stack path, index) or None.
-    """
-
-    drop: Drop
-    path: str
-    side: Side
-    layer: tuple[str, int] | None
+from .structure import Layer, Site, Stack, Structure, ancestors, find_transformer, read, require_model
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from ..patterns import PATTERNS
 from ..recipe import Drop
-from .attach import Attachment
+from .attachment import Attachment
 from .checks import some, switched_off
 from .model_dropouts import own_dropouts
 

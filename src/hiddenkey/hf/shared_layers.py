@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment
+from .attachment import Attachment, step_state
 from .compared_outputs import Batch
 from .distributed import everywhere, has_reentrant_checkpoints
 from .peft_layers import adapters
-from .plan import Site
 from .preserve import RandomState, another_forward
-from .structure import find_transformer, reads_lower_keys
+from .structure import Site, find_transformer, reads_lower_keys
 
 COLLECTED = ("output_router_logits", "output_hidden_states", "output_attentions")
 View = TypeVar("View")
@@ -68,9 +67,10 @@ class LowerLayers:
 
         seen: what the consistency is computed from.
         """
-        if self.output is None or self.attachment.shares_lower is False:
+        state = step_state(self.attachment)
+        if self.output is None or state.shares_lower is False:
             return view()
-        if self.attachment.shares_lower is None:
+        if state.shares_lower is None:
             return self._prove(model, view, seen)
         with self._replayed():
             return view()
@@ -83,7 +83,7 @@ class LowerLayers:
         with torch.no_grad(), self._replayed():
             same = torch.equal(seen(whole), seen(view()))
         after.restore()
-        self.attachment.shares_lower = everywhere(model, same)
+        step_state(self.attachment).shares_lower = everywhere(model, same)
         return whole
 
     @contextmanager

@@ -7,7 +7,7 @@ import dis
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import pairwise
 from types import CodeType, FunctionType
@@ -25,8 +25,6 @@ from transformers.loss.loss_utils import (
 )
 
 from ..errors import UserError
-from .outer_forward import WRAPPERS, parameters
-from .structure import find_transformer
 
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 INTERFACE = re.compile(r"ALL_(?!MASK)\w*ATTENTION_FUNCTIONS")
@@ -61,6 +59,14 @@ CLOSED_CALLS = {
 SOFTMAX_NAMES = ("softmax", "Softmax", "scaled_dot_product_attention")
 # Parts of models that pass (T, B, D) between their layers, where all others pass (B, T, D).
 TOKENS_FIRST = frozenset({"XLNetModel", "FSMTEncoder", "FSMTDecoder"})
+# Packages that, around a model or its forward, hand on its arguments and leave its loss alone, or are known to change
+# it (see `adapters.adds_to_loss`).
+WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
+
+
+def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward."""
+    return inspect.signature(module.forward).parameters
 
 
 def uses_interface(module: nn.Module) -> bool:
@@ -236,7 +242,7 @@ def shifts_labels(model: nn.Module) -> bool:
         forward = inspect.unwrap(type(model).forward)
         if _shifts_by_hand(forward) or not BY_HAND.isdisjoint(forward.__code__.co_names):
             return _shifts_by_hand(forward)
-        transformer = find_transformer(model)[1]
+        transformer = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         return "labels" in parameters(transformer) and shifts_labels(transformer)
     if transformer.config.is_encoder_decoder:
         return False

@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AttachError, PlanError
+from ..positions import Side
+from ..recipe import Drop
 from .peft_layers import inner, is_wrapper
 from .peft_layers import modules as all_modules
 from .source_reading import MIXER, closed_because, uses_interface, uses_own_softmax
@@ -36,6 +38,19 @@ class Layer:
     attentions: tuple[str, ...]
     feed_forwards: tuple[str, ...]
     closed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where one drop is at work.
+
+    path: the module; side: its attention, its input or its output. layer: (stack path, index) or None.
+    """
+
+    drop: Drop
+    path: str
+    side: Side
+    layer: tuple[str, int] | None
 
 
 @dataclass(frozen=True)

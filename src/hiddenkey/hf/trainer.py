@@ -12,7 +12,8 @@ from transformers import Trainer
 
 from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
-from .attach import Attachment, attach, find_attachment
+from .attach import attach
+from .attachment import Attachment, find_attachment
 from .compared_outputs import copied
 from .distributed import RankSeed
 from .preserve import RandomState

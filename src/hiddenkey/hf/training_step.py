@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..consistency import CONSISTENCIES, Consistency, consistency_loss
 from ..errors import AttachError, UserError
-from .attach import Attachment, find_attachment
+from .attachment import Attachment, find_attachment, step_state
 from .chunked_loss import Head, HiddenStates, Share, TokenLoss, agrees, frozen_head, is_next_token_loss, token_losses
 from .compared_outputs import (
     IGNORED,
@@ -169,7 +169,12 @@ def _losses(
     consistency, batch = CONSISTENCIES[recipe.consistency], uncached(model, batch)
     step = Step(model, batch, num_items, task_loss, attachment, consistency)
     check_wrapper(model, step.consistency)
-    chunks = task_loss is None and not consistency.scalar and not attachment.dense and "logits_to_keep" not in batch
+    chunks = (
+        task_loss is None
+        and not consistency.scalar
+        and not step_state(attachment).dense
+        and "logits_to_keep" not in batch
+    )
     head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
         chunked = _chunked(step, head)
@@ -183,16 +188,16 @@ def _losses(
 
 def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
     """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
-    hidden = HiddenStates(find_transformer(step.model)[1])
+    hidden, state = HiddenStates(find_transformer(step.model)[1]), step_state(step.attachment)
     inputs = {name: value for name, value in step.batch.items() if name != "labels"}
     lower = LowerLayers(step.attachment, constant=not step.consistency.both, batch=inputs)
-    draws = RandomState(step.model) if step.attachment.dense is None else None
+    draws = RandomState(step.model) if state.dense is None else None
     with hidden.record(), lower.record():
         outputs = step.model(**inputs, logits_to_keep=1)
     first = hidden.take()
     fits = first is not None and _is_whole(first, step) and agrees(head, first, outputs["logits"])
-    step.attachment.dense = first is None or not everywhere(step.model, fits)
-    if step.attachment.dense or first is None:
+    state.dense = first is None or not everywhere(step.model, fits)
+    if state.dense or first is None:
         # As if it had not been tried: a run that goes on in another process tries again.
         if draws is not None:
             draws.restore()
@@ -400,13 +405,14 @@ def _check(first: Pass, compared: ComparedTokens) -> None:
 
 def _head(attachment: Attachment, model: nn.Module, inputs: dict[str, Any], first: Pass) -> Head | None:
     """The frozen head whose logits are the model's, or None."""
-    head = None if attachment.dense else frozen_head(attachment)
+    state = step_state(attachment)
+    head = None if state.dense else frozen_head(attachment)
     if head is None:
         return None
     with torch.no_grad():
         logits = first.logits(model, inputs, logits_to_keep=1)
-    attachment.dense = not everywhere(model, agrees(head, first.states, logits))
-    return None if attachment.dense else head
+    state.dense = not everywhere(model, agrees(head, first.states, logits))
+    return None if state.dense else head
 
 
 def _term(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
-from ..attach import Attachment
+from ..attachment import Attachment, step_state
 from ..checks import some
 from ..structure import find_transformer
 from ..training_step import consistency_step
@@ -173,12 +173,12 @@ def _reach_of_the_term(patient: Patient) -> int:
 @contextmanager
 def _whole_logits(attachment: Attachment) -> Iterator[None]:
     """Steps without chunks of tokens, in which only the sum has a gradient; as before afterwards."""
-    dense = attachment.dense
-    attachment.dense = True
+    state = step_state(attachment)
+    dense, state.dense = state.dense, True
     try:
         yield
     finally:
-        attachment.dense = dense
+        state.dense = dense
 
 
 def _apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
-from ..attach import Attachment, attach, find_attachment
+from ..attach import attach
+from ..attachment import Attachment, find_attachment
 from ..compared_outputs import named, uncached
 from ..preserve import RandomState
 from ..structure import find_transformer, require_model

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..attach import Attachment
+from ..attachment import Attachment
 from ..compared_outputs import copied, inference
 from ..outer_forward import named_outputs
 from ..structure import find_transformer

@@ -12,13 +12,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from ..attach import Attachment, find_attachment
+from ..attachment import Attachment, StepState, find_attachment, set_step_state
 from ..model_dropouts import adapter_dropouts, give_back, own_dropouts, silence
 from ..preserve import RandomState, give_back_modes, modes_of
 from ..structure import find_transformer
 
-# Of an attachment: what its first step or forward finds out.
-SEEN_ONCE = ("seen", "dense", "shares_lower", "pooling_seen")
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
@@ -82,21 +80,19 @@ def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fresh_counts(attachment: Attachment) -> Iterator[None]:
-    """The draws inside do not count for the user's rates, nor the passes for what is learned from or seen once."""
+    """The draws inside do not count for the user's rates, nor do steps find out anything for those that follow."""
     tallies = [tally for _, site in attachment.sites for tally in site.tallies]
     counts = [tally.counts for tally in tallies]
-    once = {name: getattr(attachment, name) for name in SEEN_ONCE}
+    state = set_step_state(attachment, StepState())
     for tally in tallies:
         tally.counts = None
-    attachment.seen = True
     try:
         with attachment.watch.aside():
             yield
     finally:
         for tally, count in zip(tallies, counts, strict=True):
             tally.counts = count
-        for name, value in once.items():
-            setattr(attachment, name, value)
+        set_step_state(attachment, state)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...masks import Mask, Shape, drawn_together
 from ...patterns import PATTERNS, Grid, document_bounds, run_length
 from ...recipe import Drop
-from ..checks import module_at, switched_off
+from ..attachment import module_at
+from ..checks import switched_off
 from ..rate_monitor import interval
 from ..sites import AttentionSite, StreamSite
 from .diagnosis import Finding

@@ -11,7 +11,8 @@ import torch
 from torch import distributed
 
 from ...errors import UserError
-from ..checks import module_at, problems, some
+from ..attachment import module_at
+from ..checks import problems, some
 from ..model_dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from ..peft_layers import restless
 from ..preserve import RandomState
