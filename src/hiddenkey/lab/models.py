@@ -131,7 +131,7 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
 
     Raises:
         OSError: no such model.
-        ConfigError: no module to put LoRA on, or weights that cannot be read or do not fit.
+        ConfigError: no module to put LoRA on, or weights that cannot be read, are missing or do not fit.
     """
     model, loading = read_weights(
         getattr(transformers, task.model_class),
@@ -141,7 +141,19 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
     )
     # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
     model.config.pad_token_id = tokenizer.pad_token_id
+    _require_published(model, set(loading["missing_keys"]), config)
     return add_lora(model, config, task.peft_type, {*loading["missing_keys"], *_other_sizes(model, loading, config)})
+
+
+def _require_published(model: Any, missing: set[str], config: TrainConfig) -> None:
+    """Raises ConfigError where weights are missing that are neither a head's nor a pooler's."""
+    base = f"{model.base_model_prefix}."
+    wrong = sorted(key for key in missing if key.startswith(base) and "pooler" not in key.split("."))
+    if wrong:
+        raise ConfigError(
+            f"The weights of {config.model} lack {len(wrong)} of the model's own, which would be drawn at random: "
+            f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}. Fetch the model again."
+        )
 
 
 def _other_sizes(model: Any, loading: dict[str, Any], config: TrainConfig) -> set[str]:
