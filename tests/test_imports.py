@@ -85,3 +85,28 @@ def test_the_command_line_imports_the_lab_in_its_commands_alone():
     top = ast.Module(ast.parse(MODULES["hiddenkey.cli"].read_text()).body, [])
     outside = [node for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert not any("lab" in ast.unparse(node) for node in outside)
+
+
+def test_the_core_loads_no_transformers():
+    code = (
+        "import sys, hiddenkey; hiddenkey.attention, hiddenkey.StructuredDropout, hiddenkey.consistency_loss\n"
+        "hiddenkey.parse('hiddenkey@0.1')\nprint({'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_no_module_hides_a_public_name():
+    """An imported module becomes an attribute of its package: a public name of a module's own name would be lost."""
+    assert not {name.split(".")[1] for name in MODULES if "." in name} & set(hiddenkey.__all__)
+
+
+def test_the_contents_page_lists_what_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed - {"annotations", "import_module", "TYPE_CHECKING", "Any"} == set(hiddenkey.__all__)
+
+
+def test_public_names_have_docstrings():
+    short = [name for name in hiddenkey.__all__ if len(getattr(hiddenkey, name).__doc__ or "") < 20]
+    assert short == []
