@@ -90,7 +90,8 @@ def test_the_command_line_imports_the_lab_in_its_commands_alone():
 def test_the_core_loads_no_transformers():
     code = (
         "import sys, hiddenkey; hiddenkey.attention, hiddenkey.StructuredDropout, hiddenkey.consistency_loss\n"
-        "hiddenkey.parse('hiddenkey@0.1')\nprint({'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules))"
+        "hiddenkey.parse('hiddenkey@0.1')\n"
+        "print({'transformers', 'peft', 'accelerate', 'datasets'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
