@@ -113,6 +113,12 @@ RIVAL_NOTES = {
 }
 
 
+def paper_task(task_key: str) -> str | None:
+    """The paper's task of a record's data, such as `sst2` of `glue/SST-2`; None: none of its tasks."""
+    name = task_key.rpartition("/")[2].replace("-", "").lower()
+    return name if name in TASK_LABELS else None
+
+
 def true_average(method: str) -> float:
     """The average of a row of Table 1, from its four numbers."""
     return sum(TABLE1[method][:4]) / 4

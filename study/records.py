@@ -21,7 +21,7 @@ from hiddenkey.lab.artifacts import NOT_OF_THE_RUN
 from hiddenkey.lab.config import OF_A_TASK, complete
 from hiddenkey.lab.run_table import seed_name
 
-from .paper import BASELINE, METHODS, PRINTED_METRICS, RIVALS, TASK_LABELS, method_order
+from .paper import BASELINE, METHODS, PRINTED_METRICS, RIVALS, TASK_LABELS, method_order, paper_task
 
 When = Literal["best", "last"]
 GROUP = ["task", "condition", "method", "seed"]
@@ -131,7 +131,7 @@ def _row(record: dict[str, Any], where: str) -> dict[str, Any]:
         finished = record["status"] == "finished"
         return {
             "task": sweep["name"],
-            "task_key": record["task_key"],
+            "task_key": paper_task(record["task_key"]),
             "task_kind": record["task"],
             "is_decoder": record["is_decoder"],
             "model": Path(config["model"]).name,

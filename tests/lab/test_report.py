@@ -22,7 +22,14 @@ def write_run(folder: Path, method: str, seed: int, trial: int = 1, **changes: A
     value = changes.pop("value", 0.8)
     axes = {"seed": seed} | changes.pop("axes", {})
     recipe = changes.pop("recipe", f"{method}@0.{trial}" if method != "baseline" else "baseline")
-    sweep = {"name": "films", "method": method, "params": {"p": trial}, "axes": axes, "trial": trial, "trials": 1}
+    sweep = {
+        "name": "films",
+        "method": method,
+        "params": {"lr": trial / 100},
+        "axes": axes,
+        "trial": trial,
+        "trials": 1,
+    }
     sweep["trials"] = changes.pop("trials", 1)
     path = folder / f"{len(list(folder.glob('*')))}" / "result.json"
     record = {
@@ -94,7 +101,7 @@ def test_validation_chooses_the_trial_and_the_test_part_judges_it(tmp_path: Path
         write_run(tmp_path, "drop", seed, 2, value=0.8, test={"best": {"accuracy": 0.95}}, trials=2)
     page = page_of(tmp_path)
     assert "test accuracy 62.0, plain LoRA 70.0, difference -8.0" in page
-    assert "drop@0.1 ×3" in page
+    assert "drop@0.1, lr 0.01 ×3" in page
 
 
 def test_without_a_test_part_in_every_run_validation_judges_and_a_lower_loss_is_better(tmp_path: Path):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from study.comparisons import compare, over_same_settings, step_ratio, transfer, within_budget
-from study.paper import METHODS, TABLE1, gap, misprinted
+from study.paper import METHODS, TABLE1, gap, misprinted, paper_task
 from study.records import Study, chosen
 from study.tables import tasks_table
 
@@ -87,6 +88,14 @@ def test_the_same_settings_are_the_baselines_trial_at_the_methods_learning_rate(
     assert over_same_settings(study_of(tmp_path, records(), elsewhere), "hiddenkey", True).difference.n == 0
 
 
+def test_a_seed_with_a_failed_trial_has_no_mean_of_all_trials(tmp_path: Path):
+    found = records()
+    found[-1] |= {"status": "failed", "best": {}, "last": {}, "test": {}, "epochs": []}
+    study = study_of(tmp_path, found)
+    assert over_same_settings(study, "hiddenkey", True).difference.n == 3
+    assert over_same_settings(study, "hiddenkey", False).difference.n == 2
+
+
 def test_in_the_baselines_time_a_method_of_twice_the_step_time_has_half_the_epochs(tmp_path: Path):
     """HiddenKey's first epoch, two points above its last, against the baseline's last."""
     ratio, whole, timed = within_budget(study_of(tmp_path, records()), "hiddenkey")
@@ -157,3 +166,12 @@ def test_the_papers_numbers():
     assert gap("hiddenkey", "baseline") == pytest.approx(1.415)
     assert [name for name in TABLE1 if misprinted(name)] == ["hiddenkey-input", "hiddenkey-output"]
     assert len(METHODS) == 15
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "study" / "sweeps").rglob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_data_of_every_sweep_are_a_task_of_the_paper(path: Path):
+    given = yaml.safe_load(path.read_text())
+    assert paper_task(given["base"]["data"]) in given["name"].split("-")
+    assert paper_task("data/mine") is None

@@ -24,7 +24,7 @@ def one_line(value: Any) -> str:
 
 def markdown(value: Any) -> str:
     """The text as Markdown shows it literally, on one line."""
-    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;")
     return _MARKDOWN.sub(r"\\\1", text)
 
 

@@ -194,7 +194,7 @@ def _table(runs: pd.DataFrame, found: TaskReport) -> pd.DataFrame:
         own, chosen = (frame[frame["method"] == one.method] for frame in (runs, found.chosen))
         by_seed = chosen.groupby("seed")["value"].mean()
         sd = "" if len(by_seed) < 2 else f" ± {by_seed.std():.{found.digits}f}"
-        picked = ", ".join(f"{name} ×{count}" for name, count in Counter(chosen["recipe"]).most_common())
+        picked = "; ".join(f"{name} ×{count}" for name, count in Counter(chosen["tried"]).most_common())
         rows.append(
             {
                 "method": one.method,

@@ -63,7 +63,7 @@ def _row(path: Path) -> dict[str, Any]:
         "recipe": found["recipe"],
         "condition": ", ".join(f"{name} {value}" for name, value in sorted(axes.items())),
         "seed": seed_name(config),
-        "params": json.dumps(sweep.get("params", {})),
+        "tried": _tried(config["recipe"], sweep.get("params", {})),
         "trials": sweep.get("trials", 0),
         "status": found["status"],
         "failure": found["failure"],
@@ -75,6 +75,11 @@ def _row(path: Path) -> dict[str, Any]:
         "scale": scale,
         "sign": -1.0 if found["lower_is_better"] else 1.0,
     }
+
+
+def _tried(recipe: str, params: dict[str, Any]) -> str:
+    """The recipe as it was typed, and what else a trial varies: `baseline, learning_rate 0.001`."""
+    return ", ".join([recipe, *(f"{name} {value}" for name, value in params.items() if str(value) not in recipe)])
 
 
 def seed_name(config: dict[str, Any]) -> str:
