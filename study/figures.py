@@ -16,9 +16,11 @@ from hiddenkey.lab.report import forest
 
 from .comparisons import compare, mean_over, paper_gap, rank_conditions
 from .paper import BASELINE, METHODS, PATTERNS, RIVALS
-from .records import METRICS, Study, chosen, metric_of
+from .records import METRICS, Study, When, chosen, metric_of
 
 Part = Literal["validation", "test"]
+PARTS: tuple[Part, ...] = ("validation", "test")
+LINES_OF_EPOCHS: tuple[tuple[When, str], ...] = (("best", "-"), ("last", ":"))
 
 _LOOK = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9}
 _FAMILY = {
@@ -94,7 +96,7 @@ def _rates(study: Study) -> Figure | None:
     figure = Figure(figsize=(8, 2 * len(groups) + 0.6), layout="constrained")
     grid = figure.subplots(len(groups), 2, squeeze=False, sharex=True)
     for row, (label, tasks) in zip(grid, groups.items(), strict=True):
-        for axes, part in zip(row, ("validation", "test"), strict=True):
+        for axes, part in zip(row, PARTS, strict=True):
             plain = mean_over([_metric(study, task, chosen(study.of(task, BASELINE)), part) for task in tasks])
             axes.axhline(plain.mean(), color="black", linewidth=1)
             axes.axhspan(plain.mean() - plain.std(), plain.mean() + plain.std(), color="grey", alpha=0.2, linewidth=0)
@@ -145,7 +147,7 @@ def _ranks(study: Study) -> Figure | None:
         return None
     figure = Figure(figsize=(5, 3 * len(ranks)), layout="constrained")
     for axes, (task, found) in zip(figure.subplots(len(ranks), squeeze=False)[:, 0], ranks.items(), strict=True):
-        for when, line in (("best", "-"), ("last", ":")):
+        for when, line in LINES_OF_EPOCHS:
             values = pd.DataFrame(
                 {rank: study.values(task, BASELINE, when, condition=name) for rank, name in found.items()}
             ).dropna()

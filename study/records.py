@@ -259,7 +259,8 @@ class Study:
 
     def key(self, task: str) -> str | None:
         """The paper's task."""
-        return self._about.loc[task, "task_key"]
+        key = self._about.loc[task, "task_key"]
+        return key if isinstance(key, str) else None
 
     @cached_property
     def _about(self) -> pd.DataFrame:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from hiddenkey.lab.escaping import csv_table, latex_table, markdown_table
-from hiddenkey.lab.statistics import paired_difference
+from hiddenkey.lab.escaping import csv_table, latex_table, markdown, markdown_table
+from hiddenkey.lab.statistics import holm, paired_difference
 
 from . import tables
 from .claims import ALPHA, FEWEST, MARGIN, Finding, findings, refuting
@@ -73,7 +73,7 @@ def all_tables(study: Study, claims: Sequence[Finding]) -> list[Table]:
 
 def _page(study: Study, claims: Sequence[Finding], made: Sequence[Table], figures: dict[str, str]) -> str:
     shown = {table.name: _block(table) for table in made}
-    texts = [shown[f"generation-{task}"] + f"\n\n{_overfitting(study, task)}" for task in study.generated]
+    texts = [shown[tables.generation_name(task)] + f"\n\n{_overfitting(study, task)}" for task in study.generated]
     small = [block for name, block in shown.items() if name in ("table4", "table5")]
     drawn = [f"![{title}]({name})\n\n{title}." for name, title in figures.items() if name != "gains.png"]
     first = f"![{figures['gains.png']}](gains.png)" if "gains.png" in figures else ""
@@ -103,9 +103,9 @@ def _page(study: Study, claims: Sequence[Finding], made: Sequence[Table], figure
 def _block(table: Table) -> str:
     links = f"[CSV]({table.name}.csv)"
     if table.shown is None:
-        return f"{table.title}: {links}"
+        return f"{markdown(table.title)}: {links}"
     links += f", [LaTeX]({table.name}.tex)"
-    parts = [f"**{table.title}** ({links})", markdown_table(table.shown), table.note]
+    parts = [f"**{markdown(table.title)}** ({links})", markdown_table(table.shown), table.note]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -115,14 +115,15 @@ def headline(study: Study, claims: Sequence[Finding]) -> str:
     change = main.pooled.difference
     if change.n == 0:
         return f"`{HIDDENKEY}` against LoRA alone: {tables.NOT_RUN}."
-    labels = ", ".join(study.label(task) for task in main.pooled.tasks)
+    labels = ", ".join(_label(study, task) for task in main.pooled.tasks)
     items = [
-        f"**{_answer(main)}** `{HIDDENKEY}` minus LoRA alone, mean over {labels}, {study.runs['model'].iloc[0]}: "
+        f"**{_answer(main)}** `{HIDDENKEY}` minus LoRA alone, mean over {labels}, "
+        f"{markdown(study.runs['model'].iloc[0])}: "
         f"**{interval(change)} points** (95 % interval, n = {change.n} seeds, p = {p_value(change.p)}, after Holm's "
         f"correction over all claims {p_value(main.adjusted)})."
     ]
     by_task = (
-        f"{study.label(task)} {interval(paired_difference(difference(study, task, HIDDENKEY, BASELINE)))}"
+        f"{_label(study, task)} {interval(paired_difference(difference(study, task, HIDDENKEY, BASELINE)))}"
         for task in main.pooled.tasks
     )
     items.append(f"- By task: {', '.join(by_task)}.")
@@ -132,11 +133,15 @@ def headline(study: Study, claims: Sequence[Finding]) -> str:
         "and rates chosen on the test set."
     )
     items += [_best(study), _stopped(study), _equal_settings(study), _transferred(study)]
-    ratios = pd.Series({study.label(task): step_ratio(study, task, HIDDENKEY) for task in study.pool}).dropna()
+    ratios = pd.Series({_label(study, task): step_ratio(study, task, HIDDENKEY) for task in study.pool}).dropna()
     if len(ratios):
         items.append(f"- A step of `{HIDDENKEY}` takes {ratios.mean():.2f} times the baseline's, roughly.")
     items.append(f"- {_verdicts(claims)}")
     return items[0] + "\n\n" + "\n".join(item for item in items[1:] if item)
+
+
+def _label(study: Study, task: str) -> str:
+    return markdown(study.label(task))
 
 
 def _answer(main: Finding) -> str:
@@ -161,12 +166,12 @@ def _of_texts(study: Study, task: str) -> str:
         f"in {metric_of(name).label}"
         for name in dict.fromkeys((study.result_metric(task), study.validation_metric(task)))
     ]
-    return f"- Texts, {study.label(task)}: `{HIDDENKEY}` over LoRA alone {' and '.join(found)}; positive is better."
+    return f"- Texts, {_label(study, task)}: `{HIDDENKEY}` over LoRA alone {' and '.join(found)}; positive is better."
 
 
 def _best(study: Study) -> str:
     pooled = {name: compare(study, name, BASELINE) for name in METHODS if name != BASELINE}
-    ps = dict(zip(pooled, tables.holm([one.difference.p for one in pooled.values()]), strict=True))
+    ps = dict(zip(pooled, holm([one.difference.p for one in pooled.values()]), strict=True))
     everywhere = {name: one.difference for name, one in pooled.items() if len(one.tasks) == len(study.pool)}
     if not everywhere:
         return ""
@@ -210,7 +215,7 @@ def _overfitting(study: Study, task: str) -> str:
     name = study.validation_metric(task)
     lost = paired_difference(decline(study, task, BASELINE, name))
     return (
-        f"{study.label(task)}: in {early} of {len(runs)} runs the best epoch came before the last one. The chosen "
+        f"{_label(study, task)}: in {early} of {len(runs)} runs the best epoch came before the last one. The chosen "
         f"runs of LoRA alone lose {lost.shown(metric_of(name).digits)} in test {metric_of(name).label} from their "
         "best epoch to their last."
     )
@@ -221,11 +226,12 @@ def _trials(study: Study) -> str:
     unequal = [task for task, found in counts.groupby("task") if found.nunique() > 1]
     if not unequal:
         return "Every method, the baseline included, had the same number of trials."
-    return f"The methods had different numbers of trials on {', '.join(unequal)}, which favours those that had more."
+    names = ", ".join(map(markdown, unequal))
+    return f"The methods had different numbers of trials on {names}, which favours those that had more."
 
 
 def _missing(study: Study) -> str:
     failed = study.runs[study.runs["status"] != "finished"]
-    lines = [f"- {run.id} ({run.task}) failed: {run.failure}" for run in failed.itertuples()]
-    lines += [f"- left out, as trials are missing: {run.id} ({run.task})" for run in study.incomplete.itertuples()]
-    return "\n".join(lines)
+    lines = [f"{run.id} ({run.task}) failed: {run.failure}" for run in failed.itertuples()]
+    lines += [f"left out, as trials are missing: {run.id} ({run.task})" for run in study.incomplete.itertuples()]
+    return "\n".join(f"- {markdown(line)}" for line in lines)

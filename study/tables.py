@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -82,13 +83,13 @@ def counted(values: Iterable[str]) -> str:
     )
 
 
-def gain(found: Difference, p_holm: float = math.nan, prefix: str = "") -> dict[str, float]:
+def gain(found: Difference, p_holm: float = math.nan, prefix: str = "") -> dict[str, Any]:
     """A difference as columns."""
     values = {f"gain_{name}": value for name, value in asdict(found).items() if name != "n"}
     return {f"{prefix}{name}": value for name, value in ({"pairs": found.n} | values | {"p_holm": p_holm}).items()}
 
 
-def summary(values: pd.Series) -> dict[str, float]:
+def summary(values: pd.Series) -> dict[str, Any]:
     """Mean, sd and n as columns."""
     return {"n": len(values), "mean": values.mean(), "sd": values.std()}
 
@@ -113,7 +114,7 @@ def claims_table(study: Study, found: Sequence[Finding]) -> Table:
     rows, shown = [], []
     for one in found:
         claim, change = one.claim, one.pooled.difference
-        gaps = {"paper_gap": claim.paper_gap, "paper_gap_same_tasks": one.paper_gap}
+        gaps: dict[str, Any] = {"paper_gap": claim.paper_gap, "paper_gap_same_tasks": one.paper_gap}
         rows.append(
             {"claim": claim.says, "place": claim.place, "kind": claim.kind, "verdict": one.verdict}
             | gain(change, one.adjusted)
@@ -431,8 +432,13 @@ def generation_table(study: Study, task: str) -> Table:
     )
     table = pd.DataFrame(shown).astype(object).fillna(NOTHING)
     return Table(
-        f"generation-{task}", f"{place}{study.label(task)}, {_sizes(study, task)}", pd.DataFrame(rows), table, note
+        generation_name(task), f"{place}{study.label(task)}, {_sizes(study, task)}", pd.DataFrame(rows), table, note
     )
+
+
+def generation_name(task: str) -> str:
+    """Of the task's files, whatever letters its name has."""
+    return "generation-" + re.sub(r"\W+", "-", task)
 
 
 def _heading(part: str, name: str, parts: int) -> str:

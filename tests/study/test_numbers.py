@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,12 @@ from hiddenkey.lab.escaping import csv_table
 from study.__main__ import RECORDS, RESULTS
 from study.claims import findings
 from study.records import Study
-from study.report import all_tables, headline
+from study.report import all_tables, headline, write_report
+from study.tables import table1
+
+from .made_up import METHODS, make_record, study_of
+
+EVIL = "$\\frac$ <b>\n![](http://x/y)"
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,16 @@ def test_the_page_is_whole():
     pictures = {path.name for path in RESULTS.glob("*.png")}
     assert pictures == {"gains.png", "rates.png", "patterns.png", "ranks.png", "training.png"}
     assert all(f"]({name})" in "\n".join(lines) for name in pictures)
+
+
+def test_a_study_of_other_data_with_a_name_that_is_markup_has_its_report(tmp_path: Path):
+    """Of one task that the paper does not have: its numbers stand beside none of the paper's."""
+    records = [
+        make_record(EVIL, method, seed, trial, 0.8) for method in METHODS for seed in (1, 2) for trial in (1, 2, 3)
+    ]
+    study = study_of(tmp_path, records)
+    assert (study.key(EVIL), study.paper_metric(EVIL)) == (None, False)
+    write_report(study, tmp_path / "results")
+    page = (tmp_path / "results" / "report.md").read_text()
+    assert "<b>" not in page and "![](http" not in page
+    assert table1(study).numbers["paper_gain_same_tasks"].isna().all()
