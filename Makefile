@@ -6,7 +6,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-full test-oldest cover models lint bench clean
+.PHONY: demo test test-full test-oldest cover study models lint bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,12 +36,16 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/$(PYTEST) -m 'not full'
 
+# The report of the paper's study, from its committed records.
+study: $(VENV)/.installed
+	$(BIN)/python -m study
+
 models: $(VENV)/.installed
 	$(BIN)/python -m tests.models
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check src tests demo examples benchmarks
-	$(BIN)/ruff format --check src tests demo examples benchmarks
+	$(BIN)/ruff check src study tests demo examples benchmarks
+	$(BIN)/ruff format --check src study tests demo examples benchmarks
 	$(BIN)/mypy
 
 # About half an hour; for a GPU too, where there is one. One script with other flags: python -m benchmarks.step --help

@@ -24,7 +24,7 @@ USER_ERROR = 2
 FOUND_WRONG = 1
 LAB_EXTRA = (
     *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
-    *("optuna", "sqlalchemy", "jinja2", "markdown_it", "pydantic"),
+    *("optuna", "sqlalchemy", "pandas", "tabulate", "markdown_it", "pydantic"),
 )
 
 
@@ -68,12 +68,12 @@ class DoctorCommand:
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Write tables, figures and a page from the runs of sweeps: `hiddenkey report results/study --out docs`."""
+    """Compare the methods of your runs with plain LoRA: `hiddenkey report runs/my-sweep`."""
 
-    folders: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FOLDER ...")]
-    """Folders of sweeps, or folders above them; every runs/*.json below them is read."""
-    out: str = "docs"
-    """Where results.md, results.html and the folder results of tables and figures are written."""
+    folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
+    """Folder of a sweep, or above several; every result.json below it is read."""
+    out: str = ""
+    """Where report.md, report.html, runs.csv and forest.png are written; FOLDER/report if empty."""
 
 
 def run_train(config: TrainConfig) -> None:
@@ -156,11 +156,9 @@ def run_sweep(config: SweepConfig) -> None:
 
 def run_report(command: ReportCommand) -> None:
     """Write the report and say where it is."""
-    if not command.folders:
-        raise hiddenkey.UserError("report needs a folder of runs: hiddenkey report results/study --out docs")
-    from .lab.report.write import write_report
+    from .lab.report import write_report
 
-    print(write_report(command.folders, command.out))
+    print(write_report(command.folder, command.out))
 
 
 RUNNERS: dict[type, Callable[[Any], None]] = {

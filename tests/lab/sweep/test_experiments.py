@@ -1,4 +1,4 @@
-"""Every file of experiments/ is checked with a tiny model of its architecture and tiny data in the hub's place."""
+"""Every file of study/sweeps/ is checked with a tiny model of its architecture and tiny data in the hub's place."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hiddenkey.lab.sweep.run import sweep
 from .. import tiny
 
 ROOT = Path(__file__).parents[3]
-PAPER = sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
+PAPER = sorted((ROOT / "study" / "sweeps" / "paper").glob("*.yaml"))
 SMALL = [
     path
     for name in ("minilm", "pilot", "stories15m")
-    for path in sorted((ROOT / f"experiments/{name}").glob("*.yaml"))
+    for path in sorted((ROOT / f"study/sweeps/{name}").glob("*.yaml"))
 ]
 MODELS = {"roberta": "roberta-large", "gpt2": "gpt2-medium", "llama2": "meta-llama/Llama-2-7b-hf"}
 FIRST = ("roberta-rte", "roberta-stsb", "gpt2-e2e", "gpt2-webnlg", "llama2-mrpc")
@@ -113,7 +113,7 @@ def test_a_small_experiment_can_be_run(path: Path, tmp_path: Path):
     given = read_sweep(path)
     assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)} --workers 2\n")
     assert path.stem.startswith(given.name)
-    assert given.out == f"results/{'pilot' if path.parent.name == 'pilot' else 'study'}/{path.stem}"
+    assert given.out == f"runs/{'pilot' if path.parent.name == 'pilot' else 'study'}/{path.stem}"
     runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
     trials = {len(group.slots) for group in make_plan(given).groups}
     assert len(trials) == 1, "methods have not the same number of trials"

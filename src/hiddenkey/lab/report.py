@@ -1,0 +1,263 @@
+"""`hiddenkey report`: what your own runs say, against plain LoRA.
+
+Of each method the trial with the best validation metric stands for a seed. Methods are compared with plain LoRA
+(recipe `baseline`) on the same seeds and axes, seeds as the unit: differences over further axes are averaged for each
+seed. The metric is that of the test part where all of these runs have one, else that of the validation part.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from textwrap import shorten
+
+import pandas as pd
+from markdown_it import MarkdownIt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .artifacts import write_text
+from .errors import RunError
+from .escaping import PLAIN_TEXT, csv_table, markdown, markdown_table, one_line
+from .run_table import read_runs
+from .statistics import Difference, holm, paired_difference
+
+ALPHA = 0.05
+BASELINE = "baseline"
+MARK = "<!-- written by hiddenkey report -->"
+FILES = ("report.md", "report.html", "runs.csv", "forest.png")
+GROUP = ["task", "method", "condition", "seed"]
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>hiddenkey report</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; font-size: 0.9em; display: block; overflow-x: auto; }}
+th, td {{ text-align: left; padding: 0.3rem 0.8rem; border-bottom: 1px solid #ccc; vertical-align: top; }}
+td:nth-child(2), td:nth-child(3) {{ white-space: nowrap; }}
+img {{ max-width: 100%; }}
+</style></head><body>
+{body}</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method on one task against plain LoRA; means and difference in the unit that is shown."""
+
+    method: str
+    mean: float
+    plain: float
+    difference: Difference
+    """Positive where the method is better; n is 0 where it shares no seed with plain LoRA."""
+    p_holm: float = math.nan
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What was found on one task."""
+
+    task: str
+    metric: str
+    """Its part and name, such as `test accuracy`."""
+    digits: int
+    compared: list[Comparison]
+    """The best difference first."""
+    chosen: pd.DataFrame
+    """The run that stands for each method, seed and condition."""
+    baseline: str | None
+    """The method that is plain LoRA."""
+    why_none: str = ""
+    """Why there is no such method."""
+
+
+def write_report(folder: str, out: str = "") -> Path:
+    """Write report.md, report.html, runs.csv and forest.png, into `FOLDER/report` if `out` is empty.
+
+    Raises:
+        RunError: there are no runs, a record is damaged, or a file that no report wrote would be overwritten.
+        OSError: something cannot be written.
+    """
+    runs = read_runs(Path(folder).expanduser())
+    target = Path(out).expanduser() if out else Path(folder).expanduser() / "report"
+    _refuse_files_of_others(target)
+    target.mkdir(parents=True, exist_ok=True)
+    tasks = [_compare(task, found) for task, found in runs.groupby("task", sort=False)]
+    with rc_context(PLAIN_TEXT):
+        figure = _forests(tasks)
+        if figure is not None:
+            figure.savefig(target / "forest.png", dpi=120)
+    page = _page(folder, runs, tasks, figure is not None)
+    write_text(target / "runs.csv", csv_table(runs.drop(columns=["sign", "scale"])))
+    write_text(target / "report.md", page)
+    write_text(target / "report.html", _html(page, target))
+    return target / "report.md"
+
+
+def _compare(task: str, runs: pd.DataFrame) -> TaskReport:
+    if runs["metric"].nunique() > 1:
+        names = ", ".join(sorted(runs["metric"].unique()))
+        raise RunError(f"runs of {task!r} have different metrics: {names}. Give a folder that holds one of them.")
+    finished = runs[(runs["status"] == "finished") & runs["validation"].notna()]
+    best = (finished["validation"] * finished["sign"]).groupby([finished[name] for name in GROUP]).idxmax()
+    chosen = runs.loc[sorted(best)]
+    part = "test" if len(chosen) and chosen["test"].notna().all() else "validation"
+    chosen = chosen.assign(value=chosen[part])
+    plain = list(chosen[chosen["recipe"] == BASELINE]["method"].unique())
+    baseline = BASELINE if BASELINE in plain else plain[0] if len(plain) == 1 else None
+    why = f"Several methods are plain LoRA with other settings: {', '.join(plain)}. Call one of them baseline."
+    why = why if plain else "No finished run of plain LoRA to compare with: add a method with the recipe baseline."
+    values = {name: found.set_index(["seed", "condition"])["value"] for name, found in chosen.groupby("method")}
+    reference = values.pop(baseline, pd.Series(dtype=float)) if baseline else pd.Series(dtype=float)
+    compared = [_against(name, found, reference, runs["sign"].iloc[0]) for name, found in values.items()]
+    adjusted = holm([one.difference.p for one in compared])
+    compared = [replace(one, p_holm=p) for one, p in zip(compared, adjusted, strict=True)]
+    compared.sort(key=lambda one: math.inf if one.difference.n == 0 else -one.difference.mean)
+    digits = 1 if runs["scale"].iloc[0] == 100 else 3
+    metric = f"{part} {runs['metric'].iloc[0].replace('_', ' ')}"
+    return TaskReport(task, metric, digits, compared, chosen, baseline, "" if baseline else why)
+
+
+def _against(method: str, values: pd.Series, reference: pd.Series, sign: float) -> Comparison:
+    both = pd.DataFrame({"ours": values, "plain": reference}).dropna()
+    if both.empty:
+        return Comparison(method, math.nan, math.nan, Difference(0))
+    by_seed = both.groupby(level="seed").mean()
+    difference = paired_difference(list(sign * (by_seed["ours"] - by_seed["plain"])))
+    return Comparison(method, by_seed["ours"].mean(), by_seed["plain"].mean(), difference)
+
+
+def verdict(found: TaskReport) -> str:
+    """One sentence: what beat plain LoRA, by how much and how surely."""
+    if found.baseline is None:
+        return markdown(found.why_none)
+    known = [one for one in found.compared if one.difference.n]
+    if not known:
+        return "No other method shares a finished seed with plain LoRA, so there is nothing to compare."
+    surely = [one for one in known if one.p_holm <= ALPHA]
+    better = [one for one in surely if one.difference.mean > 0]
+    worse = [one for one in surely if one.difference.mean < 0]
+    harm = f" Worse than plain LoRA: {', '.join(_in_numbers(found, one) for one in worse)}." if worse else ""
+    if better:
+        return f"Better than plain LoRA: {'; '.join(_in_numbers(found, one) for one in better)}.{harm}"
+    few = " With one seed nothing can be told from chance." if known[0].difference.n == 1 else ""
+    return f"**Nothing beat plain LoRA** beyond chance; the best was {_in_numbers(found, known[0])}.{few}{harm}"
+
+
+def _in_numbers(found: TaskReport, one: Comparison) -> str:
+    n = one.difference.n
+    return (
+        f"**{markdown(one.method)}**: {found.metric} {one.mean:.{found.digits}f}, plain LoRA "
+        f"{one.plain:.{found.digits}f}, difference {one.difference.shown(found.digits)}, {n} seed{'s' * (n != 1)}"
+    )
+
+
+def forest(labels: Sequence[str], found: Sequence[Difference], title: str, axes: Axes | None = None) -> Axes:
+    """Differences to 0 with their 95 % intervals, a row for each label."""
+    if axes is None:
+        axes = Figure(figsize=(7, 0.3 * len(labels) + 1.2), layout="constrained").subplots()
+    axes.axvline(0, color="black", linewidth=1)
+    for place, one in enumerate(found):
+        axes.plot([one.low, one.high], [place, place], color="#0067a3", linewidth=2)
+        axes.plot(one.mean, place, "o", color="#0067a3", markersize=6)
+    axes.set_yticks(range(len(labels)), [shorten(one_line(label), 60) for label in labels])
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xlabel(title)
+    axes.grid(axis="x", linewidth=0.4)
+    return axes
+
+
+def _forests(tasks: Sequence[TaskReport]) -> Figure | None:
+    shown = [(one, known) for one in tasks if (known := [c for c in one.compared if c.difference.n])]
+    if not shown:
+        return None
+    heights = [len(known) + 2 for _, known in shown]
+    figure = Figure(figsize=(7, 0.35 * sum(heights) + 0.3), layout="constrained")
+    grid = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (one, known) in zip(grid, shown, strict=True):
+        title = f"{one.metric}: difference to plain LoRA, right is better"
+        forest([c.method for c in known], [c.difference for c in known], title, axes)
+        axes.set_title(shorten(one_line(one.task), 80) if len(shown) > 1 else "")
+    return figure
+
+
+def _table(runs: pd.DataFrame, found: TaskReport) -> pd.DataFrame:
+    """The methods of one task, those that are compared first."""
+    rows = []
+    for one in (*found.compared, *([Comparison(found.baseline, 0, 0, Difference(0))] if found.baseline else [])):
+        own, chosen = (frame[frame["method"] == one.method] for frame in (runs, found.chosen))
+        by_seed = chosen.groupby("seed")["value"].mean()
+        sd = "" if len(by_seed) < 2 else f" ± {by_seed.std():.{found.digits}f}"
+        picked = "; ".join(f"{name} ×{count}" for name, count in Counter(chosen["tried"]).most_common())
+        rows.append(
+            {
+                "method": one.method,
+                found.metric: f"{by_seed.mean():.{found.digits}f}{sd}",
+                "difference [95 %]": one.difference.shown(found.digits),
+                "p (Holm)": "-" if math.isnan(one.p_holm) else f"{one.p_holm:.2g}",
+                "seeds": len(by_seed),
+                "runs": len(own),
+                "chosen by validation": picked,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _absent(runs: pd.DataFrame) -> Iterator[str]:
+    """Failed and unfinished runs, and those that a sweep planned or another method has."""
+    for run in runs[runs["status"] != "finished"].itertuples():
+        why = f": {run.failure}" if run.failure else ""
+        yield f"{run.status}: {run.method}, seed {run.seed}, {run.folder}{why}"
+    counts = runs.groupby(GROUP).size()
+    for (task, method), own in runs.groupby(["task", "method"], sort=False):
+        planned = max(own["trials"].max(), 1)
+        for condition, seed in (
+            runs[runs["task"] == task][["condition", "seed"]].drop_duplicates().itertuples(index=False)
+        ):
+            there = counts.get((task, method, condition, seed), 0)
+            if there < planned:
+                where = f"{task}, {condition}" if condition else task
+                yield f"missing: {planned - there} of {planned} of {method}, seed {seed}, {where}"
+
+
+def _page(folder: str, runs: pd.DataFrame, tasks: Sequence[TaskReport], drawn: bool) -> str:
+    parts = [MARK, f"# Runs of {markdown(folder)}"]
+    for found in tasks:
+        own = runs[runs["task"] == found.task]
+        size = f"{len(own)} runs, {own['method'].nunique()} methods, {own['seed'].nunique()} seeds."
+        parts += [f"## {markdown(found.task)}", verdict(found), size, markdown_table(_table(own, found))]
+    if drawn:
+        parts.append("![Differences to plain LoRA with 95 % intervals](forest.png)")
+    if lost := list(_absent(runs)):
+        parts += ["## Failed and missing runs", "\n".join(f"- {markdown(one)}" for one in lost)]
+    parts.append(
+        "Of each method and seed the trial with the best validation metric. Differences are "
+        "paired by seed and axes and averaged over axes; Student's 95 % intervals; Holm's correction over methods."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(page: str, target: Path) -> str:
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(page.removeprefix(MARK))
+    if 'src="forest.png"' in body:
+        picture = base64.b64encode((target / "forest.png").read_bytes()).decode()
+        body = body.replace('src="forest.png"', f'src="data:image/png;base64,{picture}"')
+    return _PAGE.format(body=body)
+
+
+def _refuse_files_of_others(target: Path) -> None:
+    page = target / FILES[0]
+    if page.is_file() and page.read_text(encoding="utf-8", errors="replace").startswith(MARK):
+        return
+    others = [str(target / name) for name in FILES if (target / name).exists()]
+    if others:
+        raise RunError(
+            f"{', '.join(others)} would be overwritten, which no report of hiddenkey wrote. Move it away, or give "
+            "another folder with --out."
+        )

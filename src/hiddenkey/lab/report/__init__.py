@@ -1,1 +1,0 @@
-"""The report: tables, figures and a page from the runs of sweeps."""
