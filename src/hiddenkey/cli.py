@@ -17,7 +17,7 @@ from .lab.artifacts import is_begun
 from .lab.bench.config import BenchConfig
 from .lab.config import FIELD_TYPES, TrainConfig
 from .lab.errors import ConfigError
-from .lab.sweep.config import SweepConfig
+from .lab.sweep_file import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -138,7 +138,7 @@ def run_bench(config: BenchConfig) -> None:
 
 def run_sweep(config: SweepConfig) -> None:
     """Make every run of a sweep file."""
-    from .lab.sweep.run import sweep
+    from .lab.sweep import sweep
 
     sweep(config)
 
