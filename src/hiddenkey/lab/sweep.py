@@ -71,7 +71,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> SweepPlan:
     config.check()
     plan = make_plan(read_sweep(config.file, config.set, config.out))
     if config.dry_run:
-        _check(plan)
+        check_plan(plan)
         _print_plan(plan, console)
         return plan
     make_folder(plan.folder)
@@ -81,7 +81,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> SweepPlan:
 
         require_one_device()
         if not queue.finished():
-            _check(plan)  # what this machine lacks is no fault of a run
+            check_plan(plan)  # what this machine lacks is no fault of a run
         with _terminated():
             work(queue, console)
         return plan
@@ -89,7 +89,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> SweepPlan:
         if queue.finished():
             say(console, f"{plan.folder} holds all {len(plan.slots)} runs of {plan.file.name}: nothing to do.")
             return plan
-        _check(plan)
+        check_plan(plan)
         _print_plan(plan, console)
         _lead(queue, config, console)
     say(console, f"All {len(plan.slots)} runs of {plan.file.name} are done: {plan.folder}")
@@ -499,13 +499,6 @@ def _worker(trial: FrozenTrial) -> str:
 def _at_work(trials: list[FrozenTrial]) -> bool:
     first = next((trial for trial in trials if trial.state in _LIVE), None)
     return first is not None and first.state == TrialState.RUNNING
-
-
-def _check(plan: SweepPlan) -> None:
-    from .quiet import quieten
-
-    quieten()
-    check_plan(plan)
 
 
 def _print_plan(plan: SweepPlan, console: Console) -> None:

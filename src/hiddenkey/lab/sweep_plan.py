@@ -279,37 +279,27 @@ def check_plan(plan: SweepPlan) -> None:
         RunError: the data have changed since some runs were made.
         UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
     """
-    from .checked import check_structure, require_known
-    from .data import load_examples
-    from .generation import collect_prompts
+    from .checked import check_run, check_structure
     from .models import require_dtype
-    from .tasks import choose_metric, make_task, refuse_smoothing
+    from .quiet import quieten
+    from .tasks import refuse_smoothing
 
+    quieten()
     kinds: dict[str, dict[int, list[TrainConfig]]] = {}
     for run in plan.known_runs():
         kind = json.dumps({name: plain(getattr(run.config, name)) for name in FIELD_TYPES if name not in _FREE})
         kinds.setdefault(kind, {}).setdefault(run.config.data_seed, []).append(run.config)
     for seeds in kinds.values():
         all_configs = [config for configs in seeds.values() for config in configs]
-        skeleton: Any = None
         for configs in seeds.values():
-            config = configs[0]
-            examples = load_examples(config)
-            _require_same_rows(configs, examples.digest)
-            task = make_task(examples, config.separator)
-            if skeleton is None:
-                choose_metric(task, config.metric)
-                for smoothing in {each.label_smoothing for each in all_configs}:
-                    refuse_smoothing(examples.task, smoothing)
-                for dtype in {each.dtype for each in all_configs}:
-                    require_dtype(dtype)
-                recipes = dict.fromkeys(each.recipe for each in all_configs)
-                skeleton, tokenizer = check_structure(config, examples, task, recipes)
-                require_known(task.tokenise(examples.train, tokenizer, config.max_length), tokenizer, config.model)
-            collect_prompts(config, examples.test, tokenizer, skeleton)
-            if examples.task == "causal-lm":  # other tasks cut what is too long
-                for rows in filter(None, (examples.train, examples.validation, examples.test)):
-                    task.tokenise(rows, tokenizer, config.max_length)
+            checked = check_run(configs[0], hiddenkey.parse(configs[0].recipe))
+            _require_same_rows(configs, checked.examples.digest)
+        recipes = dict.fromkeys(config.recipe for config in all_configs)
+        check_structure(all_configs[0], checked.examples, checked.task, recipes)
+        for smoothing in {config.label_smoothing for config in all_configs}:
+            refuse_smoothing(checked.examples.task, smoothing)
+        for dtype in {config.dtype for config in all_configs}:
+            require_dtype(dtype)
 
 
 def _require_same_rows(configs: list[TrainConfig], digest: str) -> None:
