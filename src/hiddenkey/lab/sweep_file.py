@@ -27,7 +27,7 @@ _NOT_SHARED = ("out", "overwrite", "recipe")
 _SHARED = tuple(name for name in FIELD_TYPES if name not in _NOT_SHARED)
 _SAME_FOR_ALL = (*OF_A_TASK, "seed", "data_seed")
 _OF_GENERATION = ("num_beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
-_MOST_TRIALS = 10_000
+_MOST_TRIALS = 1000
 _SHOWN = 200
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.console import Console
 from hiddenkey.errors import UserError
 from hiddenkey.lab import run as run_module
 from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
 from hiddenkey.lab.interrupts import postponed
 from hiddenkey.lab.lock import hold
@@ -270,6 +272,26 @@ def test_a_loss_that_is_not_finite_is_a_result(base: dict[str, Any], tmp_path: P
     )
     assert not (Path(good.folder) / "checkpoints").exists()
     assert good.adapter.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"), [("hiddenkey-js@0.1 ~ kl*2", "hiddenkey-js"), ("logits:column@0.1", "")]
+)
+def test_a_result_says_what_it_is(recipe: str, preset: str, llama: Path, tmp_path: Path):
+    (tmp_path / "data/NLG").mkdir(parents=True)
+    for part in ("train", "dev"):
+        tiny.write_csv(tmp_path / f"data/NLG/{part}.csv", tiny.paired_rows(24))
+    more = {"separator": " ", "max_steps": 1, "max_length": 16, "recipe": recipe}
+    config = TrainConfig(model=str(llama), data=str(tmp_path / "data/NLG"), out=str(tmp_path / "run"), **more)
+    result = run_module.train(config, QUIET)
+    assert (result.preset, result.task_key, result.is_decoder, result.lower_is_better) == (
+        preset,
+        "data/nlg",
+        True,
+        True,
+    )
+    assert result.sweep == {}
+    assert datetime.fromisoformat(result.started) <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize("left", ["another version", "another configuration", "cut short"])
