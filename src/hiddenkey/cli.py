@@ -17,7 +17,7 @@ import hiddenkey
 from .lab.artifacts import is_begun
 from .lab.config import FIELD_TYPES, TrainConfig
 from .lab.errors import ConfigError
-from .lab.sweep.config import SweepConfig
+from .lab.sweep_file import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -149,7 +149,7 @@ def _require_model(name: str) -> None:
 
 def run_sweep(config: SweepConfig) -> None:
     """Make every run of a sweep file."""
-    from .lab.sweep.run import sweep
+    from .lab.sweep import sweep
 
     sweep(config)
 

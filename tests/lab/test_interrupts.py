@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.callbacks import StepClock
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.interrupts import heed, postponed
-from hiddenkey.lab.sweep.crew import Crew, terminated
+from hiddenkey.lab.sweep import _terminated as terminated
 
 from .test_generation import config as generating  # noqa: F401
 from .test_run import config, same  # noqa: F401
@@ -163,21 +162,6 @@ def test_a_worker_is_ended_though_a_finaliser_was_at_work():
             raise AssertionError
         signal.raise_signal(signal.SIGTERM)  # the second one leaves its run's return alone
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_the_process_above_the_workers_stops_though_a_finaliser_was_at_work(monkeypatch: pytest.MonkeyPatch):
-    looks: list[bool] = []
-
-    def is_at_work(*_: Any) -> bool:
-        looks.append(True)
-        return len(looks) < 5  # by itself it ends after five
-
-    crew = object.__new__(Crew)
-    crew._members = [SimpleNamespace(number=1, name="one")]  # type: ignore[list-item]
-    monkeypatch.setattr(Crew, "_is_at_work", is_at_work)
-    with pytest.raises(KeyboardInterrupt), postponed():
-        crew.watch(lambda _: Finalised() and None)
-    assert len(looks) == 1
 
 
 def test_in_another_thread_signals_are_left_alone():

@@ -83,6 +83,18 @@ class RunResult:
     """Of all rows; a run goes on with the same ones only."""
     label_names: list[str] = field(default_factory=list)
     """The classes in the order of the model's outputs; empty for other tasks."""
+    sweep: dict[str, Any] = field(default_factory=dict)
+    """name, method, params, axes, trial and trials of a run of a sweep; empty for others."""
+    preset: str = ""
+    """The preset that was typed as recipe; empty where the drops were written out."""
+    task_key: str = ""
+    """What names the data, such as glue/rte."""
+    is_decoder: bool = False
+    """Whether each place of the model sees only what is before it."""
+    lower_is_better: bool = False
+    """Whether a better model has `metric` lower."""
+    started: str = ""
+    """When the process that wrote this began, in UTC."""
 
     @property
     def adapter(self) -> Path:

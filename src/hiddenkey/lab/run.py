@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers import PrinterCallback, TrainerState, set_seed
 
 import hiddenkey
 
+from ..hf.structure import read
+from ..presets import PRESETS
 from . import provenance, summary
 from .adapter import save_adapter
 from .artifacts import (
@@ -48,8 +52,8 @@ _TORCHS_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """One of these is in what torch says of a file that it cannot write, which it calls a RuntimeError."""
 
 
-def train(config: TrainConfig, console: Console | None = None) -> RunResult:
-    """Train, or continue, or return the finished run that lies in `config.out`.
+def train(config: TrainConfig, console: Console | None = None, sweep: Mapping[str, Any] | None = None) -> RunResult:
+    """Train, or continue, or return the finished run that lies in `config.out`; `sweep`: as in `RunResult`.
 
     Progress goes to `console`, standard error by default. What can be is checked before the weights are read.
 
@@ -68,10 +72,10 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     folder = Path(config.out)
     make_folder(folder)
     with hold(folder, console):
-        return _train(config, recipe, console)
+        return _train(config, recipe, console, dict(sweep or {}))
 
 
-def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
+def _train(config: TrainConfig, recipe: Any, console: Console, sweep: dict[str, Any]) -> RunResult:
     started = time.perf_counter()
     earlier = open_folder(config)
     if earlier is not None and earlier.status == "finished":
@@ -90,7 +94,7 @@ def _train(config: TrainConfig, recipe: Any, console: Console) -> RunResult:
     with postponed():
         if config.overwrite:
             clear(Path(config.out))
-        result = _first_record(config, recipe, checked, trainer)
+        result = _first_record(config, recipe, checked, trainer, sweep)
         write_result(result)
         try:
             _fit(trainer, config, console)
@@ -215,7 +219,9 @@ def _callback(trainer: Any, kind: type[Any]) -> Any:
     return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
 
 
-def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: Any) -> RunResult:
+def _first_record(
+    config: TrainConfig, recipe: Any, checked: Checked, trainer: Any, sweep: dict[str, Any]
+) -> RunResult:
     return RunResult(
         folder=config.out,
         status="running",
@@ -239,7 +245,26 @@ def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: A
         drop_rates_by_site={},
         step_seconds={},
         seconds=0.0,
+        sweep=sweep,
+        preset=_preset(config.recipe),
+        task_key=_task_key(config),
+        is_decoder=any(stack.causal for stack in read(trainer.model).stacks),
+        lower_is_better=checked.metric in checked.task.lower_is_better,
+        started=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def _preset(typed: str) -> str:
+    """`hiddenkey-js` of "hiddenkey-js@0.1"; empty for drops that are written out."""
+    name = re.split(r"[\[:@~+\s]", typed.strip(), maxsplit=1)[0]
+    return name if name in PRESETS and "+" not in typed else ""
+
+
+def _task_key(config: TrainConfig) -> str:
+    """`glue/rte` of that hub data set and of a folder data/glue/RTE, `mine` of a file mine.csv."""
+    path = Path(config.data)
+    parts = [path.stem] if path.is_file() else path.parts[-2:]
+    return "/".join(filter(None, (*parts, config.data_config))).lower()
 
 
 def _load_options(checked: Checked, model: Any) -> dict[str, Any]:

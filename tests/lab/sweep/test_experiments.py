@@ -10,10 +10,9 @@ import pytest
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
-from hiddenkey.lab.sweep.config import SweepConfig
-from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import make_plan
-from hiddenkey.lab.sweep.run import sweep
+from hiddenkey.lab.sweep import sweep
+from hiddenkey.lab.sweep_file import SweepConfig, read_sweep
+from hiddenkey.lab.sweep_plan import make_plan
 
 from .. import tiny
 
@@ -101,11 +100,11 @@ def test_an_experiment_can_be_run(path: Path, tmp_path: Path):
     assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)}\n")
     assert given.name == path.stem
     assert given.base["model"] == MODELS[kind]
-    runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
+    runs = [slot.run for slot in make_plan(given).slots]
     assert {run.config.test for run in runs if run} == {"test" if task in ("e2e", "webnlg") else "validation"}
     sets = (f"model={save_model(kind, tmp_path / 'model')}", f"data={save_data(task, tmp_path / 'data')}")
     config = SweepConfig(str(path), dry_run=True, set=sets, out=str(tmp_path / "out"))
-    assert sweep(config, Console(quiet=True)).total == len(runs)
+    assert len(sweep(config, Console(quiet=True)).slots) == len(runs)
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -114,13 +113,12 @@ def test_a_small_experiment_can_be_run(path: Path, tmp_path: Path):
     assert path.read_text().startswith(f"# hiddenkey sweep {path.relative_to(ROOT)} --workers 2\n")
     assert path.stem.startswith(given.name)
     assert given.out == f"runs/{'pilot' if path.parent.name == 'pilot' else 'study'}/{path.stem}"
-    runs = [slot.run for group in make_plan(given).groups for slot in group.slots]
-    trials = {len(group.slots) for group in make_plan(given).groups}
-    assert len(trials) == 1, "methods have not the same number of trials"
+    slots = make_plan(given).slots
+    assert len({slot.group.trials for slot in slots}) == 1, "methods have not the same number of trials"
     model = save_model("llama2" if path.parent.name == "stories15m" else "roberta", tmp_path / "model")
     sets = (f"model={model}", f"data={save_data(path.stem, tmp_path / 'data', rows=3000)}")
     config = SweepConfig(str(path), dry_run=True, set=sets, out=str(tmp_path / "out"))
-    assert sweep(config, Console(quiet=True)).total == len(runs)
+    assert len(sweep(config, Console(quiet=True)).slots) == len(slots)
 
 
 def test_a_setup_that_does_not_fit_its_model_is_told(tmp_path: Path):

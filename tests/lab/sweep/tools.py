@@ -1,17 +1,17 @@
-"""Sweep files and records for tests."""
+"""Sweep files for tests, and what lies in their folders."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hiddenkey.lab.sweep.board import Board
-from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import Run, SweepPlan, make_plan
-from hiddenkey.lab.sweep.record import RunRecord
-from hiddenkey.lab.sweep.storage import open_storage
+from hiddenkey.lab.artifacts import RunResult, read_result
+from hiddenkey.lab.sweep import Queue
+from hiddenkey.lab.sweep_file import SweepConfig, read_sweep
+from hiddenkey.lab.sweep_plan import Run, SweepPlan, make_plan
 
 GRACE = 4
 
@@ -43,39 +43,50 @@ def plan_of(folder: Path, **changes: Any) -> SweepPlan:
     return make_plan(read_sweep(write_sweep(folder, **changes)))
 
 
-def board_of(plan: SweepPlan, folder: Path, worker: str = "one") -> Board:
-    """A board on a database in `folder`."""
-    return Board(plan, open_storage(f"sqlite:///{folder / 'sweep.db'}", GRACE), worker)
+def runs_of(plan: SweepPlan) -> list[Run]:
+    """Its runs, where the file fixes them."""
+    return [slot.run for slot in plan.slots if slot.run is not None]
 
 
-def record_of(run: Run, accuracy: float = 0.5, status: Any = "finished") -> RunRecord:
-    """What might have come of a run."""
-    metrics = {"validation_accuracy": accuracy} if status == "finished" else {}
-    return RunRecord(
-        id=run.id,
-        sweep=run.sweep,
-        method=run.method,
-        params=run.params,
-        axes=run.axes,
-        trial=run.trial,
-        trials=run.trials,
+def queue_of(plan: SweepPlan, worker: str = "one", storage: str = "") -> Queue:
+    """A worker's view of it."""
+    plan.folder.mkdir(exist_ok=True)
+    return Queue(plan, SweepConfig("sweep.yaml", grace=GRACE, storage=storage), worker)
+
+
+def results_in(folder: Path) -> dict[str, RunResult]:
+    """All results in a sweep's folder, by the name of the run's folder."""
+    found = {path.parent.name: read_result(path.parent) for path in folder.glob("*/result.json")}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def write_finished(run: Run, accuracy: float = 0.5) -> RunResult:
+    """What a finished run leaves, without the training."""
+    empty: dict[str, Any] = {}
+    result = RunResult(
+        folder=run.config.out,
+        status="finished",
         config=run.config.to_dict(),
         recipe=run.config.recipe,
-        status=status,
-        failure="",
+        plan="",
         task="classification",
-        metric="accuracy",
-        lower_is_better=False,
-        best=metrics,
-        last=metrics,
-        test={},
-        epochs=[],
-        data_rows={},
-        trainable_parameters=1,
-        drop_rates={},
-        step_seconds={},
-        seconds=1.0,
-        started="2026-01-01T00:00:00Z",
-        versions={},
+        versions=empty,
         commit=None,
+        data_rows=empty,
+        trainable_parameters=1,
+        load_options=empty,
+        metric="accuracy",
+        last={"validation_accuracy": accuracy},
+        best={"validation_accuracy": accuracy},
+        epochs=[],
+        history=[],
+        drop_rates=empty,
+        drop_rates_by_site=empty,
+        step_seconds=empty,
+        seconds=1.0,
+        sweep=run.sweep,
     )
+    folder = Path(run.config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result.__dict__))
+    return result

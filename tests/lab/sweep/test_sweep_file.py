@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import pytest
 
 from hiddenkey.errors import RecipeError, UserError
 from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.sweep.draw import draw_tpe
-from hiddenkey.lab.sweep.file import read_sweep
-from hiddenkey.lab.sweep.plan import SweepPlan, make_plan
-from hiddenkey.lab.sweep.space import Choice, Range
+from hiddenkey.lab.sweep_file import read_sweep
+from hiddenkey.lab.sweep_plan import Group, make_plan
 
-from .tools import plan_of, sweep_values, write_sweep
+from .tools import plan_of, runs_of, sweep_values, write_sweep
 
 LR = {"low": "1e-5", "high": 1e-3, "log": True}
 P = {"low": 0.01, "high": 0.3}
@@ -29,26 +26,25 @@ def with_grids(learning_rate: Any, p: Any) -> dict[str, Any]:
     }
 
 
-def runs_of(plan: SweepPlan) -> list[Any]:
-    return [slot.run for group in plan.groups for slot in group.slots]
-
-
 def test_every_method_has_every_trial_on_every_combination_of_axes(tmp_path: Path):
     axes = {"seed, data_seed": [[1, 11], [2, 12], [3, 13]], "lora_r": [4, 8]}
     plan = plan_of(tmp_path, methods=with_grids([1e-4, 2e-4], [0.1, 0.2]), axes=axes)
     runs = runs_of(plan)
-    assert plan.total == len(runs) == 2 * 2 * 3 * 2
+    assert len(plan.slots) == len(runs) == 2 * 2 * 3 * 2
     assert len({run.id for run in runs}) == len(runs)
-    assert Counter(run.method for run in runs) == {"baseline": 12, "hiddenkey": 12}
+    assert Counter(run.sweep["method"] for run in runs) == {"baseline": 12, "hiddenkey": 12}
     assert {(run.config.seed, run.config.data_seed) for run in runs} == {(1, 11), (2, 12), (3, 13)}
-    first = next(run for run in runs if run.method == "hiddenkey")
+    first = next(run for run in runs if run.sweep["method"] == "hiddenkey")
     assert first.config.recipe == "hiddenkey@0.1 ~ kl*1.0"
-    assert (first.params, first.axes, first.trial) == (
-        {"p": 0.1, "weight": 1.0},
-        {"seed": 1, "data_seed": 11, "lora_r": 4},
-        1,
-    )
-    assert first.config.out == f"{tmp_path}/out/work/{first.id}"
+    assert first.sweep == {
+        "name": "tiny",
+        "method": "hiddenkey",
+        "params": {"p": 0.1, "weight": 1.0},
+        "axes": {"seed": 1, "data_seed": 11, "lora_r": 4},
+        "trial": 1,
+        "trials": 2,
+    }
+    assert first.config.out == f"{tmp_path}/out/{first.id}"
     assert first.id.startswith("hiddenkey-p0.1-weight1-seed1-data_seed11-lora_r4-")
 
 
@@ -86,12 +82,12 @@ def test_random_search_draws_the_same_every_time_and_more_trials_begin_with_them
     methods = with_grids(LR, P)
     plan, same, more = (plan_of(tmp_path, methods=methods, search="random", trials=trials) for trials in (3, 3, 5))
     assert runs_of(plan) == runs_of(same)
-    for group, longer in zip(plan.groups, more.groups, strict=True):
-        assert [slot.run for slot in longer.slots[:3]] == [replace(slot.run, trials=5) for slot in group.slots]
-    rates = {run.params["p"] for run in runs_of(plan) if run.method == "hiddenkey"}
+    ids = {run.id for run in runs_of(plan)}
+    assert ids == {slot.key for slot in more.slots if slot.trial <= 3}
+    rates = {run.sweep["params"]["p"] for run in runs_of(plan) if run.sweep["method"] == "hiddenkey"}
     assert len(rates) == 6, "other draws for every seed"
     assert all(0.01 <= rate <= 0.3 for rate in rates)
-    assert all(1e-5 <= run.config.learning_rate <= 1e-3 for run in runs_of(plan) if run.method == "baseline")
+    assert all(1e-5 <= run.config.learning_rate <= 1e-3 for run in runs_of(plan) if run.sweep["method"] == "baseline")
 
 
 def test_random_search_in_a_small_space_takes_every_setting_once(tmp_path: Path):
@@ -100,20 +96,41 @@ def test_random_search_in_a_small_space_takes_every_setting_once(tmp_path: Path)
     assert sorted(run.config.lora_r for run in runs) == [1, 2, 3, 4, 5, 6]
 
 
-def test_tpe_moves_to_where_it_was_good_and_repeats_nothing():
-    space = {"p": Range(0.0, 1.0, log=False, whole=False), "layers": Choice(("a", "b", ("c", "d")))}
+def group_of(tmp_path: Path, grid: dict[str, Any], trials: int) -> Group:
+    methods = {"a": {"recipe": "hiddenkey@{p}", "grid": {"p": P} | grid}} if grid else {}
+    return plan_of(tmp_path, methods=methods, axes=None, search="tpe", trials=trials).slots[0].group
+
+
+def test_tpe_moves_to_where_it_was_good_and_repeats_nothing(tmp_path: Path):
+    targets = [["query"], ["value"], ["query", "value"]]
+    group = group_of(tmp_path, {"target_modules": targets}, trials=30)
     earlier: list[tuple[dict[str, Any], float]] = []
-    for trial in range(1, 31):
-        setting = draw_tpe(space, trial, "group", earlier)
-        assert setting == draw_tpe(space, trial, "group", earlier)
-        earlier.append((setting, abs(setting["p"] - 0.3) + (setting["layers"] != "b")))
+    for _ in range(30):
+        setting = group.next_setting(earlier)
+        assert setting == group.next_setting(earlier)
+        earlier.append((setting, abs(setting["p"] - 0.1) + 0.3 * (setting["target_modules"] != ("value",))))
     late = [setting for setting, _ in earlier[20:]]
-    assert sum(abs(setting["p"] - 0.3) for setting in late) / len(late) < 0.15
-    small = {"r": Choice((1, 2, 3, 4))}
+    assert sum(abs(setting["p"] - 0.1) for setting in late) / len(late) < 0.045
+    small = group_of(tmp_path, {"p": [0.1, 0.2], "lora_r": [1, 2]}, trials=4)
     taken: list[tuple[dict[str, Any], float]] = []
-    for trial in range(1, 5):
-        taken.append((draw_tpe(small, trial, "group", taken), 1.0))
-    assert sorted(setting["r"] for setting, _ in taken) == [1, 2, 3, 4]
+    for _ in range(4):
+        taken.append((small.next_setting(taken), 1.0))
+    assert sorted((setting["p"], setting["lora_r"]) for setting, _ in taken) == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.2, 1),
+        (0.2, 2),
+    ]
+
+
+def test_a_home_folder_is_part_of_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ids = set()
+    for home in ("/home/a", "/home/b"):
+        monkeypatch.setenv("HOME", home)
+        plan = plan_of(tmp_path, base={"model": "m", "data": "~/d.csv"})
+        assert runs_of(plan)[0].config.data == f"{home}/d.csv"
+        ids.add(runs_of(plan)[0].id)
+    assert len(ids) == 2
 
 
 METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
@@ -136,30 +153,33 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ({"methods": {"a": {"recipe": "baseline", "gird": {}}}}, "Did you mean 'grid'"),
         ({"methods": {"a": {"grid": {}}}}, "recipe is missing"),
         ({"methods": {"a": METHOD | {"recipe": "dropkey@{q}"}}}, "has {q}, but grid has no q"),
-        ({"methods": {"a": METHOD | {"recipe": "dropkey@0.1"}}}, "p is neither a field nor in the recipe"),
+        (
+            {"methods": {"a": METHOD | {"recipe": "dropkey@0.1"}}},
+            "p is neither a field that can be varied nor in the recipe",
+        ),
         ({"methods": {"a": {"recipe": "dropkey@{seed}", "grid": {"seed": [1]}}}}, "seed is an axis"),
-        ({"methods": {"a": METHOD | {"recipe": "dropkey@{p:.1f}"}}}, "no more in the braces"),
+        ({"methods": {"a": METHOD | {"recipe": "dropkey@{p:.1f}"}}}, "only a name stands in braces"),
         ({"methods": {"a": METHOD | {"recipe": "dropkey@{p"}}}, "write {p}"),
         ({"methods": {"a": METHOD | {"recipe": "dropkie@{p}"}}}, "dropkie"),
         ({"methods": {"a": METHOD | {"grid": {"p": [0.1, 1.0]}}}}, "p = 1.0"),
         ({"methods": {"a": METHOD | {"grid": {"p": [0.1, "1e-1"]}}}}, "stands in it twice"),
         ({"methods": {"a": METHOD | {"grid": {"p": 0.1}}}}, "a list of one or more values"),
         ({"methods": {"a": METHOD | {"grid": {"p": []}}}}, "a list of one or more values"),
-        ({"methods": {"a": METHOD | {"grid": {"p": [True]}}}}, "a number or a text"),
-        ({"methods": {"a": METHOD | {"grid": {"p": P}}}}, "ranges need search"),
+        ({"methods": {"a": METHOD | {"grid": {"p": [True]}}}}, "a number or a text where"),
+        ({"methods": {"a": METHOD | {"grid": {"p": P}}}}, "a range needs search"),
         ({"methods": {"a": METHOD, "b": {"recipe": "baseline"}}}, "a 2, b 1"),
         ({"methods": {"a": METHOD | {"set": {"seed": 3}}}}, "seed is an axis"),
         (
             {"methods": {"a": {"recipe": "baseline", "set": {"lora_r": 4}, "grid": {"lora_r": [4]}}}},
             "set and in grid",
         ),
-        ({"methods": {"a": {"recipe": "baseline", "grid": {"recipe": ["a"]}}}}, "recipe cannot be varied"),
-        ({"methods": {"a": {"recipe": "baseline"}, "A": {"recipe": "baseline"}}}, "one name to the report"),
+        ({"methods": {"a": {"recipe": "baseline", "grid": {"recipe": ["a"]}}}}, "neither a field that can be varied"),
+        ({"methods": {"a": {"recipe": "baseline"}, "A": {"recipe": "baseline"}}}, "one name to a reader"),
         (
             {"methods": {"a": {"recipe": "{r}", "grid": {"r": ["hiddenkey@0.1", "hiddenkey@0.1 ~ kl*1.0"]}}}},
             "are equal",
         ),
-        ({"methods": {"Lora Dropout": METHOD, "lora_dropout": METHOD}}, "one name to the report"),
+        ({"methods": {"Lora Dropout": METHOD, "lora_dropout": METHOD}}, "one name to a reader"),
         ({"methods": {"a": {"recipe": "baseline", "set": {"max_length": 32}}}}, "max_length is the same for all"),
         ({"methods": {"a": {"recipe": "baseline", "set": {"metric": "f1"}}}}, "metric is the same for all"),
         (
@@ -168,7 +188,7 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ),
         (
             {"methods": {"a": {"recipe": "baseline", "grid": {"data_seed": [4, 5]}}}},
-            "data_seed is the same for all methods, or they could not be compared; give it in base or in axes.",
+            "data_seed is the same for all methods; give it in base or in axes.",
         ),
         ({"axes": {"metric": ["accuracy", "f1"]}}, "axes: metric cannot be one"),
         ({"axes": {"task": ["auto", "regression"]}}, "axes: task cannot be one"),
@@ -179,23 +199,31 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ({"axes": {"seed": [-1]}}, "seed = -1"),
         ({"axes": {"seed, data_seed": [1, 2]}}, "lists of 2 values"),
         ({"axes": {"seed": [1], "seed, data_seed": [[1, 2]]}}, "two axes"),
-        ({"axes": {"seed, seed": [[2, 8]]}}, "a field stands in it twice"),
+        ({"axes": {"seed, seed": [[2, 8]]}}, "stands in it twice"),
         ({"base": {"model": "m", "data": "d", "recipe": "x"}}, "base: unknown name 'recipe'. Known"),
         ({"methods": {"a": METHOD | {"recipe": "dropkey@0.1"}}}, "Write {p} where the recipe needs its value"),
         ({"search": "anneal"}, "search = 'anneal'"),
+        ({"search": "random", "trials": 10**9}, "trials = 1000000000 is not allowed"),
+        ({"axes": {name: list(range(1, 1001)) for name in ("seed", "lora_r", "data_seed")}}, "asks for 4e+09 runs"),
+        ({"name": "x" * 10**6}, "…"),
+        ({"methods": {"x" * 10**6: METHOD}}, "…"),
+        ({"x" * 10**6: 1}, "unknown name 'xxx"),
+        ({"methods": {"hidden+": METHOD, "hidden": METHOD}}, "share the name of a run"),
+        ({"methods": {"a": {"recipe": "dropkey@{lora_dropout}", "grid": {"lora_dropout": [0.1]}}}}, "is a field"),
+        ({"methods": {"a": METHOD | {"set": {"num_beams": 4}}}}, "num_beams is the same for all methods"),
         ({"trials": 4}, "trials is for search"),
-        ({"search": "random"}, "needs trials"),
+        ({"search": "random"}, "trials = 0"),
         ({"search": "random", "trials": 3}, "2 different settings, but trials = 3"),
         (
             {"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.3, "high": 0.1}}}}},
             "low",
         ),
-        ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.1}}}}}, "missing: high"),
+        ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": {"low": 0.1}}}}}, "high is missing"),
         ({"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"high": 1.0}}}}}, "p = 1.0"),
         ({"search": "random", "trials": 1, "methods": {"a": METHOD | {"grid": {"p": P | {"high": 1.5}}}}}, "p = 1.5"),
         (
             {"search": "tpe", "trials": 2, "methods": {"a": METHOD | {"grid": {"p": P | {"step": 1}}}}},
-            "unknown: step",
+            "unknown name 'step'",
         ),
     ],
 )
@@ -204,6 +232,7 @@ def test_mistakes_are_told(tmp_path: Path, changes: dict[str, Any], said: str):
         plan_of(tmp_path, **changes)
     assert isinstance(error.value, (ConfigError, RecipeError))
     assert said in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -229,5 +258,5 @@ def test_the_file_of_the_documentation(tmp_path: Path):
     path = tmp_path / "sweep.yaml"
     path.write_text(page.split("```yaml\n")[1].split("```")[0])
     plan = make_plan(read_sweep(path))
-    assert plan.total == 4 * 3 * 3 * 2
-    assert {run.config.weight_decay for run in runs_of(plan) if run.method == "lora dropout"} == {0.0}
+    assert len(plan.slots) == 4 * 3 * 3 * 2
+    assert {run.config.weight_decay for run in runs_of(plan) if run.sweep["method"] == "lora dropout"} == {0.0}
