@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 import hiddenkey
 
-from .lab.artifacts import is_begun
-from .lab.config import FIELD_TYPES, TrainConfig
-from .lab.errors import ConfigError
-from .lab.sweep_file import SweepConfig
+if TYPE_CHECKING:
+    from .lab.config import TrainConfig
+    from .lab.sweep_file import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -78,6 +77,8 @@ class ReportCommand:
 
 def run_train(config: TrainConfig) -> None:
     """Train and say where the results are."""
+    from .lab.artifacts import is_begun
+
     config.check()
     if not is_begun(config):
         _require_found(config)
@@ -120,6 +121,7 @@ def run_doctor(command: DoctorCommand) -> None:
 
 
 def _doctors_config(command: DoctorCommand) -> TrainConfig:
+    from .lab.config import TrainConfig
     from .lab.config_file import read_fields
 
     given = read_fields(command.train_args) if command.train_args else {}
@@ -161,13 +163,15 @@ def run_report(command: ReportCommand) -> None:
     print(write_report(command.folder, command.out))
 
 
-RUNNERS: dict[type, Callable[[Any], None]] = {
-    TrainConfig: run_train,
-    PlanCommand: run_plan,
-    DoctorCommand: run_doctor,
-    SweepConfig: run_sweep,
-    ReportCommand: run_report,
+RUNNERS: dict[str, Callable[[Any], None]] = {
+    "train": run_train,
+    "plan": run_plan,
+    "doctor": run_doctor,
+    "sweep": run_sweep,
+    "report": run_report,
 }
+# Those whose flags are known without the lab.
+COMMANDS: dict[str, type] = {"plan": PlanCommand, "doctor": DoctorCommand, "report": ReportCommand}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,15 +180,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(f"hiddenkey {hiddenkey.__version__}")
         return
-    command: Any = None
+    name, command = next(iter(arguments), ""), None
     try:
         command = _parse(arguments)
-        RUNNERS[type(command)](command)
+        RUNNERS[name](command)
         sys.stdout.flush()
     except BrokenPipeError:
         _end_with_the_reader()
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nStopped.{_way_on(command)}\n")
+        sys.stderr.write(f"\nStopped.{_way_on(name, command)}\n")
         sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name not in LAB_EXTRA:
@@ -200,29 +204,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parse(arguments: list[str]) -> Any:
-    if arguments[:1] == ["train"]:
+    config = (tyro.conf.OmitArgPrefixes,)
+    name = next(iter(arguments), "")
+    if name in COMMANDS:
+        return tyro.cli(COMMANDS[name], prog=f"hiddenkey {name}", args=arguments[1:], config=config)
+    from .lab.config import TrainConfig
+    from .lab.sweep_file import SweepConfig
+
+    if name == "train":
         _refuse_other_names(arguments[1:])
     defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
-    if arguments[:1] == ["train"] and arguments[1:] and not arguments[1].startswith("-"):
+    if name == "train" and arguments[1:] and not arguments[1].startswith("-"):
         from .lab.config_file import read_fields
 
         defaults |= read_fields(arguments.pop(1))
-    elif arguments[:1] == ["train"]:
+    elif name == "train":
         _require_file_first(arguments[1:])
     train = tyro.conf.subcommand("train", default=TrainConfig(**defaults))
-    commands = (
+    return tyro.cli(
         Annotated[TrainConfig, train]
         | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
         | Annotated[DoctorCommand, tyro.conf.subcommand("doctor")]
         | Annotated[SweepConfig, tyro.conf.subcommand("sweep")]
-        | Annotated[ReportCommand, tyro.conf.subcommand("report")]
-    )
-    return tyro.cli(
-        commands,
+        | Annotated[ReportCommand, tyro.conf.subcommand("report")],
         prog="hiddenkey",
         description="Structured dropout and consistency losses for LoRA fine-tuning.",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=config,
     )
 
 
@@ -239,6 +247,7 @@ def _end_with_the_reader() -> None:
 
 def _refuse_other_names(arguments: list[str]) -> None:
     from .lab.config_file import OTHER_NAMES
+    from .lab.errors import ConfigError
 
     for word in arguments:
         flag = word.partition("=")[0]
@@ -248,17 +257,22 @@ def _refuse_other_names(arguments: list[str]) -> None:
 
 
 def _require_file_first(arguments: list[str]) -> None:
+    from .lab.config import FIELD_TYPES
+    from .lab.errors import ConfigError
+
     switches = {f"--{name.replace('_', '-')}" for name, kind in FIELD_TYPES.items() if kind is bool}
     for before, word in pairwise(arguments):
         if word.endswith((".yaml", ".yml")) and (before in switches or not before.startswith("-")):
             raise ConfigError(f"{word}: the file comes first, as in hiddenkey train {word} --seed 1.")
 
 
-def _way_on(command: Any) -> str:
-    if isinstance(command, SweepConfig) and not command.dry_run:
-        return " The same command continues from the last checkpoints."
-    if not isinstance(command, TrainConfig):
+def _way_on(name: str, command: Any) -> str:
+    if command is None or name not in ("train", "sweep"):
         return ""
+    if name == "sweep":
+        return "" if command.dry_run else " The same command continues from the last checkpoints."
+    from .lab.artifacts import is_begun
+
     without = " without --overwrite" if command.overwrite else ""
     if is_begun(command):
         return f" The same command{without} continues from the last checkpoint."

@@ -20,7 +20,9 @@ import pytest
 from hiddenkey import cli
 from hiddenkey.cli import LAB_EXTRA, main
 from hiddenkey.lab.artifacts import RESULT, RunResult
-from tests.test_registry import PLUGIN, install
+from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.sweep_file import SweepConfig
+from tests.core.test_registry import PLUGIN, install
 
 from . import tiny
 from .signals import heed_interrupts
@@ -253,7 +255,7 @@ def test_another_pipe_that_breaks_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     def broken(command: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setitem(cli.RUNNERS, cli.PlanCommand, broken)
+    monkeypatch.setitem(cli.RUNNERS, "plan", broken)
     with pytest.raises(SystemExit) as stop:
         main(["plan", "model", "hiddenkey@0.1"])
     assert stop.value.code == 2
@@ -298,7 +300,7 @@ def test_ctrl_c_promises_nothing_where_nothing_was_kept(
     def stop(command: cli.ReportCommand) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUNNERS, cli.ReportCommand, stop)
+    monkeypatch.setitem(cli.RUNNERS, "report", stop)
     with pytest.raises(SystemExit, match="130"):
         main(["report", "anywhere"])
     assert capsys.readouterr().err == "\nStopped.\n"
@@ -310,10 +312,10 @@ def test_ctrl_c_promises_nothing_where_nothing_was_kept(
 def test_ctrl_c_in_a_sweep(
     flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def stop(command: cli.SweepConfig) -> None:
+    def stop(command: SweepConfig) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUNNERS, cli.SweepConfig, stop)
+    monkeypatch.setitem(cli.RUNNERS, "sweep", stop)
     with pytest.raises(SystemExit, match="130"):
         main(["sweep", "any.yaml", *flags])
     assert capsys.readouterr().err == f"\nStopped.{said}\n"
@@ -346,15 +348,15 @@ def test_ctrl_c_does_not_advise_to_delete(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    config = cli.TrainConfig("m", "d", str(tmp_path))
+    config = TrainConfig("m", "d", str(tmp_path))
     if begun is not None:
         names = dict.fromkeys(field.name for field in fields(RunResult))
         (tmp_path / RESULT).write_text(json.dumps(names | {"config": replace(config, **begun).to_dict()}))
 
-    def stop(config: cli.TrainConfig) -> None:
+    def stop(config: TrainConfig) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.RUNNERS, cli.TrainConfig, stop)
+    monkeypatch.setitem(cli.RUNNERS, "train", stop)
     with pytest.raises(SystemExit, match="130"):
         main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path), *flags])
     assert capsys.readouterr().err == f"\nStopped. {advice}\n"
