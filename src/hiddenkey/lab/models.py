@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 
 from .config import Dtype, TrainConfig
 from .errors import ConfigError
+from .skeleton import reason
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -53,7 +55,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
         raise ConfigError(f"The tokenizer of {config.model} cannot be read: {error}") from error
     _require_tokenizer(config.model, tokenizer)
     tokenizer.padding_side = "right"
-    rows = _embedded(model)
+    rows = embedded_tokens(model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
@@ -78,7 +80,7 @@ def positions(model: Any) -> int | None:
     return places if places is None or padding is None else places - padding - 1
 
 
-def _embedded(model: Any) -> float:
+def embedded_tokens(model: Any) -> float:
     """How many tokens the model has a vector for; some make vectors otherwise (CANINE, Perceiver)."""
     try:
         return model.get_input_embeddings().weight.shape[0]
@@ -100,6 +102,18 @@ def require_dtype(dtype: Dtype) -> None:
     """Raises ConfigError where this machine cannot train in this type."""
     if dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+
+
+def require_quantizer(name: str, model_config: Any) -> None:
+    """Raises ConfigError where what a quantised checkpoint needs is missing here: a package, or a GPU."""
+    parts = (model_config, model_config.get_text_config(decoder=True))
+    method = next((part.quantization_config for part in parts if getattr(part, "quantization_config", None)), None)
+    if method is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(method, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # each method raises in its own way
+        raise ConfigError(f"{name} is quantised, and its weights cannot be read here: {reason(error)}") from error
 
 
 def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:

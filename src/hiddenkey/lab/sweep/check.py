@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..checked import check_structure, require_known
+from ..checked import check_structure, require_embedded, require_known
 from ..config import FIELD_TYPES, TrainConfig, complete
 from ..data import Examples, load_examples
 from ..errors import RunError
@@ -72,7 +72,9 @@ def _check(configs: list[TrainConfig], made: Mapping[int, RunRecord]) -> None:
     for each in configs:
         refuse_smoothing(examples.task, each.label_smoothing)
     skeleton, tokenizer = check_structure(config, examples, task, dict.fromkeys(each.recipe for each in configs))
-    require_known(task.tokenise(examples.train, tokenizer, config.max_length), tokenizer, config.model)
+    rows = task.tokenise(examples.train, tokenizer, config.max_length)
+    require_known(rows, tokenizer, config.model)
+    require_embedded(rows, tokenizer, skeleton, config.model)
     _check_lengths(config, examples, tokenizer, skeleton)
     others = {other.data_seed: other for other in configs if other.data_seed != config.data_seed}
     for other in others.values():
