@@ -33,7 +33,7 @@ from hiddenkey.lab.config_file import read_fields, read_yaml
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.generation import collect_prompts
-from hiddenkey.lab.models import find_targets, load_tokenizer
+from hiddenkey.lab.models import add_lora, find_targets, load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
 from hiddenkey.lab.tasks import make_task
 from hiddenkey.lab.told import describe
@@ -465,6 +465,25 @@ class TestModels:
         config = replace(config, model=model, **{name: str(path) for name, path in files.items()})
         with pytest.raises(ConfigError, match="'zebra' has the number 20, but the model has vectors for 20 tokens"):
             run.train(config)
+
+    @pytest.mark.parametrize("asked", ((), ("q_proj",)), ids=("usual", "asked"))
+    @pytest.mark.parametrize("kind", ("gemma3", "qwen3_5", "llava", "qwen2_vl", "paligemma", "mllama", "qwen2_audio"))
+    def test_no_lora_where_texts_do_not_go(self, config: TrainConfig, kind: str, asked: tuple[str, ...]):  # noqa: F811
+        model = transformers.AutoModelForMultimodalLM.from_config(shrink(kind))
+        with torch.no_grad():
+            adapted = add_lora(model, replace(config, target_modules=asked), "CAUSAL_LM", set()).train()
+        ids = torch.arange(10, 18).repeat(2, 1)
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert [name for name in trained if adapted.get_parameter(name).grad is None] == []
+
+    def test_all_that_reads_texts_may_have_lora(self, config: TrainConfig):  # noqa: F811
+        """BLT has four parts with configurations of their own, and all of them read."""
+        model = transformers.AutoModelForCausalLM.from_config(shrink("blt"))
+        names = [name for name, _ in model.named_modules() if name.endswith((".q_proj", ".v_proj"))]
+        adapted = add_lora(model, config, "CAUSAL_LM", set())
+        assert sum(name.endswith("lora_A.default") for name, _ in adapted.named_modules()) == len(names)
 
     def test_weights_that_are_a_pointer(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
         config = replace(config, model=copied(config.model, tmp_path))
