@@ -18,7 +18,7 @@ from .errors import RecipeError, UnknownNameError
 from .patterns import PATTERNS
 from .positions import POSITIONS, Position, Space
 from .presets import PRESETS
-from .registry import unknown
+from .registry import unknown_or_failed
 
 BASELINE = "baseline"
 EXAMPLE = "write for example 'hiddenkey@0.1' or 'logits:column@0.1 + hidden:element@0.1 ~ kl*1.0'"
@@ -199,7 +199,7 @@ def _term(text: str) -> tuple[list[Drop], str | None]:
     if name in PRESETS:
         return _preset(name, axes, match["rate"], layers)
     if name not in POSITIONS:
-        raise RecipeError(unknown("position or preset", name, [*POSITIONS.names(), *PRESETS]))
+        raise RecipeError(unknown_or_failed("position or preset", name, [*POSITIONS.names(), *PRESETS]))
     if not 1 <= len(axes) <= 2:
         raise RecipeError(
             f"{text!r} needs a pattern and at most one compensation after it: "

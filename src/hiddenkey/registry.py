@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import ClassVar, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from .errors import UnknownNameError
 
@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 NAME = re.compile(r"[a-z][a-z0-9_-]*")
 PLUGIN_GROUP = "hiddenkey.plugins"
+_failed_plugins: list[str] | None = None
+"""One sentence for each installed plugin that does not import; None before the first look."""
 
 
 class Registry(Generic[T]):
@@ -22,9 +24,6 @@ class Registry(Generic[T]):
     A name that is not there makes the registry import the modules under the entry-point group
     `hiddenkey.plugins`, whose decorators add theirs; only then is the name unknown.
     """
-
-    _plugins_loaded = False
-    _broken: ClassVar[ImportError | None] = None
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -47,7 +46,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self:
-            raise UnknownNameError(unknown(self.kind, name, self.names()))
+            raise UnknownNameError(unknown_or_failed(self.kind, name, self.names()))
         return self._objects[name]
 
     def __contains__(self, name: str) -> bool:
@@ -79,18 +78,22 @@ def nearest(name: str, allowed: Collection[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def load_plugins() -> None:
-    """Import every installed plugin module once; one that fails to import is an error, the same at every look."""
-    if Registry._broken is not None:
-        raise Registry._broken
-    if Registry._plugins_loaded:
-        return
-    Registry._plugins_loaded = True
-    for plugin in entry_points(group=PLUGIN_GROUP):
-        try:
-            plugin.load()
-        except Exception as error:
-            Registry._broken = ImportError(
-                f"the hiddenkey plugin {plugin.name!r} ({plugin.value}) failed to load: {error}"
-            )
-            raise Registry._broken from error
+def unknown_or_failed(kind: str, name: str, allowed: Collection[str]) -> str:
+    """`unknown` for a name that a plugin could add: names the installed plugins that failed to load, too."""
+    return ". ".join([unknown(kind, name, allowed), *load_plugins()])
+
+
+def load_plugins() -> list[str]:
+    """Import every installed plugin module once; one sentence for each that failed, whatever others do."""
+    global _failed_plugins
+    if _failed_plugins is None:
+        _failed_plugins = []  # before the imports, whose own look-ups come here again
+        for plugin in entry_points(group=PLUGIN_GROUP):
+            try:
+                plugin.load()
+            except Exception as error:  # noqa: BLE001 - a plugin's code may raise anything
+                reason = f"{type(error).__name__}: {error}"
+                _failed_plugins.append(
+                    f"The hiddenkey plugin {plugin.name!r} ({plugin.value}) is installed but failed to load: {reason}"
+                )
+    return _failed_plugins

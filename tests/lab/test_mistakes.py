@@ -33,7 +33,7 @@ from hiddenkey.lab.config_file import read_fields, read_yaml
 from hiddenkey.lab.data import load_examples
 from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.generation import collect_prompts
-from hiddenkey.lab.models import find_targets, load_tokenizer
+from hiddenkey.lab.models import add_lora, find_targets, load_tokenizer
 from hiddenkey.lab.skeleton import build_skeleton
 from hiddenkey.lab.tasks import make_task
 from hiddenkey.lab.told import describe
@@ -131,6 +131,19 @@ def copied(model: str | Path, tmp_path: Path) -> str:
     return shutil.copytree(model, tmp_path / "own-model", dirs_exist_ok=True).as_posix()
 
 
+def changed(model: str | Path, tmp_path: Path, fields: dict[str, object]) -> str:
+    """A copy of the model with other fields in its config.json."""
+    path = Path(copied(model, tmp_path)) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return path.parent.as_posix()
+
+
+QUANTIZERS = {
+    "bitsandbytes": "transformers.quantizers.quantizer_bnb_4bit",
+    "optimum": "transformers.quantizers.quantizer_gptq",
+    "gptqmodel": "transformers.quantizers.quantizer_awq",
+    "hqq": "transformers.quantizers.quantizer_hqq",
+}
 SENTENCES = [{"text": ["a", "b"], "label": i % 2} for i in range(12)]
 SEVERAL = [{"text": "a", "label": [i % 2, 2]} for i in range(12)]
 FLOATS = ROWS.replace(",0", ",0.0").replace(",1", ",1.0")
@@ -392,6 +405,85 @@ class TestModels:
         run.train(replace(config, model=model, data=str(sentences), max_steps=1))
         saved = AutoTokenizer.from_pretrained(Path(config.out) / "adapter")
         assert saved.pad_token == saved.eos_token
+
+    @pytest.mark.parametrize(
+        ("fields", "said"),
+        (
+            ({"hidden_size": "32"}, r"config\.json of .* cannot be read: .*'hidden_size' expected int, got str"),
+            ({"num_hidden_layers": None}, r"config\.json of .* cannot be read: .*'num_hidden_layers' expected int"),
+            ({"id2label": "x"}, r"config\.json of .* cannot be read: AttributeError"),
+            ({"model_type": ["bert"]}, r"config\.json of .* cannot be read: TypeError"),
+            ({"hidden_act": "foo"}, r"\(bert\) cannot be a AutoModelForSequenceClassification: KeyError: 'foo'"),
+            ({"vocab_size": -1}, r"\(bert\) cannot be a .*: RuntimeError: .*negative dimension"),
+            (
+                {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+                r"is quantised, and its weights cannot be read here: ImportError: .*pip install -U bitsandbytes",
+            ),
+            ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised.*pip install optimum"),
+            ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "is quantised.*pip install gptqmodel"),
+            ({"quantization_config": {"quant_method": "hqq"}}, "is quantised.*HQQ version"),
+            ({"quantization_config": {"quant_method": "foo"}}, "is quantised.*Unknown quantization type, got foo"),
+        ),
+        ids=str,
+    )
+    def test_a_configuration_that_no_model_fits(
+        self,
+        config: TrainConfig,  # noqa: F811
+        tmp_path: Path,
+        fields: dict[str, object],
+        said: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        for package in ("bitsandbytes", "optimum", "gptqmodel", "hqq"):  # installed or not
+            monkeypatch.setattr(f"{QUANTIZERS[package]}.is_{package}_available", lambda *_: False)
+        with pytest.raises(ConfigError, match=said):
+            run.train(replace(config, model=changed(config.model, tmp_path, fields)))
+        assert not list(Path(config.out).glob("*.json"))
+
+    @pytest.mark.parametrize("content", ("{", "3", "null", "[" * 100_000), ids=("cut", "3", "null", "nested"))
+    def test_a_configuration_that_is_no_object(self, config: TrainConfig, tmp_path: Path, content: str):  # noqa: F811
+        model = copied(config.model, tmp_path)
+        (Path(model) / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"config\.json of {model} cannot be read: "):
+            run.train(replace(config, model=model))
+
+    @pytest.mark.parametrize("published", ("Trainer", "pipeline", "BertTokenizer"))
+    def test_published_as_what_is_no_model(self, bert: Path, tmp_path: Path, published: str):
+        model = changed(bert, tmp_path, {"architectures": [published]})
+        with pytest.raises(ConfigError, match=rf"architectures = \['{published}'\], and .* is no model"):
+            build_skeleton(model, "")
+
+    @pytest.mark.parametrize("part", ("data", "validation", "test"))
+    def test_a_token_without_a_vector(self, config: TrainConfig, tmp_path: Path, part: str):  # noqa: F811
+        model = copied(config.model, tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens(["zebra"])
+        tokenizer.save_pretrained(model)
+        files = {name: tmp_path / f"{name}.csv" for name in ("data", "validation", "test")}
+        for name, path in files.items():
+            path.write_text(ROWS + "the zebra was fine,1\n" * (name == part))
+        config = replace(config, model=model, **{name: str(path) for name, path in files.items()})
+        with pytest.raises(ConfigError, match="'zebra' has the number 20, but the model has vectors for 20 tokens"):
+            run.train(config)
+
+    @pytest.mark.parametrize("asked", ((), ("q_proj",)), ids=("usual", "asked"))
+    @pytest.mark.parametrize("kind", ("gemma3", "qwen3_5", "llava", "qwen2_vl", "paligemma", "mllama", "qwen2_audio"))
+    def test_no_lora_where_texts_do_not_go(self, config: TrainConfig, kind: str, asked: tuple[str, ...]):  # noqa: F811
+        model = transformers.AutoModelForMultimodalLM.from_config(shrink(kind))
+        with torch.no_grad():
+            adapted = add_lora(model, replace(config, target_modules=asked), "CAUSAL_LM", set()).train()
+        ids = torch.arange(10, 18).repeat(2, 1)
+        adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert [name for name in trained if adapted.get_parameter(name).grad is None] == []
+
+    def test_all_that_reads_texts_may_have_lora(self, config: TrainConfig):  # noqa: F811
+        """BLT has four parts with configurations of their own, and all of them read."""
+        model = transformers.AutoModelForCausalLM.from_config(shrink("blt"))
+        names = [name for name, _ in model.named_modules() if name.endswith((".q_proj", ".v_proj"))]
+        adapted = add_lora(model, config, "CAUSAL_LM", set())
+        assert sum(name.endswith("lora_A.default") for name, _ in adapted.named_modules()) == len(names)
 
     def test_weights_that_are_a_pointer(self, config: TrainConfig, tmp_path: Path):  # noqa: F811
         config = replace(config, model=copied(config.model, tmp_path))

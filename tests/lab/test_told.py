@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,32 @@ def rows(tmp_path: Path) -> str:
 
 def test_a_run_as_it_is_meant_leaves_no_doubt(base: TrainConfig, rows: str):
     assert told(base, data=rows) == ""
+
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def test_a_chat_template_that_is_not_applied(
+    base: TrainConfig,
+    bert: Path,
+    llama: Path,
+    pairs: Path,
+    rows: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """It is no matter for a classifier, which nobody chats with."""
+    said, written = "has a chat template, which is not applied", "without the tokenizer's chat template"
+    for source, data in ((bert, rows), (llama, str(pairs))):
+        instruct = tmp_path / source.name
+        shutil.copytree(source, instruct)
+        for model, templated in ((source, False), (instruct, True)):
+            if templated:
+                (instruct / "chat_template.jinja").write_text(CHAT)
+            result = run.train(replace(base, model=str(model), data=data, separator=" ", max_steps=1, overwrite=True))
+            wanted = templated and source == llama
+            assert (said in capsys.readouterr().err) == wanted
+            assert (written in (result.adapter / "README.md").read_text()) == wanted
 
 
 def test_the_counts_of_rows_are_told(base: TrainConfig, rows: str, capsys: pytest.CaptureFixture[str]):

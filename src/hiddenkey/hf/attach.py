@@ -17,7 +17,7 @@ from .checks import Watch
 from .document_bounds import Notes
 from .model_dropouts import silence
 from .plan import plan
-from .sites import SWITCHES, AttentionSite, StreamSite, TokenSkip, can_skip, generate_without_drops
+from .sites import SWITCHES, AttentionSite, StackEntry, StreamSite, TokenSkip, can_skip, generate_without_drops
 from .source_reading import uses_interface
 from .structure import Site, find_transformer, require_model
 
@@ -74,6 +74,8 @@ def _put_on(attachment: Attachment) -> None:
         if hasattr(transformer, "generate"):
             generate = vars(transformer).get("generate")
             vars(transformer)["generate"] = partial(generate_without_drops, transformer, generate)
+    if live and len(plan.structure.stacks) > 1:
+        _attach_entries(attachment)
     watch = attachment.watch = Watch(attachment)
     # PEFT 0.19 calls the forward of what is inside, so a hook there is not enough; but that may be called by itself,
     # and after `unload` only that is left.
@@ -81,6 +83,14 @@ def _put_on(attachment: Attachment) -> None:
         attachment.handles += [(path, hook) for hook in watch.hooks_around(module)]
     path = plan.structure.stacks[0].path.rpartition(".")[0] if plan.structure.stacks else ""
     attachment.handles += [(path, hook) for hook in watch.hooks_inside(model.get_submodule(path))]
+
+
+def _attach_entries(attachment: Attachment) -> None:
+    for stack in attachment.plan.structure.stacks:
+        entry = attachment.entries[stack.path] = StackEntry(attachment.switches[0])
+        for layer in stack.layers:
+            module = attachment.model.get_submodule(layer.path)
+            attachment.handles.append((layer.path, module.register_forward_pre_hook(entry.before)))
 
 
 def _attach_attention(attachment: Attachment, path: str, sites: list[Site]) -> None:

@@ -13,27 +13,44 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..masks import Tally
-from ..recipe import Recipe
+from ..recipe import Drop, Recipe
 from .attention_backend import SITE, restore_backend
 from .attention_softmax import OwnSoftmax
 from .document_bounds import Documents
 from .model_dropouts import Silenced, give_back
 from .plan import Plan
-from .sites import SWITCHES, AttentionSite, DropSwitch, StreamSite, generate_without_drops
+from .sites import SWITCHES, AttentionSite, DropSwitch, StackEntry, StreamSite, generate_without_drops
 from .structure import find_transformer, require_model
 
 MARK = "hiddenkey_attachment"
 ATTACHED: weakref.WeakSet[Attachment] = weakref.WeakSet()
-OURS = (AttentionSite, StreamSite, Documents, OwnSoftmax)
+OURS = (AttentionSite, StreamSite, StackEntry, Documents, OwnSoftmax)
 Hook = tuple[int, int]
 Copy = tuple[nn.Module, nn.Module]
+
+
+class Draw(NamedTuple):
+    """One drop at one site: the module's path, the drop's switch, and what was drawn there since attach."""
+
+    path: str
+    switch: DropSwitch
+    tally: Tally
+
+    @property
+    def drop(self) -> Drop:
+        return self.switch.drop
+
+    @property
+    def name(self) -> str:
+        """As `Attachment.rates` calls it."""
+        return f"{self.drop.position} {self.path}"
 
 
 class PassWatch(ABC):
@@ -53,6 +70,7 @@ class Attachment:
 
     plan: what was attached. `rates()`: realised drop rates. `detach()`: gives everything back.
     sites: (module path, site) of every place that drops. hooked: the modules of the stream sites, by path.
+    entries: whether a stack was run, by its path; empty where there is one stack, which always is.
     renamed: the configurations whose attention implementation has our name.
     drop_switches: one module per drop, found in the model as `hiddenkey_drops`; its `p` set to 0 switches it off.
     watch: verifies that what is trained is what the recipe says.
@@ -65,6 +83,7 @@ class Attachment:
         self.sites: list[tuple[str, AttentionSite | StreamSite]] = []
         self.handles: list[tuple[str, RemovableHandle]] = []
         self.hooked: dict[str, nn.Module] = {}
+        self.entries: dict[str, StackEntry] = {}
         self.renamed: list[Any] = []
         self.softmaxes: list[OwnSoftmax] = []
         self.silenced: Silenced = ()
@@ -81,26 +100,35 @@ class Attachment:
         """One per drop with a rate above 0."""
         return tuple(self.drop_switches.values())
 
+    @property
+    def draws(self) -> list[Draw]:
+        """One for each drop at each site, in the order of `sites`."""
+        return [
+            Draw(path, switch, tally)
+            for path, site in self.sites
+            for switch, tally in zip(site.switches, site.tallies, strict=True)
+        ]
+
+    def is_unused(self, path: str) -> bool:
+        """Whether a module is in a stack of which no layer was run in training."""
+        entries = [entry for stack, entry in self.entries.items() if path.startswith(stack + ".")]
+        return len(entries) > 0 and not any(entry.entered for entry in entries)
+
     def rates(self) -> dict[str, float]:
         """Realised drop rates since attaching, by site ("position module.path").
 
         NaN before a site's first draw, 0 while its drop is switched off.
         """
-        return {
-            f"{drop.position} {path}": tally.rate if switch.is_on else 0.0
-            for path, site in self.sites
-            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True)
-        }
+        return {draw.name: draw.tally.rate if draw.switch.is_on else 0.0 for draw in self.draws}
 
     def position_rates(self) -> dict[str, float]:
         """The same by position, over all entries drawn there by the drops that are switched on."""
         totals: dict[str, Tally] = {}
         on = {switch.drop.position for switch in self.switches if switch.is_on}
-        for _, site in self.sites:
-            for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True):
-                total = totals.setdefault(drop.position, Tally())
-                if switch.is_on:
-                    total.merge(tally)
+        for draw in self.draws:
+            total = totals.setdefault(draw.drop.position, Tally())
+            if draw.switch.is_on:
+                total.merge(draw.tally)
         return {position: tally.rate if position in on else 0.0 for position, tally in totals.items()}
 
     def detach(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
@@ -89,14 +89,13 @@ def switched_off(switches: list[DropSwitch]) -> str:
     )
 
 
-def silent_sites(attachment: Attachment) -> list[str]:
-    """The sites that are switched on and never drew, as "position module.path"."""
-    return [
-        f"{drop.position} {path}"
-        for path, site in attachment.sites
-        for drop, tally, switch in zip(site.drops, site.tallies, site.switches, strict=True)
-        if switch.is_on and tally.counts is None
-    ]
+def silent_sites(attachment: Attachment, drew: Iterable[bool]) -> list[str]:
+    """The sites that are switched on and did not draw though their stack was run, as "position module.path".
+
+    drew: for each of `attachment.draws`.
+    """
+    pairs = zip(attachment.draws, drew, strict=True)
+    return [d.name for d, done in pairs if d.switch.is_on and not done and not attachment.is_unused(d.path)]
 
 
 def _attention(attachment: Attachment, path: str, site: AttentionSite) -> Iterator[str]:
@@ -193,7 +192,8 @@ class Watch(PassWatch):
         """Forward hook: after the first training forward, warn where a site drew nothing in it."""
         if module.training and not self._looked_back and not self.in_evaluation():
             self._looked_back = True
-            silent = silent_sites(self.attachment)
+            drew = [draw.tally.counts is not None for draw in self.attachment.draws]
+            silent = silent_sites(self.attachment, drew)
             if silent:
                 self._warn_of_silence(silent)
 
@@ -292,12 +292,9 @@ class Watch(PassWatch):
 
     def _undrawn(self) -> Drop | None:
         """A drop that is switched on and was never drawn, or None."""
-        sites = [site for _, site in self.attachment.sites]
-        pairs = [pair for site in sites for pair in zip(site.switches, site.tallies, strict=True)]
-        for switch, _ in pairs:
-            if switch.is_on and all(tally.counts is None for other, tally in pairs if other is switch):
-                return switch.drop
-        return None
+        drawn = {draw.drop for draw in self.attachment.draws if draw.tally.counts is not None}
+        undrawn = (switch.drop for switch in self.attachment.switches if switch.is_on and switch.drop not in drawn)
+        return next(undrawn, None)
 
     def _fail(self, message: str, gradient: Tensor) -> None:
         raise UserError(message)

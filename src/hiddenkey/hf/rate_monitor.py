@@ -12,7 +12,7 @@ import torch
 from ..patterns import PATTERNS
 from ..recipe import Drop
 from .attachment import Attachment
-from .checks import some, switched_off
+from .checks import silent_sites, some, switched_off
 from .model_dropouts import own_dropouts
 
 
@@ -89,14 +89,12 @@ class RateWatch:
         found = [*self._silent(fresh), *self._off_rate(fresh), *self._surroundings()]
         new = [sentence for sentence in found if sentence not in self.said]
         self.said.update(new)
+        for entry in self.attachment.entries.values():
+            entry.entered = False
         return new
 
     def _silent(self, fresh: list[Counts]) -> Iterator[str]:
-        sites = [
-            f"{drop.position} {path}"
-            for (path, drop, is_on), (_, drawn, _) in zip(self._sites(), fresh, strict=True)
-            if is_on and drawn == 0
-        ]
+        sites = silent_sites(self.attachment, [drawn > 0 for _, drawn, _ in fresh])
         if sites:
             yield (
                 f"{some(sites)} drew nothing since the last log: something bypasses these modules, or put them in "
@@ -106,8 +104,8 @@ class RateWatch:
     def _off_rate(self, fresh: list[Counts]) -> Iterator[str]:
         """Rates that chance does not explain, over all sites of a drop."""
         totals: dict[Drop, Counts] = {}
-        for (_, drop, _), counts in zip(self._sites(), fresh, strict=True):
-            total = totals.setdefault(drop, [0, 0, 0])
+        for draw, counts in zip(self.attachment.draws, fresh, strict=True):
+            total = totals.setdefault(draw.drop, [0, 0, 0])
             total[:] = [a + b for a, b in zip(total, counts, strict=True)]
         level = FALSE_ALARM / (self.looks * (self.looks + 1) * max(len(totals), 1))
         for drop, (dropped, drawn, squares) in totals.items():
@@ -125,16 +123,9 @@ class RateWatch:
         if own:
             yield f"dropouts of the model itself were turned on again after attach: {some(own)}"
 
-    def _sites(self) -> list[tuple[str, Drop, bool]]:
-        return [
-            (path, drop, switch.is_on)
-            for path, site in self.attachment.sites
-            for drop, switch in zip(site.drops, site.switches, strict=True)
-        ]
-
     def _counts(self) -> list[Counts]:
         """[dropped, drawn, squares] of every site and drop, with one wait for the device."""
-        counts = [tally.counts for _, site in self.attachment.sites for tally in site.tallies]
+        counts = [draw.tally.counts for draw in self.attachment.draws]
         device = next((count.device for count in counts if count is not None), torch.device("cpu"))
         none = torch.zeros(3, dtype=torch.long, device=device)
         rows = [none if count is None else count.to(device) for count in counts]

@@ -62,6 +62,22 @@ def generate_without_drops(model: Any, generate: Callable[..., Any] | None, *arg
         switches.train(training)
 
 
+class StackEntry:
+    """Notes whether a layer of one stack was run in training: only then must the sites in it draw.
+
+    A text alone does not enter the vision tower of a model. entered: since attach, or since somebody set it to False.
+    """
+
+    def __init__(self, switch: DropSwitch) -> None:
+        self.switch = switch
+        self.entered = False
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of a layer. Writes without reading, so that nothing is compiled again."""
+        if self.switch.training:
+            self.entered = True
+
+
 class AttentionSite:
     """The drops inside one attention module, with a tally each.
 

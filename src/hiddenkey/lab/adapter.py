@@ -26,7 +26,7 @@ A LoRA adapter for `{model}`, trained on `{data}` ({task}, {rows} rows) with hid
 - dropout recipe: `{recipe}`
 - rank {r}, alpha {alpha}, learning rate {learning_rate}, {epochs} epochs, batch size {batch}, seed {seed}
 - the adapter is that of the {keep} epoch
-{classes}
+{classes}{chat}
 {tables}
 
 The adapter needs PEFT alone; the recipe works in training only and changes nothing here.
@@ -37,6 +37,10 @@ from peft import {auto_class}
 model = {auto_class}.from_pretrained("path/of/this/folder"{options})
 ```
 """
+
+_NO_TEMPLATE = (
+    "- prompts were read as they stand in the data, without the tokenizer's chat template: ask in the same form\n"
+)
 
 
 def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
@@ -53,11 +57,12 @@ def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     hiddenkey.save_recipe(part, hiddenkey.parse(result.recipe))
-    (part / "README.md").write_text(_card(result), encoding="utf-8")
+    plain_prompts = bool(tokenizer.chat_template) and result.task == "causal-lm"
+    (part / "README.md").write_text(_card(result, _NO_TEMPLATE if plain_prompts else ""), encoding="utf-8")
     part.replace(target)
 
 
-def _card(result: RunResult) -> str:
+def _card(result: RunResult, chat: str) -> str:
     config = result.config
     causal = result.task == "causal-lm"
     names = {"id2label": dict(enumerate(result.label_names))} if result.label_names else {}
@@ -78,6 +83,7 @@ def _card(result: RunResult) -> str:
         seed=config["seed"],
         keep=config["keep"],
         classes=_classes(result),
+        chat=chat,
         tables="\n\n".join(_tables(result)),
         auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
         options="".join(f", {name}={value!r}" for name, value in options.items()),

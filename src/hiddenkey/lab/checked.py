@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .data import Examples, load_examples
 from .errors import ConfigError
 from .generation import Prompt, collect_prompts
-from .models import find_targets, load_tokenizer, model_options
+from .models import embedded_tokens, find_targets, load_tokenizer, model_options, require_quantizer
 from .skeleton import build_skeleton
 from .tasks import Task, choose_metric, make_task, refuse_smoothing
 
@@ -78,6 +78,8 @@ def check_run(config: TrainConfig, recipe: Recipe) -> Checked:
     test = None
     if examples.test is not None:
         test = _by_length(task.tokenise(examples.test, tokenizer, config.max_length))
+    for rows in filter(None, (train_rows, validation, test)):
+        require_embedded(rows, tokenizer, skeleton, config.model)
     prompts = collect_prompts(config, examples.test, tokenizer, skeleton)
     return Checked(examples, task, metric, tokenizer, train_rows, _by_length(validation), test, prompts)
 
@@ -88,11 +90,13 @@ def check_structure(
     """The model without its weights, and its tokenizer, once LoRA and every recipe have found a place there.
 
     Raises:
-        ConfigError: no such layers for LoRA, no usable tokenizer, or a consistency that is not for this task.
+        ConfigError: no such layers for LoRA, no usable tokenizer, a consistency that is not for this task, or a
+            package that the weights need.
         PlanError: a recipe finds no site in this model.
         OSError: no such model.
     """
     skeleton = build_skeleton(config.model, task.model_class, config.trust_remote_code, **model_options(config, task))
+    require_quantizer(config.model, skeleton.config)
     find_targets(skeleton, config.target_modules)
     if examples.task == "causal-lm":
         _require_causal(skeleton, config.model)
@@ -123,6 +127,17 @@ def require_known(rows: Dataset, tokenizer: Any, name: str) -> None:
         raise ConfigError(
             f"The tokenizer of {name} does not know {unknown} of {unknown + known} tokens of the training "
             "data; it is not that of these texts, or not that of the model."
+        )
+
+
+def require_embedded(rows: Dataset, tokenizer: Any, model: Any, name: str) -> None:
+    """Raises ConfigError for tokenised rows with a token that the model has no vector for."""
+    last, known = max(chain.from_iterable(values(rows, "input_ids"))), embedded_tokens(model)
+    if last >= known:
+        raise ConfigError(
+            f"In the tokenizer of {name} the token {tokenizer.convert_ids_to_tokens(last)!r} has the number {last}, "
+            f"but the model has vectors for {known} tokens, numbered from 0. Put the model's own tokenizer there, or "
+            "save the model again after model.resize_token_embeddings(len(tokenizer))."
         )
 
 

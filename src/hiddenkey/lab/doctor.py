@@ -13,7 +13,7 @@ from torch import nn
 import hiddenkey
 
 from .config import TrainConfig
-from .models import add_lora, find_targets, read_weights, require_dtype
+from .models import add_lora, find_targets, read_weights, require_dtype, require_quantizer
 from .quiet import quieten
 from .skeleton import MODEL_CLASSES, build_skeleton, load_config, published_class
 
@@ -64,6 +64,7 @@ def load(config: TrainConfig, model_class: str) -> nn.Module:
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     skeleton = build_skeleton(config.model, model_class, config.trust_remote_code, **attention)
     published = published_class(load_config(config.model, config.trust_remote_code))
+    require_quantizer(config.model, skeleton.config)
     find_targets(skeleton, config.target_modules)
     model, loading = read_weights(getattr(transformers, model_class or published), config, **attention)
     kind = type(model).__name__

@@ -12,11 +12,13 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
 
 from .config import Dtype, TrainConfig
 from .errors import ConfigError
+from .skeleton import reason
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -36,6 +38,8 @@ QUERY_AND_VALUE = (
 )
 HEADS = ("classifier", "score")
 """The names of classifiers' heads in transformers; one that has parts of its own is trained whole."""
+# How the parts of a configuration are called that are not for text.
+_SEES_OR_HEARS = re.compile(r"vision|image|audio|speech|vq")
 # How the files of tokenizers are called, at their beginning.
 _TOKENIZER = re.compile(r"tokenizer|tokenization|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|tiktoken)$")
 
@@ -53,7 +57,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
         raise ConfigError(f"The tokenizer of {config.model} cannot be read: {error}") from error
     _require_tokenizer(config.model, tokenizer)
     tokenizer.padding_side = "right"
-    rows = _embedded(model)
+    rows = embedded_tokens(model)
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
@@ -78,7 +82,7 @@ def positions(model: Any) -> int | None:
     return places if places is None or padding is None else places - padding - 1
 
 
-def _embedded(model: Any) -> float:
+def embedded_tokens(model: Any) -> float:
     """How many tokens the model has a vector for; some make vectors otherwise (CANINE, Perceiver)."""
     try:
         return model.get_input_embeddings().weight.shape[0]
@@ -100,6 +104,18 @@ def require_dtype(dtype: Dtype) -> None:
     """Raises ConfigError where this machine cannot train in this type."""
     if dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError("dtype float16 needs a CUDA device; bfloat16 and float32 train everywhere.")
+
+
+def require_quantizer(name: str, model_config: Any) -> None:
+    """Raises ConfigError where what a quantised checkpoint needs is missing here: a package, or a GPU."""
+    parts = (model_config, model_config.get_text_config(decoder=True))
+    method = next((part.quantization_config for part in parts if getattr(part, "quantization_config", None)), None)
+    if method is None:
+        return
+    try:
+        AutoHfQuantizer.from_config(method, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as error:  # each method raises in its own way
+        raise ConfigError(f"{name} is quantised, and its weights cannot be read here: {reason(error)}") from error
 
 
 def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:
@@ -180,6 +196,7 @@ def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_key
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=find_targets(model, config.target_modules),
+        exclude_modules="|".join(rf"{re.escape(tower)}\..*" for tower in find_towers(model)) or None,
         modules_to_save=_new_modules(missing_keys),
     )
     peft_model = get_peft_model(model, lora)
@@ -189,14 +206,25 @@ def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_key
     return peft_model
 
 
+def find_towers(model: nn.Module) -> list[str]:
+    """Paths of the parts that see or hear, which texts alone do not enter; LoRA there would learn nothing."""
+    config: Any = getattr(model, "config", None)
+    kinds = {name: type(getattr(config, name)) for name in getattr(config, "sub_configs", ())}
+    others = {kind for name, kind in kinds.items() if _SEES_OR_HEARS.match(name)}
+    parts = ((name, part) for name, part in model.named_modules() if isinstance(part, PreTrainedModel))
+    return [name for name, part in parts if name and type(part.config) in others]
+
+
 def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
-    """Names of the linear layers that get LoRA.
+    """Names of the linear layers that get LoRA, outside of `find_towers`.
 
     Raises:
         ConfigError: a name that no linear layer has, or none of the usual names.
     """
     # PEFT trains a classifier whole, and finds nothing where that alone is named.
-    linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    towers = tuple(f"{tower}." for tower in find_towers(model))
+    modules = ((name, module) for name, module in model.named_modules() if not name.startswith(towers))
+    linear = (name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)))
     present = {name.rpartition(".")[2] for name in linear if name.partition(".")[0] not in HEADS}
     if asked:
         unknown = sorted(set(asked) - present)

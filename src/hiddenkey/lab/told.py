@@ -48,6 +48,11 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
             yield f"No {part} row is of class {_listed(missing)}."
     if checked.examples.task == "causal-lm":
         yield from _marks_in_texts(checked)
+        if checked.tokenizer.chat_template:
+            yield (
+                f"{config.model} has a chat template, which is not applied: prompts are read as they stand in the "
+                "data. Ask the adapter in the same form, or render the prompts with the template before training."
+            )
     steps = _steps(config, len(checked.train))
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
     if warmup >= steps:

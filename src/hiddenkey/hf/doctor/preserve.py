@@ -81,17 +81,21 @@ def checkpointing_preserved(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def fresh_counts(attachment: Attachment) -> Iterator[None]:
     """The draws inside do not count for the user's rates, nor do steps find out anything for those that follow."""
-    tallies = [tally for _, site in attachment.sites for tally in site.tallies]
-    counts = [tally.counts for tally in tallies]
+    tallies, entries = [draw.tally for draw in attachment.draws], attachment.entries.values()
+    counts, entered = [tally.counts for tally in tallies], [entry.entered for entry in entries]
     state = set_step_state(attachment, StepState())
     for tally in tallies:
         tally.counts = None
+    for entry in entries:
+        entry.entered = False
     try:
         with attachment.watch.aside():
             yield
     finally:
         for tally, count in zip(tallies, counts, strict=True):
             tally.counts = count
+        for entry, before in zip(entries, entered, strict=True):
+            entry.entered = before
         set_step_state(attachment, state)
 
 

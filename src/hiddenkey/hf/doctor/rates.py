@@ -24,7 +24,7 @@ FALSE_ALARM = 1e-6
 UNITS = {"entry": "draws", "row": "rows", "fixed": "places"}
 # What falls on a key that no query sees (a later one, padding) shows nowhere; fewer may all be such.
 ENOUGH = 20
-ASIDE = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
+UNUSED = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
 TOO_LITTLE = "too little fell to be seen: the rates are too small for batches as small as these"
 
 
@@ -118,44 +118,21 @@ def _watch_stream(site: StreamSite, records: list[Record]) -> Any:
 
 def check_rates(patient: Patient, rounds: int) -> Iterator[Finding]:
     """One finding per site, over `rounds` training forwards of every batch."""
-    with recorded(patient) as records, _entered(patient) as entered, torch.no_grad():
+    attachment = patient.attachment
+    with recorded(patient) as records, torch.no_grad():
         for turn in range(rounds):
             for index, batch in enumerate(patient.batches):
                 patient.train(patient.model, batch, SEED + turn * len(patient.batches) + index)
-    for path, site in patient.attachment.sites:
-        for drop, switch in zip(site.drops, site.switches, strict=True):
-            where = f"{drop} at {path}"
-            record = records[f"{drop.position} {path}"]
-            if not switch.is_on:
-                yield Finding("rate", "wrong", switched_off([switch]), where)
-            elif record.drawn == 0 and _is_aside(patient, path, entered):
-                yield Finding("rate", "skipped", ASIDE, where)
-            elif record.drawn == 0:
-                yield Finding("rate", "wrong", _why_silent(patient, path), where)
-            else:
-                yield _rate(record, where, len(records))
-
-
-@contextmanager
-def _entered(patient: Patient) -> Iterator[set[str]]:
-    """The paths of the stacks of which a layer was entered meanwhile."""
-    model, entered = patient.attachment.model, set[str]()
-    handles = [
-        model.get_submodule(layer.path).register_forward_pre_hook(lambda *_, path=stack.path: entered.add(path))
-        for stack in patient.attachment.plan.structure.stacks
-        for layer in stack.layers
-    ]
-    try:
-        yield entered
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_aside(patient: Patient, path: str, entered: set[str]) -> bool:
-    """Whether the site is in a stack that no batch enters, as texts alone do not enter a vision tower."""
-    stacks = [stack.path for stack in patient.attachment.plan.structure.stacks if path.startswith(stack.path + ".")]
-    return bool(stacks) and not entered.intersection(stacks)
+    for draw in attachment.draws:
+        where, record = f"{draw.drop} at {draw.path}", records[draw.name]
+        if not draw.switch.is_on:
+            yield Finding("rate", "wrong", switched_off([draw.switch]), where)
+        elif record.drawn == 0 and patient.trains and attachment.is_unused(draw.path):
+            yield Finding("rate", "skipped", UNUSED, where)
+        elif record.drawn == 0:
+            yield Finding("rate", "wrong", _why_silent(patient, draw.path), where)
+        else:
+            yield _rate(record, where, len(records))
 
 
 def _why_silent(patient: Patient, path: str) -> str:
