@@ -25,9 +25,7 @@ def fixed(monkeypatch):
         kept = (torch.arange(grid.places, device=grid.device) + VIEW[0]) % 3 != 0
         return grid.lay(kept.expand(*grid.lead, grid.places))
 
-    for module in ("step", "beside"):
-        path = f"hiddenkey.hf.{module}.second_view"
-        monkeypatch.setattr(path, other_view)
+    monkeypatch.setattr("hiddenkey.hf.training_step.second_view", other_view)
     yield
     PATTERNS.remove("places")
 
