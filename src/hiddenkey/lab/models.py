@@ -72,7 +72,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
 
 def positions(model: Any) -> int | None:
     """How many tokens the model has a place for: RoBERTa's like leave out those up to the padding's."""
-    places: int | None = getattr(model.config, "max_position_embeddings", None)
+    places: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
     padding = getattr(table, "padding_idx", None)
     return places if places is None or padding is None else places - padding - 1
@@ -163,7 +163,9 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
     """
     model, new = read_weights(getattr(transformers, task.model_class), config, **model_options(config, task))
     # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
-    model.config.pad_token_id = tokenizer.pad_token_id
+    # Models of text and images read it in the configuration of the text, T5Gemma in both.
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
     return add_lora(model, config, task.peft_type, new)
 
 

@@ -228,7 +228,6 @@ def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: A
         data_rows=checked.row_counts,
         data_digest=checked.examples.digest,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        load_options=_load_options(checked, trainer.model),
         label_names=list(checked.examples.label_names),
         metric=checked.metric,
         last={},
@@ -240,12 +239,6 @@ def _first_record(config: TrainConfig, recipe: Any, checked: Checked, trainer: A
         step_seconds={},
         seconds=0.0,
     )
-
-
-def _load_options(checked: Checked, model: Any) -> dict[str, Any]:
-    if checked.examples.task == "causal-lm":
-        return {}
-    return {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
 
 
 def _last_record(running: RunResult, checked: Checked, trainer: Any) -> RunResult:
