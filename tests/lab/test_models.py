@@ -11,8 +11,10 @@ from hiddenkey.lab import doctor, models
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.run import train
+from hiddenkey.lab.skeleton import build_skeleton
 
 from ..models.shrink import shrink
+from . import tiny
 from .test_run import config  # noqa: F401
 
 CLASSIFIER, WRITER = "AutoModelForSequenceClassification", "AutoModelForCausalLM"
@@ -92,6 +94,14 @@ def test_a_head_of_another_width_is_an_error(tmp_path: Path):
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"other sizes than its configuration says: classifier\.dense\.weight"):
         _read(tmp_path / "model", CLASSIFIER)
+
+
+def test_the_places_of_a_model_of_text_and_images_are_its_texts(tmp_path: Path):
+    tiny.save_tokenizer(tmp_path, decoder=True, longest=10_000)
+    shrink("gemma3").save_pretrained(tmp_path)
+    asked = TrainConfig(model=str(tmp_path), data="", out="", learning_rate=1e-3, max_length=513)
+    with pytest.raises(ConfigError, match=r"max_length = 513, but .* takes 512; give 512"):
+        models.load_tokenizer(asked, build_skeleton(asked.model, CLASSIFIER))
 
 
 def test_neither_train_nor_doctor_begins_with_a_layer_missing(config: TrainConfig, bert: Path, tmp_path: Path):  # noqa: F811

@@ -38,12 +38,10 @@ from transformers import AutoTokenizer
 folder = "path/of/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = {auto_class}.from_pretrained(folder{options})
-{pad}```
-"""
-# The tokenizer may pad with another token than the model was published with, or the model with none.
-_PAD = """# The class is told from the last token before these.
+# As in training: the model may have been published with another token for padding, or with none.
 for config in (model.config, model.config.get_text_config()):
     config.pad_token_id = tokenizer.pad_token_id
+```
 """
 
 
@@ -94,7 +92,6 @@ def _card(result: RunResult) -> str:
         auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
         trust=trust,
         options=options[result.task] + trust,
-        pad="" if causal else _PAD,
     )
 
 
