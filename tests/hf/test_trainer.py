@@ -7,14 +7,16 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
+from transformers import BertForSequenceClassification, Qwen3_5ForSequenceClassification, Trainer
 
 import hiddenkey
 from hiddenkey.hf import compared_outputs as views
 from hiddenkey.hf.structure import find_transformer
 from hiddenkey.hf.trainer import ConsistencyMixin
 
+from ..models.shrink import shrink
 from .tiny import CLASSES, VOCABULARY, batch, make
 from .tools import arguments, assert_same_gradients, lora, one_epoch
 
@@ -508,3 +510,47 @@ def test_a_loss_that_takes_the_rest_by_name(trainer, recipe, tmp_path):
     assert all(entry["task_loss"] > 0 for entry in training_logs(mine))
     plain = trainer(model=mine.model, args=mine.args, eval_dataset=mine.eval_dataset)
     assert mine.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+
+
+class Override(BertForSequenceClassification):
+    """Takes its labels as Qwen3.5's classifier does."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Around(nn.Module):
+    """A user's module that hands on whatever it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, **kwargs):
+        return self.model(input_ids=input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ("override", "around", "qwen3_5"))
+def test_labels_that_a_model_takes_through_its_keywords(kind, tmp_path):
+    plain = make("bert")
+    config = plain.config
+    if kind == "qwen3_5":
+        config = shrink(kind)
+        config.num_labels = CLASSES
+        config.text_config.pad_token_id = 0
+        model = lora(Qwen3_5ForSequenceClassification._from_config(config), ["q_proj"], task_type="SEQ_CLS")
+    else:
+        override = Override(config)
+        override.load_state_dict(plain.state_dict())
+        model = override if kind == "override" else Around(plain)
+    trainer = drop_trainer("bert", tmp_path, "hiddenkey[:]@0.2 ~ kl*0.5", model=model, max_steps=2)
+    assert "labels" in next(iter(trainer.get_train_dataloader()))
+    trainer.train()
+    assert all(entry["task_loss"] > 0 for entry in training_logs(trainer))
+    found = trainer.evaluate()["eval_loss"]
+    assert found > 0
+    if kind != "qwen3_5":
+        plain.load_state_dict({name.removeprefix("model."): value for name, value in model.state_dict().items()})
+        data = trainer.eval_dataset
+        expected = Trainer(model=plain, args=arguments(tmp_path / "plain"), eval_dataset=data).evaluate()
+        assert found == pytest.approx(expected["eval_loss"])

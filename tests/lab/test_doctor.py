@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.status import Status
+from transformers import BertConfig, BertForMaskedLM
 
 from hiddenkey.cli import _parse, main
 from hiddenkey.lab.config import TrainConfig
@@ -120,7 +121,7 @@ def test_half_precision_as_in_training(name, task, tmp_path: Path, request: pyte
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
-        (["--task", "auto"], "BertForSequenceClassification"),
+        (["--task", "auto"], "BertForMaskedLM"),
         (["--task", "causal-lm"], "BertLMHeadModel"),
         (["--train-args", "RUN"], "BertLMHeadModel"),
         (["--train-args", "RUN", "--task", "classification"], "BertForSequenceClassification"),
@@ -130,7 +131,9 @@ def test_the_head_is_that_of_the_training_run(flags, wanted, bert: Path, tmp_pat
     path = tmp_path / "run.yaml"
     path.write_text("task: causal-lm\n")
     flags = [str(path) if flag == "RUN" else flag for flag in flags]
-    main(["doctor", str(bert), "hiddenkey[:]@0.3", *flags, *QUICK])
+    model = shutil.copytree(bert, tmp_path / "writes")
+    BertForMaskedLM(BertConfig.from_pretrained(bert)).save_pretrained(model)
+    main(["doctor", str(model), "hiddenkey[:]@0.3", *flags, *QUICK])
     assert f"model   {wanted}" in capsys.readouterr().out
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
@@ -84,25 +83,13 @@ def test_adapter_loads_with_peft_alone_and_gives_the_same_logits(
 
     monkeypatch.setattr(run, "save_adapter", remember)
     result = run.train(config)
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(result.adapter, **result.load_options).eval()
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(result.adapter, num_labels=2).eval()
     batch = AutoTokenizer.from_pretrained(result.adapter)(
         ["the film was fine", "dull"], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, trained[0].eval()(**batch).logits)
     assert any("lora_B" in name and value.any() for name, value in weights(config.out).items())
-
-
-def test_the_card_tells_which_output_is_which_class(config: TrainConfig):
-    result = run.train(replace(config, epochs=1))
-    assert result.label_names == ["bad", "good"]
-    card = (result.adapter / "README.md").read_text()
-    assert "- outputs, in this order: `bad`, `good`\n" in card
-    code = card.split("```python\n")[1].split("```")[0].replace("path/of/this/folder", str(result.adapter))
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["model"].config.id2label == {0: "bad", 1: "good"}
-    assert names["model"].config.num_labels == 2
 
 
 def test_causal_lm_counts_tokens_of_the_completion_alone(config: TrainConfig, llama: Path, pairs: Path):
@@ -124,31 +111,11 @@ def test_causal_lm_counts_tokens_of_the_completion_alone(config: TrainConfig, ll
     assert result.last["validation_token_accuracy"] == pytest.approx(sum(right) / len(right))
 
 
-def test_regression_and_a_decoder_with_a_classifier(config: TrainConfig, llama: Path, tmp_path: Path):
+def test_regression(config: TrainConfig, tmp_path: Path):
     rows = [{"text": row["text"], "score": i / 7} for i, row in enumerate(tiny.labelled_rows(30))]
     data = tiny.write_csv(tmp_path / "scores.csv", rows)
     result = run.train(replace(config, data=str(data), epochs=1))
     assert -1 <= result.last["validation_pearson"] <= 1
-    result = run.train(replace(config, model=str(llama), out=config.out + "2", epochs=1))
-    assert result.load_options == {"num_labels": 2, "pad_token_id": 3}
-
-
-def test_a_decoder_whose_tokenizer_pads_with_another_token_than_was_published(
-    config: TrainConfig, llama: Path, tmp_path: Path
-):
-    """The class is told from the last token, however far the batch is padded."""
-    model = shutil.copytree(llama, tmp_path / "llama")
-    published = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(published | {"pad_token_id": 0}))
-    result = run.train(replace(config, model=str(model), epochs=1))
-    assert result.load_options["pad_token_id"] == 3
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(result.adapter, **result.load_options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-    texts = ["dull", "the film was fine and warm"]
-    with torch.no_grad():
-        together = loaded(**tokenizer(texts, padding=True, return_tensors="pt")).logits[0]
-        alone = loaded(**tokenizer(texts[:1], return_tensors="pt")).logits[0]
-    torch.testing.assert_close(together, alone)
 
 
 def test_training_learns(config: TrainConfig):

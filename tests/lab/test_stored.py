@@ -30,7 +30,6 @@ def result_in(folder: Path, **changes) -> RunResult:
         "commit": None,
         "data_rows": {"train": 3},
         "trainable_parameters": 1,
-        "load_options": {"num_labels": 2},
         "metric": "accuracy",
         "last": {"validation_loss": 0.5, "step": 3, "validation_perplexity": None},
         "best": {},

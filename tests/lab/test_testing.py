@@ -70,7 +70,7 @@ def texts(rows: Dataset | None) -> set[str]:
 
 def by_hand(checkpoint: Path, result: RunResult, rows: Dataset) -> dict[str, float]:
     """The metrics of a checkpoint, example by example, with PEFT alone."""
-    model = AutoPeftModelForSequenceClassification.from_pretrained(checkpoint, **result.load_options).eval()
+    model = AutoPeftModelForSequenceClassification.from_pretrained(checkpoint, num_labels=2).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.config["model"])
     with torch.no_grad():
         logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in rows["first"]])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
 from .attachment import Attachment, step_state
-from .outer_forward import is_own, named_outputs, outermost, takes, without_labels
+from .outer_forward import arguments, is_own, named_outputs, outermost, without_labels
 from .peft_layers import virtual_tokens
 from .preserve import evaluation
 from .source_reading import parameters, shifts_labels
@@ -85,7 +85,7 @@ def uncached(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The batch, and `use_cache=False` for a model that takes it: with a cache, transformers does not look for packed
     documents in the positions, and the two views would see different ones.
     """
-    return {**batch, "use_cache": False} if takes(model, "use_cache") else dict(batch)
+    return {**batch, "use_cache": False} if "use_cache" in arguments(model) else dict(batch)
 
 
 def named(model: nn.Module, batch: Batch) -> Batch:

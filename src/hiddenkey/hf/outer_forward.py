@@ -25,14 +25,11 @@ def is_own(model: nn.Module) -> bool:
     return outermost(model) is not find_transformer(model)[1]
 
 
-def takes(model: nn.Module, name: str) -> bool:
-    """Whether the outermost forward takes an argument; `**kwargs` of a user's are taken to reach the model inside."""
+def arguments(model: nn.Module) -> set[str]:
+    """What the outermost forward takes, by name; `**kwargs` of a user's are taken to reach the model inside."""
     outer = outermost(model)
-    return name in parameters(outer) or (
-        outer is not (transformer := find_transformer(model)[1])
-        and takes_the_rest(outer)
-        and name in parameters(transformer)
-    )
+    inner = parameters(find_transformer(model)[1]) if is_own(model) and takes_the_rest(outer) else ()
+    return {*parameters(outer), *inner}
 
 
 def takes_the_rest(module: nn.Module) -> bool:

@@ -65,8 +65,17 @@ WRAPPERS = frozenset({"torch", "peft", "accelerate", "deepspeed"})
 
 
 def parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a module's forward."""
-    return inspect.signature(module.forward).parameters
+    """The parameters of a module's forward, and where it is an override that hands on its `**kwargs`, those of the
+    forward above it.
+    """
+    found = dict(inspect.signature(module.forward).parameters)
+    for forward, above in pairwise(_forwards(type(module))):
+        rest = bool(forward.__code__.co_flags & inspect.CO_VARKEYWORDS)
+        if not rest or "super" not in forward.__code__.co_names:
+            break
+        inherited = list(inspect.signature(above).parameters.items())[1:]
+        found |= {name: parameter for name, parameter in inherited if name not in found}
+    return found
 
 
 def uses_interface(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from .attach import attach
 from .attachment import Attachment, find_attachment
 from .compared_outputs import copied
 from .distributed import RankSeed
+from .outer_forward import arguments
 from .preserve import RandomState
 from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
@@ -40,6 +41,7 @@ class ConsistencyMixin:
     compute_loss_func: Any
     label_smoother: Any
     get_tp_size: Any
+    _signature_columns: list[str]
     _together = False
     _divides_own_loss: bool | None = None
 
@@ -58,6 +60,8 @@ class ConsistencyMixin:
         self._recipe = None if recipe is None else parse(recipe)
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if not trainer.label_names and self.args.label_names is None and "labels" in arguments(self.model):
+            trainer.label_names = ["labels"]
         trainer.add_callback(RankSeed(self.get_tp_size))
         if self._recipe is not None and getattr(self, "model_init", None) is None:
             attach(self.model, self._recipe)
@@ -115,6 +119,12 @@ class ConsistencyMixin:
             step = consistency_step(model, inputs, task_loss=task_loss, **options)
         self._note(step)
         return (step.total, step.outputs) if return_outputs else step.total
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns too that the model takes through `**kwargs`, into which Trainer does not look."""
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        if not self._gives_no_logits():
+            self._signature_columns = sorted({*self._signature_columns, *arguments(self.model)})
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Where all processes log their training loss together. At any other time one of them may log alone, and must

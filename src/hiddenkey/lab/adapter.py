@@ -33,8 +33,14 @@ The adapter needs PEFT alone; the recipe works in training only and changes noth
 
 ```python
 from peft import {auto_class}
+from transformers import AutoTokenizer
 
-model = {auto_class}.from_pretrained("path/of/this/folder"{options})
+folder = "path/of/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = {auto_class}.from_pretrained(folder{options})
+# As in training: the model may have been published with another token for padding, or with none.
+for config in (model.config, model.config.get_text_config()):
+    config.pad_token_id = tokenizer.pad_token_id
 ```
 """
 
@@ -65,8 +71,12 @@ def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
 def _card(result: RunResult, chat: str) -> str:
     config = result.config
     causal = result.task == "causal-lm"
-    names = {"id2label": dict(enumerate(result.label_names))} if result.label_names else {}
-    options = result.load_options | names
+    options = {
+        "classification": f", id2label={dict(enumerate(result.label_names))}",
+        "regression": ", num_labels=1",
+        "causal-lm": "",
+    }
+    trust = ", trust_remote_code=True" if config["trust_remote_code"] else ""
     return _CARD.format(
         name=Path(result.folder).name,
         model=config["model"],
@@ -86,7 +96,8 @@ def _card(result: RunResult, chat: str) -> str:
         chat=chat,
         tables="\n\n".join(_tables(result)),
         auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
-        options="".join(f", {name}={value!r}" for name, value in options.items()),
+        trust=trust,
+        options=options[result.task] + trust,
     )
 
 

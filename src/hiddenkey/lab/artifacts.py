@@ -54,8 +54,6 @@ class RunResult:
     """Git commit of the hiddenkey sources, with "+" for changes on top; None outside a checkout."""
     data_rows: dict[str, int]
     trainable_parameters: int
-    load_options: dict[str, Any]
-    """Arguments that PEFT's `from_pretrained` needs beside the adapter folder."""
     metric: str
     """The metric that chooses the best epoch."""
     last: Metrics

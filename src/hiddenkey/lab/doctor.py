@@ -66,10 +66,10 @@ def load(config: TrainConfig, model_class: str) -> nn.Module:
     published = published_class(load_config(config.model, config.trust_remote_code))
     require_quantizer(config.model, skeleton.config)
     find_targets(skeleton, config.target_modules)
-    model, loading = read_weights(getattr(transformers, model_class or published), config, **attention)
+    model, new = read_weights(getattr(transformers, model_class or published), config, **attention)
     kind = type(model).__name__
     task_type = next((task for end, task in TASK_TYPES.items() if kind.endswith(end)), None)
-    adapted = add_lora(model, config, task_type, loading["missing_keys"])
+    adapted = add_lora(model, config, task_type, new)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if torch.accelerator.is_available():  # the kernels there are others

@@ -76,7 +76,7 @@ def load_tokenizer(config: TrainConfig, model: Any) -> Any:
 
 def positions(model: Any) -> int | None:
     """How many tokens the model has a place for: RoBERTa's like leave out those up to the padding's."""
-    places: int | None = getattr(model.config, "max_position_embeddings", None)
+    places: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     table = next((part for name, part in model.named_modules() if name.endswith("position_embeddings")), None)
     padding = getattr(table, "padding_idx", None)
     return places if places is None or padding is None else places - padding - 1
@@ -124,22 +124,50 @@ def model_options(config: TrainConfig, task: Task) -> dict[str, Any]:
     return task.model_options() | backend
 
 
-def read_weights(auto: Any, config: TrainConfig, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """(the pretrained model, what was missing or did not fit); auto: an Auto class of transformers.
+def read_weights(auto: Any, config: TrainConfig, **options: Any) -> tuple[Any, set[str]]:
+    """(the pretrained model, the weights of its head that are new); auto: an Auto class of transformers.
+
+    A classifier's head is new where the model was published without one or for other classes, and so may its pooler
+    be.
 
     Raises:
         OSError: no such model.
-        ConfigError: weights that cannot be read.
+        ConfigError: weights that cannot be read, and others that are missing or do not fit.
     """
     options |= {"dtype": getattr(torch, config.dtype), "trust_remote_code": config.trust_remote_code}
     try:
-        model, loading = auto.from_pretrained(config.model, output_loading_info=True, **options)
+        model, loading = auto.from_pretrained(
+            config.model, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except SafetensorError as error:
         raise ConfigError(
             f"The weights of {config.model} cannot be read: {error}. Where git left a pointer in their place, fetch "
             "them with git lfs pull."
         ) from error
-    return model, loading
+    missing = set(loading["missing_keys"])
+    resized = {key: shape for key, _, shape in loading["mismatched_keys"]}
+    _require_whole(model, missing, resized, config.model)
+    return model, missing | set(resized)
+
+
+def _require_whole(model: Any, missing: set[str], resized: dict[str, torch.Size], name: str) -> None:
+    """Raises ConfigError where more than a new head is missing, or has another size than the checkpoint's."""
+    base = f"{model.base_model_prefix}."
+    published = type(model).__name__ in (model.config.architectures or ())
+    writes = model.get_output_embeddings() is not None  # the head of a language model is never new
+    own = {key for key in missing if key.startswith(base) and "pooler" not in key.split(".")}
+    if lacking := sorted(missing if published or writes else own):
+        raise ConfigError(
+            f"The weights of {name} lack {len(lacking)} of {type(model).__name__}'s, which would be drawn at random: "
+            f"{_some(lacking)}. Fetch the model again, or give one that has them all."
+        )
+    classes = model.config.num_labels
+    if wrong := sorted(k for k, shape in resized.items() if writes or k.startswith(base) or shape[0] != classes):
+        raise ConfigError(f"The weights of {name} have other sizes than its configuration says: {_some(wrong)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
@@ -149,43 +177,16 @@ def load_model(config: TrainConfig, task: Task, tokenizer: Any) -> PeftModel:
         OSError: no such model.
         ConfigError: no module to put LoRA on, or weights that cannot be read, are missing or do not fit.
     """
-    model, loading = read_weights(
-        getattr(transformers, task.model_class),
-        config,
-        ignore_mismatched_sizes=True,  # a head for other classes is drawn anew, as one that is not there
-        **model_options(config, task),
-    )
+    model, new = read_weights(getattr(transformers, task.model_class), config, **model_options(config, task))
     # A classifier on a decoder finds the last token by it; the tokenizer may pad with another than was published.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    _require_published(model, set(loading["missing_keys"]), config)
-    return add_lora(model, config, task.peft_type, {*loading["missing_keys"], *_other_sizes(model, loading, config)})
+    # Models of text and images read it in the configuration of the text, T5Gemma in both.
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
+    return add_lora(model, config, task.peft_type, new)
 
 
-def _require_published(model: Any, missing: set[str], config: TrainConfig) -> None:
-    """Raises ConfigError where weights are missing that are neither a head's nor a pooler's."""
-    base = f"{model.base_model_prefix}."
-    wrong = sorted(key for key in missing if key.startswith(base) and "pooler" not in key.split("."))
-    if wrong:
-        raise ConfigError(
-            f"The weights of {config.model} lack {len(wrong)} of the model's own, which would be drawn at random: "
-            f"{', '.join(wrong[:8])}{', ...' if len(wrong) > 8 else ''}. Fetch the model again."
-        )
-
-
-def _other_sizes(model: Any, loading: dict[str, Any], config: TrainConfig) -> set[str]:
-    """What the checkpoint has in another size, which is allowed for a classifier alone."""
-    keys = {entry[0] if isinstance(entry, tuple) else entry for entry in loading["mismatched_keys"]}
-    writes = model.get_output_embeddings() is not None
-    wrong = sorted(key for key in keys if writes or key.startswith(f"{model.base_model_prefix}."))
-    if wrong:
-        raise ConfigError(
-            f"The weights of {config.model} have other sizes than its configuration says: {', '.join(wrong)}."
-        )
-    return keys
-
-
-def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_keys: set[str]) -> PeftModel:
-    """LoRA around a model, in float32; missing_keys: what its checkpoint lacks, which is trained whole.
+def add_lora(model: Any, config: TrainConfig, task_type: str | None, new: set[str]) -> PeftModel:
+    """LoRA around a model, in float32; new: weights that its checkpoint lacks, which are trained whole.
 
     Raises:
         ConfigError: no module to put LoRA on.
@@ -197,7 +198,7 @@ def add_lora(model: Any, config: TrainConfig, task_type: str | None, missing_key
         lora_dropout=config.lora_dropout,
         target_modules=find_targets(model, config.target_modules),
         exclude_modules="|".join(rf"{re.escape(tower)}\..*" for tower in find_towers(model)) or None,
-        modules_to_save=_new_modules(missing_keys),
+        modules_to_save=_new_modules(new),
     )
     peft_model = get_peft_model(model, lora)
     for parameter in peft_model.parameters():
@@ -242,9 +243,9 @@ def find_targets(model: nn.Module, asked: tuple[str, ...] = ()) -> list[str]:
     return list(found)
 
 
-def _new_modules(missing_keys: set[str]) -> list[str] | None:
+def _new_modules(new: set[str]) -> list[str] | None:
     # What the checkpoint lacks is drawn at random: frozen, it would be lost with the run, so it is trained and saved.
-    modules = {key.rpartition(".")[0] for key in missing_keys}
+    modules = {key.rpartition(".")[0] for key in new}
     first = {name: name.split(".")[0] for name in modules}
     heads = {first[name] if first[name] in HEADS else name for name in modules}
     return sorted(heads) or None

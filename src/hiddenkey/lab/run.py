@@ -234,7 +234,6 @@ def _first_record(
         data_rows=checked.row_counts,
         data_digest=checked.examples.digest,
         trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        load_options=_load_options(checked, trainer.model),
         label_names=list(checked.examples.label_names),
         metric=checked.metric,
         last={},
@@ -265,12 +264,6 @@ def _task_key(config: TrainConfig) -> str:
     path = Path(config.data)
     parts = [path.stem] if path.is_file() else path.parts[-2:]
     return "/".join(filter(None, (*parts, config.data_config))).lower()
-
-
-def _load_options(checked: Checked, model: Any) -> dict[str, Any]:
-    if checked.examples.task == "causal-lm":
-        return {}
-    return {"num_labels": model.config.num_labels, "pad_token_id": model.config.pad_token_id}
 
 
 def _last_record(running: RunResult, checked: Checked, trainer: Any) -> RunResult:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UserError
-from ..outer_forward import is_own, outermost, parameters, takes
+from ..outer_forward import arguments, is_own, outermost, parameters
 
 Batch = dict[str, Any]
 LONGEST_AUDIO = 16000
@@ -31,7 +31,7 @@ def taken(model: nn.Module, batch: Batch) -> Batch:
     """
     if not is_own(model):
         return batch
-    batch = {name: value for name, value in batch.items() if takes(model, name)}
+    batch = {name: value for name, value in batch.items() if name in arguments(model)}
     asked = parameters(outermost(model)).values()
     needed = [p.name for p in asked if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     missing = [name for name in needed if name not in batch]
