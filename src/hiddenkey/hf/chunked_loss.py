@@ -8,9 +8,8 @@ through the losses and the gradient, which takes the place of the logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..consistency import Consistency, bidirectional
 from .attachment import Attachment
-from .compared_outputs import IGNORED, Batch
+from .compared_outputs import Batch, ComparedTokens
 from .outer_forward import is_own
 from .peft_layers import adds_to_loss
 from .source_reading import config_names_in, parameters, takes_the_stock_loss
@@ -171,30 +170,6 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
 SOFT_CAP = re.compile("soft_?cap")
 
 
-class HiddenStates:
-    """While active, keeps the last hidden states (B, T, D) of the decoder under the head."""
-
-    def __init__(self, transformer: PreTrainedModel) -> None:
-        self.decoder = transformer.get_decoder()
-        self.states: Tensor | None = None
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        handle = self.decoder.register_forward_hook(self._keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.states = output[0]
-
-    def take(self) -> Tensor | None:
-        """The states of the last forward; None where the decoder was not called as a module."""
-        states, self.states = self.states, None
-        return states
-
-
 def frozen_head(attachment: Attachment) -> Head | None:
     """The model's head where its logits are a frozen linear map of its last hidden states, or None.
 
@@ -274,18 +249,25 @@ def agrees(head: Head, states: Tensor, logits: Tensor) -> bool:
 def token_losses(
     first: Tensor,
     second: Tensor,
-    labels: Tensor,
+    tokens: ComparedTokens,
+    num_items: Tensor | int | None,
     head: Head,
     consistency: Consistency,
+    *,
+    task: float,
     weight: float,
-    num_items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(total, task, consistency) from the hidden states (B, T, D) of two views and the labels (B, T)."""
-    labels = labels[:, 1:].to(first.device)
+    """(task · nll + weight · divergence, nll, divergence) from the hidden states (B, T, D) of two views.
+
+    Only the first carries gradient. task: 0 where somebody else computes the task loss.
+    """
+    tokens = replace(tokens, labels=tokens.labels.to(first.device))
     num_items = num_items.to(first.device) if isinstance(num_items, Tensor) else num_items
-    valid = labels != IGNORED
-    count: Tensor | int = valid.sum().clamp(min=1) if num_items is None else num_items
-    states = first[:, :-1][valid], second[:, :-1][valid]
-    share = Share(1.0, weight, count)
-    total, task, term = TokenLoss.apply(*states, labels[valid], head, consistency, share)
-    return total, task / count, term / count
+    first, second, labels = first[:, :-1], second[:, :-1], tokens.labels[:, 1:]
+    parts = []
+    for valid, count in tokens.groups(num_items):
+        states, share = (first[valid], second[valid]), Share(task, weight, count)
+        total, nll, divergence = TokenLoss.apply(*states, labels[valid], head, consistency, share)
+        parts.append((total, nll / count, divergence / count))
+    total, nll, divergence = (reduce(torch.add, part) for part in zip(*parts, strict=True))
+    return total, nll, divergence

@@ -14,12 +14,12 @@ from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import attach
 from .attachment import Attachment, find_attachment
-from .compared_outputs import copied
+from .compared_outputs import compared_in, copied
 from .distributed import RankSeed
 from .preserve import RandomState
 from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
-from .training_step import StepLoss, compared_in, consistency_step, step_beside
+from .training_step import StepLoss, consistency_step, step_around_loss
 
 
 class ConsistencyMixin:
@@ -99,7 +99,7 @@ class ConsistencyMixin:
         num_items = num_items_in_batch if divided else None
         options: dict[str, Any] = {"num_items": num_items, "scale": self._consistency_scale(num_items)}
         if self._gives_no_logits() and self.attachment.recipe.consistency is not None:
-            step = step_beside(
+            step = step_around_loss(
                 self.attachment,
                 model,
                 inputs,
