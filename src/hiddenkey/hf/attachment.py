@@ -184,12 +184,14 @@ class StepState:
 
     dense: whether a language model's loss cannot be computed from its last hidden states. shares_lower: whether the
     layers below the drops are the same in both views. pooling_seen: whether a regression was seen to predict from the
-    token that its consistency compares. None: not looked at yet.
+    token that its consistency compares. divides: whether the loss is divided by the number of items that it is given.
+    None: not looked at yet.
     """
 
     dense: bool | None = None
     shares_lower: bool | None = None
     pooling_seen: bool = False
+    divides: bool | None = None
 
 
 _STATES: weakref.WeakKeyDictionary[Attachment, StepState] = weakref.WeakKeyDictionary()

@@ -22,7 +22,7 @@ from .attachment import Attachment
 from .compared_outputs import Batch, ComparedTokens
 from .outer_forward import is_own
 from .peft_layers import adds_to_loss
-from .source_reading import config_names_in, parameters, takes_the_stock_loss
+from .source_reading import parameters, takes_the_stock_loss
 from .structure import LANGUAGE_MODELS, find_transformer, reads_lower_keys
 
 # Logits of a chunk, enough for the head's matrix product, and of a few tokens of it, which stay in the cache.
@@ -167,7 +167,8 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
     return weights.div_(total), highest + total.log()
 
 
-SOFT_CAP = re.compile("soft_?cap")
+# A cap on the model's logits, none inside of its layers.
+SOFT_CAP = re.compile("^(?!attn|moe|gate|mlp).*soft_?cap")
 
 
 def frozen_head(attachment: Attachment) -> Head | None:
@@ -213,9 +214,9 @@ def _cuts_tokens(transformer: PreTrainedModel) -> bool:
 
 
 def _caps_logits(transformer: PreTrainedModel) -> bool:
-    """Whether the forward caps its logits (Gemma), which small logits do not show."""
-    caps = (name for name in config_names_in(transformer) if SOFT_CAP.search(name))
-    return any(getattr(transformer.config, name, None) for name in caps)
+    """Whether the configuration caps the logits (Gemma), which small logits do not show."""
+    options = vars(transformer.config.get_text_config())
+    return any(value for name, value in options.items() if SOFT_CAP.search(name))
 
 
 def _is_plain(head: Any) -> bool:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -16,10 +15,9 @@ from .attach import attach
 from .attachment import Attachment, find_attachment
 from .compared_outputs import compared_in, copied
 from .distributed import RankSeed
-from .preserve import RandomState
 from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
-from .training_step import StepLoss, consistency_step, step_around_loss
+from .training_step import StepLoss, consistency_step, divides_by, step_around_loss
 
 
 class ConsistencyMixin:
@@ -174,15 +172,10 @@ class ConsistencyMixin:
         if not users or told is not None or whole:
             return True
         if self._divides_own_loss is None:
-            draws, losses = RandomState(model), []
-            for count in (num_items, 2 * num_items):
-                with torch.no_grad():
-                    losses.append(float(self._trainers_loss(model, copied(inputs), count)))
-                draws.restore()
-            if not losses[0]:  # a batch without labels tells nothing
-                return True
-            self._divides_own_loss = losses[1] / losses[0] < 0.75
-        return self._divides_own_loss
+            self._divides_own_loss = divides_by(
+                model, lambda count: self._trainers_loss(model, copied(inputs), count), num_items
+            )
+        return self._divides_own_loss is not False
 
     def _consistency_scale(self, num_items: Tensor | int | None) -> float:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..consistency import CONSISTENCIES, Consistency
 from ..errors import AttachError, UserError
@@ -21,6 +23,7 @@ from .compared_outputs import (
     compared,
     copied,
     count_labels,
+    inference,
     labels_of,
     last_layer,
     named,
@@ -30,10 +33,10 @@ from .compared_outputs import (
     uncached,
 )
 from .distributed import check_wrapper, everywhere
-from .outer_forward import named_outputs, outermost
+from .outer_forward import named_outputs, outermost, takes_the_rest
 from .preserve import RandomState, another_forward
 from .shared_layers import LowerLayers
-from .source_reading import counts_items
+from .source_reading import parameters
 from .structure import find_transformer
 
 Items = Tensor | int | None
@@ -83,25 +86,61 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
     num_items is, so theirs is multiplied by this batch's share of the labels: of none it is 0.
     """
     labels = batch.get("labels")
-    divides = num_items is not None and counts_items(outermost(model), labels if isinstance(labels, Tensor) else None)
-    counted = {"num_items_in_batch": num_items} if divides else {}
-    outputs = model(**batch, **counted)
-    found = named_outputs(outputs)
-    if found.get("loss") is None:
-        raise UserError(
-            f"the model computes no loss from {', '.join(batch)}, it puts out {', '.join(found)}; a training step "
-            "needs 'labels' in the batch, and a 'loss' in the outputs, which is the first of a tuple"
-        )
+    counted = num_items is not None and _divides(model, batch, num_items)
+    outputs = model(**batch, **({"num_items_in_batch": num_items} if counted else {}))
+    loss = _loss_in(outputs, batch)
     if num_items is None or counted:
-        return found["loss"], outputs
+        return loss, outputs
     if not isinstance(labels, Tensor):
         raise UserError(
             f"num_items divides by labels, and the batch of {', '.join(batch)} has no 'labels' to count; leave it out"
         )
     count = count_labels(model, labels)
     if not count:  # a mean over nothing, and so would its gradient be
-        return found["logits"][:0].sum(), outputs
-    return found["loss"] * (count / num_items), outputs
+        return named_outputs(outputs)["logits"][:0].sum(), outputs
+    return loss * (count / num_items), outputs
+
+
+def _loss_in(outputs: Any, batch: Batch) -> Tensor:
+    found = named_outputs(outputs)
+    if found.get("loss") is None:
+        raise UserError(
+            f"the model computes no loss from {', '.join(batch)}, it puts out {', '.join(found)}; a training step "
+            "needs 'labels' in the batch, and a 'loss' in the outputs, which is the first of a tuple"
+        )
+    loss: Tensor = found["loss"]
+    return loss
+
+
+def _divides(model: nn.Module, batch: Batch, num_items: Tensor | int) -> bool:
+    """Whether the model divides its summed loss by `num_items_in_batch`, as few do that take it: tried once."""
+    attachment, outer = find_attachment(model), outermost(model)
+    hands_on = isinstance(outer, PreTrainedModel) and takes_the_rest(outer)
+    if attachment is None or not (hands_on or "num_items_in_batch" in parameters(outer)):
+        return False
+
+    def loss(count: Tensor | int) -> Tensor:
+        return _loss_in(model(**copied(batch), num_items_in_batch=count), batch)
+
+    state = step_state(attachment)
+    if state.divides is None:
+        with attachment.watch.aside(), inference(model), torch.compiler.set_stance("force_eager"):
+            state.divides = divides_by(model, loss, num_items)
+    return bool(state.divides)
+
+
+def divides_by(model: nn.Module, loss: Callable[[Tensor | int], Tensor], num_items: Tensor | int) -> bool | None:
+    """Whether a loss is divided by the number it is called with, by trying twice of it; None where a batch shows
+    nothing, having no label. Asked of the loss, as neither its signature nor a name tells.
+    """
+    draws, losses = RandomState(model), []
+    for count in (num_items, 2 * num_items):
+        with torch.no_grad():
+            losses.append(float(loss(count)))
+        draws.restore()
+    if not everywhere(model, math.isfinite(losses[0]) and losses[0] != 0):
+        return None
+    return everywhere(model, abs(losses[1] / losses[0] - 1) > 0.25)
 
 
 def _pair(found: Any) -> tuple[Tensor, Any]:
