@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .attachment import Attachment, step_state
 from .capture import Capture
 from .outer_forward import is_own, named_outputs, outermost, takes, without_labels
 from .peft_layers import virtual_tokens
-from .preserve import evaluation
+from .preserve import inference
 from .source_reading import parameters, shifts_labels
 from .structure import find_transformer
 
@@ -68,13 +68,6 @@ def compared_in(batch: Batch, trainer: str) -> ComparedTokens:
         f"({', '.join(batch)}) has neither, as where a trainer generates its own completions; attach the recipe "
         "without its consistency"
     )
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, every module's own mode given back afterwards."""
-    with evaluation(model), torch.no_grad():
-        yield
 
 
 def last_layer(attachment: Attachment) -> list[nn.Module]:
@@ -311,7 +304,7 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
     with (
         Capture(*last_layer(attachment), cut=True) as last,
         attachment.watch.aside(),
-        evaluation(model),
+        inference(model),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):

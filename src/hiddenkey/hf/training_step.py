@@ -23,7 +23,6 @@ from .compared_outputs import (
     compared,
     copied,
     count_labels,
-    inference,
     labels_of,
     last_layer,
     named,
@@ -34,7 +33,7 @@ from .compared_outputs import (
 )
 from .distributed import check_wrapper, everywhere
 from .outer_forward import named_outputs, outermost, takes_the_rest
-from .preserve import RandomState, another_forward
+from .preserve import RandomState, another_forward, inference
 from .shared_layers import LowerLayers
 from .source_reading import parameters
 from .structure import find_transformer
