@@ -58,13 +58,13 @@ class Documents:
         self.padding, self.mask_name = padding, mask_name
         self.shape: tuple[int, int] | None = None
         self.segments: Tensor | None = None
-        self.is_told = self._knows_padding = False
+        self.is_known = self._knows_padding = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook with keywords."""
         if module.training:
             self.shape, self.segments = documents(module, args, kwargs)
-            self.is_told = True
+            self.is_known = True
             if self.shape is not None and not self._knows_padding:
                 self._check(module, self.shape)
 
@@ -90,12 +90,12 @@ class Documents:
         return x.shape[1] > self.shape[1] and self.segments is None
 
 
-class Notes:
-    """The notes of every layer in which spans are drawn."""
+class DocumentBounds:
+    """The documents of every layer in which spans are drawn."""
 
     def __init__(self, model: nn.Module, structure: Structure, handles: list[tuple[str, RemovableHandle]]) -> None:
         self.model, self.structure, self.handles = model, structure, handles
-        self.notes: dict[str, Documents] = {}
+        self.found: dict[str, Documents] = {}
         self.padding: Padding | None = None
 
     def of(self, site: Site) -> Documents | None:
@@ -111,25 +111,25 @@ class Notes:
             if site.layer is None and site.side == "input" and site.path == stack.layers[0].path:
                 return self._at(site.path, site.path, stack)
         stack, layer = (last, last.layers[-1]) if site.layer is None else self._place(*site.layer)
-        return self._at(layer.path + " inside", self._teller(layer), stack)
+        return self._at(layer.path + " inside", self._mask_taker(layer), stack)
 
     def _at(self, key: str, path: str, stack: Stack) -> Documents:
-        if key not in self.notes:
+        if key not in self.found:
             decodes_beside_an_encoder = stack.causal and not stack.latter_half
             mask_name = "decoder_attention_mask" if decodes_beside_an_encoder else "attention_mask"
-            self.notes[key] = Documents(self._door(), mask_name)
-            hook = self.model.get_submodule(path).register_forward_pre_hook(self.notes[key].before, with_kwargs=True)
+            self.found[key] = Documents(self._padding_of_batch(), mask_name)
+            hook = self.model.get_submodule(path).register_forward_pre_hook(self.found[key].before, with_kwargs=True)
             self.handles.append((path, hook))
-        return self.notes[key]
+        return self.found[key]
 
-    def _door(self) -> Padding:
+    def _padding_of_batch(self) -> Padding:
         if self.padding is None:
             self.padding = Padding()
             path, transformer = find_transformer(self.model)
             self.handles.append((path, transformer.register_forward_pre_hook(self.padding.before, with_kwargs=True)))
         return self.padding
 
-    def _teller(self, layer: Layer) -> str:
+    def _mask_taker(self, layer: Layer) -> str:
         if layer.attentions:
             return layer.attentions[0]
         inside = self.model.get_submodule(layer.path).named_modules()

@@ -143,7 +143,7 @@ class StreamSite:
     def draw(self, x: Tensor) -> Tensor:
         """A keep mask that broadcasts to x, counted."""
         drop, known = self.drops[0], self.documents
-        if known is not None and not known.is_told:
+        if known is not None and not known.is_known:
             raise UserError(
                 f"'{drop}' needs to know where documents begin, which this layer learns in its attention, and that "
                 "comes later; use the pattern element or column"

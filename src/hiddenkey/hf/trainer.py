@@ -167,9 +167,9 @@ class ConsistencyMixin:
         """
         module: str = getattr(super().compute_loss, "__module__", "")  # type: ignore[misc]
         users = self.compute_loss_func is not None or module.partition(".")[0] not in ("transformers", "trl")
-        told = getattr(self, "loss_is_scaled_for_ga", None)
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
         whole = getattr(self, "current_gradient_accumulation_steps", 1) == self.args.world_size == 1
-        if not users or told is not None or whole:
+        if not users or declared is not None or whole:
             return True
         if self._divides_own_loss is None:
             self._divides_own_loss = divides_by(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, StepState, find_attachment, set_step_state
-from ..model_dropouts import adapter_dropouts, give_back, own_dropouts, silence
+from ..model_dropouts import adapter_dropouts, own_dropouts, restore_rates, zero_rates
 from ..preserve import Modes, RandomState
 from ..structure import find_transformer
 
@@ -99,11 +99,11 @@ def fresh_counts(attachment: Attachment) -> Iterator[None]:
 def only_our_drops(model: nn.Module) -> Iterator[None]:
     """Every other dropout off: the model's own, where one is on, and the adapter's."""
     others = (*own_dropouts(model), *adapter_dropouts(model))
-    silenced = silence(model, others)
+    zeroed = zero_rates(model, others)
     try:
         yield
     finally:
-        give_back(silenced)
+        restore_rates(zeroed)
 
 
 @contextmanager
