@@ -172,6 +172,12 @@ def documents(
                 f"a span needs to know where documents begin, and {type(module).__name__} is given {length} tokens "
                 f"and a mask of {full.shape[-2]}, as of words and entities; use the pattern element or column"
             )
+        # Texts of two and three tokens packed into one row: token 3 does not see token 2, so that the mask
+        #   1 . . . .
+        #   1 1 . . .
+        #   . . 1 . .     gives the segments 1 1 2 2 2, and with its last token padding, which nobody sees, 1 1 2 2 0:
+        #   . . 1 1 .     no span runs over the border or into the padding.
+        #   . . 1 1 1
         # Keys of a prefix come before those of the sequence.
         return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]
     return (batch, length), None if full is None else full.long()

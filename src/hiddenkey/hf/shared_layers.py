@@ -39,6 +39,10 @@ class LowerLayers:
         self.attachment, self.constant = attachment, constant
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
+        # "hiddenkey@0.1" on a decoder of four layers drops in layers 2 and 3: layers 0 and 1 put out the same in both
+        # views, so the first view keeps the output of layer 1, and in the second both return it at once. A drop at
+        # the input of layer 2 changes what is after that, so its layers are shared all the same; a drop at the
+        # embeddings changes everything, and nothing is shared.
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
         draws = plan.adapter_dropouts or plan.restless or late

@@ -146,7 +146,13 @@ def _code_from(kind: Any, forward: Any) -> tuple[CodeType, ...]:
     """The code of a class's forward, of the functions beside it that it calls, and of those inside them.
 
     forward: what it is now; Axolotl puts one of its own into the class.
+
+    Nothing else tells where an attention takes its softmax from before a first batch: transformers itself searches
+    the source text for it, and a plan must not run the model.
     """
+    # GPTNeoSelfAttention.forward names `_attn`, a method of the class, whose code is read too and names `softmax`: so
+    # it has its own. LlamaAttention.forward names ALL_ATTENTION_FUNCTIONS: so it asks the interface. The functions of
+    # torch that they call belong to other files and are not followed.
     files = {forward.__module__, *(parent.__module__ for parent in kind.__mro__)}
     found: dict[CodeType, None] = {}
     waiting: list[object] = [forward]
@@ -241,6 +247,7 @@ def _forwards(kind: type) -> Iterator[FunctionType]:
 
 @cache
 def _shifts_by_hand(forward: FunctionType) -> bool:
+    """Whether it cuts labels or logits by one place, as in `labels[..., 1:]` or `lm_logits[:, :-1, :]`."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except OSError as error:  # as of what was typed into an interpreter
