@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from .document_bounds import DocumentBounds
 from .model_dropouts import zero_rates
 from .plan import plan
 from .sites import SWITCHES, AttentionSite, StreamSite, TokenSkip, can_skip, generate_without_drops
-from .source_reading import uses_interface
+from .source_reading import parameters, uses_interface
 from .structure import Site, find_transformer, require_model
 
 
@@ -86,7 +85,7 @@ def _put_on(attachment: Attachment) -> None:
 def _attach_attention(attachment: Attachment, path: str, sites: list[Site]) -> None:
     module = attachment.model.get_submodule(path)
     switches = [attachment.drop_switches[site.drop] for site in sites]
-    site = AttentionSite(switches, uses_interface(module), inspect.signature(module.forward).parameters)
+    site = AttentionSite(switches, uses_interface(module), parameters(module))
     attachment.sites.append((path, site))
     attachment.handles.append((path, module.register_forward_pre_hook(site.before, with_kwargs=True)))
     setattr(module, SITE, site)

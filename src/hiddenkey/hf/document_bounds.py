@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UserError
 from ..masks import documents_in, hiding, is_recomputing, read_mask
 from ..patterns import PATTERNS
+from .source_reading import parameters
 from .structure import Layer, Site, Stack, Structure, find_transformer
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
@@ -133,7 +133,9 @@ class DocumentBounds:
         if layer.attentions:
             return layer.attentions[0]
         inside = self.model.get_submodule(layer.path).named_modules()
-        takers = (name for name, module in inside if name and not _parameters(module).isdisjoint(MASK_ARGUMENTS))
+        takers = (
+            name for name, module in inside if name and any(name in parameters(module) for name in MASK_ARGUMENTS)
+        )
         return next((f"{layer.path}.{name}" for name in takers), layer.path)
 
     def _place(self, path: str, index: int) -> tuple[Stack, Layer]:
@@ -184,11 +186,7 @@ def documents(
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-
-
-def _parameters(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
+    return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
 
 
 def _between_restarts(positions: object, batch: int, length: int) -> Tensor | None:
