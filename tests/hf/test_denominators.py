@@ -17,7 +17,7 @@ from hiddenkey.hf.structure import find_transformer
 
 from .test_trainer import InOrder, Rows, model_of, one_epoch, one_window
 from .tiny import CLASSES, batch, make
-from .tools import assert_same_gradients
+from .tools import assert_same_gradients, lora
 
 
 def scaled_view(model: Any, *args: Any, **options: Any) -> Any:
@@ -172,6 +172,21 @@ def test_a_model_gives_its_share_whether_it_divides_by_the_number_or_not(
     share = hiddenkey.consistency_step(model, {"input_ids": ids, "labels": labels}, num_items=4 * count).task
     torch.testing.assert_close(share, mean / 4)
     assert step_state(attachment).divides is divides
+
+
+def test_trying_the_loss_draws_nothing_and_changes_no_draw():
+    found = []
+    for tried in (None, True):
+        torch.manual_seed(3)
+        model = lora(make("llama"), lora_dropout=0.5).train()
+        attachment = hiddenkey.attach(model, "hiddenkey-@0.3")
+        step_state(attachment).divides = tried
+        torch.manual_seed(7)
+        loss = hiddenkey.consistency_step(model, batch("llama"), num_items=torch.tensor(5)).total
+        counts = [tally.counts.tolist() for _, site in attachment.sites for tally in site.tallies]
+        found.append((float(loss.detach()), counts, float(torch.rand(()))))
+        assert step_state(attachment).divides
+    assert found[0] == found[1]
 
 
 def test_without_labels_num_items_is_refused():

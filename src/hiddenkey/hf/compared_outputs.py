@@ -17,7 +17,7 @@ from .attachment import Attachment, step_state
 from .capture import Capture
 from .outer_forward import is_own, named_outputs, outermost, takes, without_labels
 from .peft_layers import virtual_tokens
-from .preserve import inference
+from .preserve import evaluation, inference
 from .source_reading import parameters, shifts_labels
 from .structure import find_transformer
 
@@ -304,7 +304,7 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
     with (
         Capture(*last_layer(attachment), cut=True) as last,
         attachment.watch.aside(),
-        inference(model),
+        evaluation(model),
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):

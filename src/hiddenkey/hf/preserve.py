@@ -25,15 +25,21 @@ class Modes:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, every module's own mode restored afterwards."""
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, every module's own mode restored afterwards."""
     modes = Modes(model)
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         modes.restore()
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The same without gradient."""
+    with evaluation(model), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -173,7 +173,7 @@ class ConsistencyMixin:
             return True
         if self._divides_own_loss is None:
             self._divides_own_loss = divides_by(
-                model, lambda count: self._trainers_loss(model, copied(inputs), count), num_items
+                self.attachment, model, lambda count: self._trainers_loss(model, copied(inputs), count), num_items
             )
         return self._divides_own_loss is not False
 

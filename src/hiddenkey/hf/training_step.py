@@ -33,7 +33,7 @@ from .compared_outputs import (
 )
 from .distributed import check_wrapper, everywhere
 from .outer_forward import named_outputs, outermost, takes_the_rest
-from .preserve import RandomState, another_forward, inference
+from .preserve import RandomState, another_forward, evaluation
 from .shared_layers import LowerLayers
 from .source_reading import parameters
 from .structure import find_transformer
@@ -123,20 +123,24 @@ def _divides(model: nn.Module, batch: Batch, num_items: Tensor | int) -> bool:
 
     state = step_state(attachment)
     if state.divides is None:
-        with attachment.watch.aside(), inference(model), torch.compiler.set_stance("force_eager"):
-            state.divides = divides_by(model, loss, num_items)
+        state.divides = divides_by(attachment, model, loss, num_items)
     return bool(state.divides)
 
 
-def divides_by(model: nn.Module, loss: Callable[[Tensor | int], Tensor], num_items: Tensor | int) -> bool | None:
+def divides_by(
+    attachment: Attachment, model: nn.Module, loss: Callable[[Tensor | int], Tensor], num_items: Tensor | int
+) -> bool | None:
     """Whether a loss is divided by the number it is called with, by trying twice of it; None where a batch shows
     nothing, having no label. Asked of the loss, as neither its signature nor a name tells.
+
+    In training mode, as fused kernels put out whole logits in evaluation; but nothing of the recipe is drawn.
     """
     draws, losses = RandomState(model), []
-    for count in (num_items, 2 * num_items):
-        with torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")
+    with attachment.watch.aside(), evaluation(nn.ModuleList(attachment.switches)), torch.no_grad(), eager:
+        for count in (num_items, 2 * num_items):
             losses.append(float(loss(count)))
-        draws.restore()
+            draws.restore()
     if not everywhere(model, math.isfinite(losses[0]) and losses[0] != 0):
         return None
     return everywhere(model, abs(losses[1] / losses[0] - 1) > 0.25)
