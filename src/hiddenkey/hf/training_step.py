@@ -222,16 +222,16 @@ def _losses(
     )
     head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
-        chunked = _in_chunks(step, head)
+        chunked = _from_hidden_states(step, head)
         if chunked is not None:
             total, task, term, outputs = chunked
             return StepLoss(total * scale, task * scale, term * scale, outputs)
-    task, term, outputs = _whole(step)
+    task, term, outputs = _from_logits(step)
     task, term = task * own, term.to(task.device) * scale
     return StepLoss(task + recipe.weight * term, task, term, outputs)
 
 
-def _whole(step: Step) -> tuple[Tensor, Tensor, Any]:
+def _from_logits(step: Step) -> tuple[Tensor, Tensor, Any]:
     """(task, consistency, outputs) from the model's own loss and logits."""
     lower = LowerLayers(
         step.attachment,
@@ -303,7 +303,7 @@ class HiddenViews:
         return logits
 
 
-def _in_chunks(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
+def _from_hidden_states(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
     """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
     state, views = step_state(step.attachment), HiddenViews(step.attachment, step.model, step.batch, step.consistency)
     draws = RandomState(step.model) if state.dense is None else None
