@@ -8,7 +8,8 @@ import hiddenkey
 from hiddenkey import find_attachment
 from hiddenkey.hf import attention_backend as backend
 from hiddenkey.hf import attention_softmax as softmax
-from hiddenkey.hf.compared_outputs import LastLayer
+from hiddenkey.hf.capture import Capture
+from hiddenkey.hf.compared_outputs import last_layer
 
 from .tiny import DECODERS, ENCODERS, LENGTH, make
 from .tools import DOCUMENTS, PACKABLE, attached, inputs_for, logits_of, other_tokens, real_of
@@ -98,9 +99,9 @@ def states_of(model, family, inputs):
     """(B, T, …): of an encoder the states below its classifier, which takes one place alone."""
     if family not in ENCODERS:
         return seeded(model, inputs)
-    with LastLayer(find_attachment(model)) as last:
+    with Capture(*last_layer(find_attachment(model))) as last:
         seeded(model, inputs)
-    return last.output
+    return last.states
 
 
 def noisy(model, ids, where):

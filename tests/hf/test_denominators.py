@@ -11,13 +11,13 @@ import transformers
 from torch.nn import functional as F
 
 import hiddenkey
+from hiddenkey.hf.attachment import step_state
 from hiddenkey.hf.compared_outputs import second_view
-from hiddenkey.hf.source_reading import counts_items
 from hiddenkey.hf.structure import find_transformer
 
 from .test_trainer import InOrder, Rows, model_of, one_epoch, one_window
 from .tiny import CLASSES, batch, make
-from .tools import assert_same_gradients
+from .tools import assert_same_gradients, lora
 
 
 def scaled_view(model: Any, *args: Any, **options: Any) -> Any:
@@ -144,27 +144,54 @@ def test_a_loss_of_ones_own_and_the_consistency_have_one_denominator(
     assert_same_gradients(found, {name: value * times for name, value in wanted.items()}, rtol=1e-6, atol=1e-8)
 
 
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 @pytest.mark.parametrize(
-    ("name", "counts"),
+    ("name", "divides", "sizes"),
     [
-        ("LlamaForCausalLM", True),
-        ("GPT2LMHeadModel", True),
-        ("ModernBertForMaskedLM", True),
-        ("LlamaForSequenceClassification", False),
-        ("LlamaForTokenClassification", False),
-        ("BertForSequenceClassification", False),
-        ("T5ForConditionalGeneration", False),
+        ("LlamaForCausalLM", True, SIZE),
+        ("GPT2LMHeadModel", True, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("ModernBertForMaskedLM", True, SIZE | {"pad_token_id": 0}),
+        ("LlamaForSequenceClassification", False, SIZE | {"pad_token_id": 0}),
+        ("LlamaForTokenClassification", False, SIZE),
+        ("BertForSequenceClassification", False, SIZE),
+        ("T5ForConditionalGeneration", False, {"d_model": 32, "num_layers": 2, "decoder_start_token_id": 0}),
     ],
 )
-def test_which_models_divide_by_the_number_of_labels(name: str, counts: bool):
+def test_a_model_gives_its_share_whether_it_divides_by_the_number_or_not(
+    name: str, divides: bool, sizes: dict[str, int]
+):
     kind = getattr(transformers, name)
-    assert counts_items(kind.__new__(kind)) is counts
+    model = kind(kind.config_class(**sizes, vocab_size=64)).train()
+    ids = torch.randint(5, 64, (3, 7))
+    labels = torch.tensor([0, 1, 1]) if name.endswith("SequenceClassification") else ids % 2
+    count = labels[:, 1:].numel() if name.endswith(("CausalLM", "LMHeadModel")) else labels.numel()
+    attachment = hiddenkey.attach(model, "hiddenkey-@0")
+    mean = hiddenkey.consistency_step(model, {"input_ids": ids, "labels": labels}).task
+    share = hiddenkey.consistency_step(model, {"input_ids": ids, "labels": labels}, num_items=4 * count).task
+    torch.testing.assert_close(share, mean / 4)
+    assert step_state(attachment).divides is divides
+
+
+def test_trying_the_loss_draws_nothing_and_changes_no_draw():
+    found = []
+    for tried in (None, True):
+        torch.manual_seed(3)
+        model = lora(make("llama"), lora_dropout=0.5).train()
+        attachment = hiddenkey.attach(model, "hiddenkey-@0.3")
+        step_state(attachment).divides = tried
+        torch.manual_seed(7)
+        loss = hiddenkey.consistency_step(model, batch("llama"), num_items=torch.tensor(5)).total
+        counts = [tally.counts.tolist() for _, site in attachment.sites for tally in site.tallies]
+        found.append((float(loss.detach()), counts, float(torch.rand(()))))
+        assert step_state(attachment).divides
+    assert found[0] == found[1]
 
 
 def test_without_labels_num_items_is_refused():
     """Spans of answers are no labels that could be counted."""
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(**size, vocab_size=64)
+    config = transformers.BertConfig(**SIZE, vocab_size=64)
     model = transformers.BertForQuestionAnswering(config).train()
     answers = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
     inputs = {"input_ids": torch.randint(5, 64, (2, 6)), **answers}

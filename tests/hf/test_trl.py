@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import hiddenkey
+from hiddenkey.consistency import CONSISTENCIES
 from hiddenkey.hf.attachment import step_state
-from hiddenkey.hf.training_step import ComparedTokens
+from hiddenkey.hf.capture import Capture
+from hiddenkey.hf.compared_outputs import ComparedTokens
+from hiddenkey.hf.training_step import HiddenViews
 
 from .test_step import CLEAN, divergence
 from .test_trainer import InOrder
@@ -370,19 +373,24 @@ def test_a_consistency_of_predictions(tmp_path):
 
 def test_the_pass_that_learns_is_kept_whatever_comes_first():
     """A reference or a metric may be computed before the policy's pass as well as after it."""
-    from hiddenkey.hf.training_step import Pass
-
     model = make("llama")
-    ids, kept = torch.randint(3, 60, (2, 5)), Pass(model)
-    with kept.record():
+    ids = torch.randint(3, 60, (2, 5))
+    with Capture(model.get_decoder(), until_gradient=True) as kept:
         with torch.no_grad():
             model(input_ids=ids + 1)
         wanted = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
         model(input_ids=ids + 2)
     assert torch.equal(kept.states, wanted)
     assert kept.states.requires_grad
-    assert torch.equal(kept.logits(model, {"input_ids": ids}), model(input_ids=ids).logits)
-    assert "forward" not in vars(kept.decoder)
+
+
+def test_logits_from_what_the_decoder_put_out():
+    model, inputs = make("llama"), {"input_ids": torch.randint(3, 60, (2, 5))}
+    views = HiddenViews(hiddenkey.attach(model, f"{DROPS} ~ kl"), model, inputs, CONSISTENCIES["kl"])
+    model.eval()
+    output, wanted = views.first(lambda: model(**inputs).logits)
+    assert torch.equal(views.logits(output), wanted)
+    assert "forward" not in vars(views.decoder)
 
 
 ONLINE = {"GRPO": (trl.GRPOTrainer, trl.GRPOConfig), "RLOO": (trl.RLOOTrainer, trl.RLOOConfig)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -10,15 +9,15 @@ from torch import nn
 
 from ..errors import AttachError
 from ..recipe import Recipe
-from .attachment import ATTACHED, MARK, Attachment, attached_to, remove_strays, saved_copies
+from .attachment import ATTACHED, MARK, Attachment, attached_to, remove_unattached, saved_copies
 from .attention_backend import SITE, our_name, read_eager, wrapped_name
 from .attention_softmax import OwnSoftmax
 from .checks import Watch
-from .document_bounds import Notes
-from .model_dropouts import silence
+from .document_bounds import DocumentBounds
+from .model_dropouts import zero_rates
 from .plan import plan
 from .sites import SWITCHES, AttentionSite, StackEntry, StreamSite, TokenSkip, can_skip, generate_without_drops
-from .source_reading import uses_interface
+from .source_reading import parameters, uses_interface
 from .structure import Site, find_transformer, require_model
 
 
@@ -39,7 +38,7 @@ def attach(model: nn.Module, recipe: str | Recipe) -> Attachment:
             f"the recipe '{earlier.recipe}' is attached to this model already; call .detach() on its handle "
             "(hiddenkey.find_attachment(model)) before attaching another"
         )
-    remove_strays(model, ATTACHED)
+    remove_unattached(model, ATTACHED)
     attachment = Attachment(model, plan(model, recipe))
     try:
         _put_on(attachment)
@@ -60,13 +59,13 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def _put_on(attachment: Attachment) -> None:
     model, plan = attachment.model, attachment.plan
     live = [site for site in plan.sites if site.drop.p > 0]
-    notes = Notes(model, plan.structure, attachment.handles)
+    bounds = DocumentBounds(model, plan.structure, attachment.handles)
     for site in live:
         if site.side != "attention":
-            _attach_stream(attachment, site, notes)
+            _attach_stream(attachment, site, bounds)
     for path in dict.fromkeys(site.path for site in live if site.side == "attention"):
         _attach_attention(attachment, path, [site for site in live if site.path == path and site.side == "attention"])
-    attachment.silenced = silence(model, plan.own_dropouts)
+    attachment.zeroed = zero_rates(model, plan.own_dropouts)
     attachment.copies = [copy for _, copy in saved_copies(model)]
     inner, transformer = find_transformer(model)
     if live:
@@ -96,7 +95,7 @@ def _attach_entries(attachment: Attachment) -> None:
 def _attach_attention(attachment: Attachment, path: str, sites: list[Site]) -> None:
     module = attachment.model.get_submodule(path)
     switches = [attachment.drop_switches[site.drop] for site in sites]
-    site = AttentionSite(switches, uses_interface(module), inspect.signature(module.forward).parameters)
+    site = AttentionSite(switches, uses_interface(module), parameters(module))
     attachment.sites.append((path, site))
     attachment.handles.append((path, module.register_forward_pre_hook(site.before, with_kwargs=True)))
     setattr(module, SITE, site)
@@ -120,9 +119,9 @@ def _rename_backend(attachment: Attachment, config: Any) -> None:
     config._attn_implementation_internal = our_name(attachment.model, name)
 
 
-def _attach_stream(attachment: Attachment, planned: Site, notes: Notes) -> None:
+def _attach_stream(attachment: Attachment, planned: Site, bounds: DocumentBounds) -> None:
     module = attachment.model.get_submodule(planned.path)
-    documents, switch = notes.of(planned), attachment.drop_switches[planned.drop]
+    documents, switch = bounds.of(planned), attachment.drop_switches[planned.drop]
     skips = planned.side == "output" and can_skip(module, planned.drop)
     site = (TokenSkip if skips else StreamSite)(switch, documents)
     attachment.sites.append((planned.path, site))

@@ -1,7 +1,7 @@
 """What is attached to a model: the plan, its sites, hooks and switches, and how all of it comes off again.
 
 PEFT copies modules (`modules_to_save`), and a copy carries our hooks and sites, which no handle takes off, and own
-dropouts at 0, which nobody gives back. Such strays are removed here too.
+dropouts at 0, which nobody gives back. Both are taken off here too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..recipe import Drop, Recipe
 from .attention_backend import SITE, restore_backend
 from .attention_softmax import OwnSoftmax
 from .document_bounds import Documents
-from .model_dropouts import Silenced, give_back
+from .model_dropouts import ZeroedRates, restore_rates
 from .plan import Plan
 from .sites import SWITCHES, AttentionSite, DropSwitch, StackEntry, StreamSite, generate_without_drops
 from .structure import find_transformer, require_model
@@ -86,7 +86,7 @@ class Attachment:
         self.entries: dict[str, StackEntry] = {}
         self.renamed: list[Any] = []
         self.softmaxes: list[OwnSoftmax] = []
-        self.silenced: Silenced = ()
+        self.zeroed: ZeroedRates = ()
         self.copies: list[nn.Module] = []
         live = dict.fromkeys(site.drop for site in plan.sites if site.drop.p > 0)
         self.drop_switches = {drop: DropSwitch(drop) for drop in live}
@@ -144,7 +144,7 @@ class Attachment:
         self.end_softmaxes()
         for _, handle in self.handles:
             handle.remove()
-        remove_strays(self.model, ATTACHED)
+        remove_unattached(self.model, ATTACHED)
         transformer = find_transformer(self.model)[1]
         transformer._modules.pop(SWITCHES, None)
         generate = vars(transformer).get("generate")
@@ -156,7 +156,7 @@ class Attachment:
             if not any(config is other for attachment in ATTACHED for other in attachment.renamed):
                 restore_backend(config)
         later = [pair for pair in saved_copies(self.model) if pair[1] not in self.copies]
-        give_back([*self.silenced, *silenced_in(later, self.silenced)])
+        restore_rates([*self.zeroed, *zeroed_in(later, self.zeroed)])
 
     def end_softmaxes(self) -> None:
         """Leave every softmax of a forward that was interrupted; none is at work before a forward of the model."""
@@ -212,12 +212,14 @@ class StepState:
 
     dense: whether a language model's loss cannot be computed from its last hidden states. shares_lower: whether the
     layers below the drops are the same in both views. pooling_seen: whether a regression was seen to predict from the
-    token that its consistency compares. None: not looked at yet.
+    token that its consistency compares. divides: whether the loss is divided by the number of items that it is given.
+    None: not looked at yet.
     """
 
     dense: bool | None = None
     shares_lower: bool | None = None
     pooling_seen: bool = False
+    divides: bool | None = None
 
 
 _STATES: weakref.WeakKeyDictionary[Attachment, StepState] = weakref.WeakKeyDictionary()
@@ -235,7 +237,7 @@ def set_step_state(attachment: Attachment, state: StepState) -> StepState:
     return before
 
 
-def remove_strays(model: nn.Module, attachments: Collection[Attachment]) -> None:
+def remove_unattached(model: nn.Module, attachments: Collection[Attachment]) -> None:
     """Take off the model what is ours and of none of the attachments: hooks, sites and names of backends."""
     configs = {id(config) for attachment in attachments for config in attachment.renamed}
     ours: list[nn.Module] = []
@@ -277,20 +279,20 @@ def saved_copies(model: nn.Module) -> list[Copy]:
     return [(wrapper.original_module, copy) for wrapper in wrappers for copy in wrapper.modules_to_save.values()]
 
 
-def silenced_in(copies: Sequence[Copy], silenced: Silenced) -> Silenced:
+def zeroed_in(copies: Sequence[Copy], zeroed: ZeroedRates) -> ZeroedRates:
     """The same rates in copies of the modules."""
     found = []
     for original, copy in copies:
         paths = {module: path for path, module in original.named_modules()}
-        pairs = [(module_at(copy, paths[module]), own) for module, own in silenced if module in paths]
+        pairs = [(module_at(copy, paths[module]), own) for module, own in zeroed if module in paths]
         found += [(module, own) for module, own in pairs if module is not None]
     return found
 
 
 def _remove_hooks(module: nn.Module, known: set[Hook]) -> None:
     notes = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs)
-    strays = {hook for hook in hooks_in(module, OURS) if hook not in known}
+    unknown = {hook for hook in hooks_in(module, OURS) if hook not in known}
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for number in [number for number in hooks if (id(hooks), number) in strays]:
+        for number in [number for number in hooks if (id(hooks), number) in unknown]:
             for numbers in (hooks, *notes, module._forward_hooks_always_called):
                 numbers.pop(number, None)

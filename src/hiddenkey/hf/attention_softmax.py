@@ -70,6 +70,8 @@ class DropAtSoftmax(TorchFunctionMode):
 
     def _softmax(self, logits: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Draws per leading index, which is an example and a head, or a window of it."""
+        # Padding behind two tokens may come as logits (0.3, 1.2, 1.2 - 10,000) or (0.3, 1.2, -inf): the last is below
+        # 1.2 - 5,000 either way and counts as hidden, a far key under ALiBi (1.2 - 3,000) does not.
         shape = logits.shape
         folded = logits.reshape(shape[0], math.prod(shape[1:-2]), *shape[-2:])
         # Before the cast: the lowest float16, which hides a key, is an ordinary number in float32.
@@ -79,7 +81,8 @@ class DropAtSoftmax(TorchFunctionMode):
 
     def _weights(self, logits: Tensor, visible: Tensor) -> Tensor:
         batch, heads, queries, columns = logits.shape
-        # Columns past the keys are attention sinks; they are no keys and stay.
+        # Columns past the keys are attention sinks, which are no keys and stay: of logits (k1, k2, k3, sink), keys=3,
+        # a draw that keeps (1, 0, 1) becomes (1, 0, 1, 1).
         keys = columns if self.keys is None else self.keys
         kv_heads = self.kv_heads if self.kv_heads and heads % self.kv_heads == 0 else heads
         shape = (batch, kv_heads, queries, keys)

@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..recipe import Drop, Recipe
 from .attachment import Attachment, PassWatch, module_at
 from .attention_backend import PREFIX, SITE
-from .preserve import Modes, give_back_modes, to_evaluation
+from .preserve import Modes
 from .sites import AttentionSite, DropSwitch
 
 
@@ -253,16 +253,17 @@ class Watch(PassWatch):
 
     @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
     def _begin_reference(self, module: nn.Module) -> None:
-        self._modes[id(module)] = to_evaluation(module)
+        self._modes[id(module)] = Modes(module)
+        module.eval()
 
     @torch.compiler.disable(reason="a pass of a reference goes into evaluation mode")
     def _end_reference(self, module: nn.Module, lost: bool = False) -> None:
         """lost: without its hooks. Then a pass that learns gets the modes back; before another there may have been a
         `model.eval()`, which stays.
         """
-        modes = self._modes.pop(id(module), [])
-        if not lost or torch.is_grad_enabled():
-            give_back_modes(modes)
+        modes = self._modes.pop(id(module), None)
+        if modes is not None and (not lost or torch.is_grad_enabled()):
+            modes.restore()
 
     @torch.compiler.disable(reason="a backward pass from here would not teach what the recipe of hiddenkey says")
     def _tell(self, output: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from ..consistency import Consistency, consistency_loss
 from ..errors import UserError
 from .attachment import Attachment, step_state
+from .capture import Capture
 from .outer_forward import arguments, is_own, named_outputs, outermost, without_labels
 from .peft_layers import virtual_tokens
-from .preserve import evaluation
+from .preserve import evaluation, inference
 from .source_reading import parameters, shifts_labels
 from .structure import find_transformer
 
@@ -33,31 +34,46 @@ class Compared:
     labels_per_row: int = 1
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient, every module's own mode given back afterwards."""
-    with evaluation(model), torch.no_grad():
-        yield
+@dataclass(frozen=True)
+class ComparedTokens:
+    """Which tokens are compared: labels (B, T), -100 where not. by_sequence: the mean over sequences of the mean over
+    the tokens of each; else the sum over tokens by the denominator of the task loss.
+    """
+
+    labels: Tensor
+    by_sequence: bool
+
+    def groups(self, num_items: Tensor | int | None) -> list[tuple[Tensor, Tensor | int]]:
+        """Tokens that predict a label, bool (B, T - 1), with the denominator of their sum."""
+        valid = self.labels[:, 1:] != IGNORED
+        if not self.by_sequence:
+            return [(valid, valid.sum().clamp(min=1) if num_items is None else num_items)]
+        rows = torch.eye(len(valid), dtype=torch.bool, device=valid.device)[:, :, None]
+        return [(valid & row, (valid & row).sum().clamp(min=1) * len(valid)) for row in rows]
 
 
-class LastLayer:
-    """While active, keeps what the last layer puts out: (B, T, D), or None without any stack."""
+def compared_in(batch: Batch, trainer: str) -> ComparedTokens:
+    """What is compared in a trainer's batch: the tokens with labels, or those of DPO's completions.
 
-    def __init__(self, attachment: Attachment) -> None:
-        stack = attachment.plan.structure.last
-        self.layers = [attachment.model.get_submodule(stack.layers[-1].path)] if stack else []
-        self.output: Tensor | None = None
+    Raises UserError where neither is there.
+    """
+    if batch.get("labels") is not None:
+        return ComparedTokens(batch["labels"], by_sequence=False)
+    if "completion_mask" in batch and "input_ids" in batch:
+        return ComparedTokens(
+            batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED), by_sequence=True
+        )
+    raise UserError(
+        f"a consistency compares tokens that have labels, or DPO's completions in 'input_ids'; a batch of {trainer} "
+        f"({', '.join(batch)}) has neither, as where a trainer generates its own completions; attach the recipe "
+        "without its consistency"
+    )
 
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.output = output[0] if isinstance(output, tuple) else output
 
-    def __enter__(self) -> LastLayer:
-        self._handles = [layer.register_forward_hook(self._keep) for layer in self.layers]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+def last_layer(attachment: Attachment) -> list[nn.Module]:
+    """The layer whose output the predictions are made from; none in a model without any stack."""
+    stack = attachment.plan.structure.last
+    return [attachment.model.get_submodule(stack.layers[-1].path)] if stack else []
 
 
 def second_view(model: nn.Module, batch: Batch, consistency: Consistency, **options: Any) -> Any:
@@ -194,6 +210,17 @@ def tie(consistency: Consistency, first: Compared, second: Compared, num_items: 
     return total * first.labels_per_row / num_items
 
 
+def token_consistency(
+    first: Tensor, second: Tensor, tokens: ComparedTokens, num_items: Tensor | int | None, consistency: Consistency
+) -> Tensor:
+    """The consistency of two views' logits (B, T, V) at the tokens that are compared."""
+    first, second, term = first[:, :-1], second[:, :-1], first.new_zeros(())
+    for valid, count in tokens.groups(num_items):
+        rows, divisor = valid.to(first.device), count.to(first.device) if isinstance(count, Tensor) else count
+        term = term + consistency_loss(consistency.name, first, second, valid=rows, reduction="sum") / divisor
+    return term
+
+
 def _needs_decoder_inputs(transformer: Any, inputs: Batch, labels: Tensor | None) -> bool:
     """Whether the decoder reads the labels, which are tokens, and the second view goes without them."""
     if labels is None or labels.dim() != 2 or labels.is_floating_point() or not transformer.config.is_encoder_decoder:
@@ -273,25 +300,14 @@ def _tokens_read(batch: Mapping[str, Any], attachment: Attachment) -> tuple[Tens
 
     Without the compiler: in one of its graphs the one has no gradient at the other.
     """
-    model, seen = attachment.model, []
-
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        state = output[0] if isinstance(output, tuple) else output
-        seen.append(state.detach().requires_grad_())
-        return (seen[-1], *output[1:]) if isinstance(output, tuple) else seen[-1]
-
-    stack = attachment.plan.structure.last
-    assert stack is not None  # whose last layer's output was kept
-    handle = model.get_submodule(stack.layers[-1].path).register_forward_hook(cut)
-    try:
-        with (
-            attachment.watch.aside(),
-            evaluation(model),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            predictions = named_outputs(model(**without_labels(model, batch)))["logits"]
-    finally:
-        handle.remove()
-    (gradient,) = torch.autograd.grad(predictions.sum(), seen[-1], materialize_grads=True)
-    return seen[-1], gradient.ne(0).any(-1)
+    model = attachment.model
+    with (
+        Capture(*last_layer(attachment), cut=True) as last,
+        attachment.watch.aside(),
+        evaluation(model),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        predictions = named_outputs(model(**without_labels(model, batch)))["logits"]
+    (gradient,) = torch.autograd.grad(predictions.sum(), last.states, materialize_grads=True)
+    return last.states, gradient.ne(0).any(-1)

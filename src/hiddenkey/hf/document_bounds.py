@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UserError
 from ..masks import documents_in, hiding, is_recomputing, read_mask
 from ..patterns import PATTERNS
+from .source_reading import parameters
 from .structure import Layer, Site, Stack, Structure, find_transformer
 
 MASK_ARGUMENTS = ("attention_mask", "mask", "attn_mask")
@@ -58,13 +58,13 @@ class Documents:
         self.padding, self.mask_name = padding, mask_name
         self.shape: tuple[int, int] | None = None
         self.segments: Tensor | None = None
-        self.is_told = self._knows_padding = False
+        self.is_known = self._knows_padding = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook with keywords."""
         if module.training:
             self.shape, self.segments = documents(module, args, kwargs)
-            self.is_told = True
+            self.is_known = True
             if self.shape is not None and not self._knows_padding:
                 self._check(module, self.shape)
 
@@ -90,12 +90,12 @@ class Documents:
         return x.shape[1] > self.shape[1] and self.segments is None
 
 
-class Notes:
-    """The notes of every layer in which spans are drawn."""
+class DocumentBounds:
+    """The documents of every layer in which spans are drawn."""
 
     def __init__(self, model: nn.Module, structure: Structure, handles: list[tuple[str, RemovableHandle]]) -> None:
         self.model, self.structure, self.handles = model, structure, handles
-        self.notes: dict[str, Documents] = {}
+        self.found: dict[str, Documents] = {}
         self.padding: Padding | None = None
 
     def of(self, site: Site) -> Documents | None:
@@ -111,29 +111,31 @@ class Notes:
             if site.layer is None and site.side == "input" and site.path == stack.layers[0].path:
                 return self._at(site.path, site.path, stack)
         stack, layer = (last, last.layers[-1]) if site.layer is None else self._place(*site.layer)
-        return self._at(layer.path + " inside", self._teller(layer), stack)
+        return self._at(layer.path + " inside", self._mask_taker(layer), stack)
 
     def _at(self, key: str, path: str, stack: Stack) -> Documents:
-        if key not in self.notes:
+        if key not in self.found:
             decodes_beside_an_encoder = stack.causal and not stack.latter_half
             mask_name = "decoder_attention_mask" if decodes_beside_an_encoder else "attention_mask"
-            self.notes[key] = Documents(self._door(), mask_name)
-            hook = self.model.get_submodule(path).register_forward_pre_hook(self.notes[key].before, with_kwargs=True)
+            self.found[key] = Documents(self._padding_of_batch(), mask_name)
+            hook = self.model.get_submodule(path).register_forward_pre_hook(self.found[key].before, with_kwargs=True)
             self.handles.append((path, hook))
-        return self.notes[key]
+        return self.found[key]
 
-    def _door(self) -> Padding:
+    def _padding_of_batch(self) -> Padding:
         if self.padding is None:
             self.padding = Padding()
             path, transformer = find_transformer(self.model)
             self.handles.append((path, transformer.register_forward_pre_hook(self.padding.before, with_kwargs=True)))
         return self.padding
 
-    def _teller(self, layer: Layer) -> str:
+    def _mask_taker(self, layer: Layer) -> str:
         if layer.attentions:
             return layer.attentions[0]
         inside = self.model.get_submodule(layer.path).named_modules()
-        takers = (name for name, module in inside if name and not _parameters(module).isdisjoint(MASK_ARGUMENTS))
+        takers = (
+            name for name, module in inside if name and any(name in parameters(module) for name in MASK_ARGUMENTS)
+        )
         return next((f"{layer.path}.{name}" for name in takers), layer.path)
 
     def _place(self, path: str, index: int) -> tuple[Stack, Layer]:
@@ -172,17 +174,19 @@ def documents(
                 f"a span needs to know where documents begin, and {type(module).__name__} is given {length} tokens "
                 f"and a mask of {full.shape[-2]}, as of words and entities; use the pattern element or column"
             )
+        # Texts of two and three tokens packed into one row: token 3 does not see token 2, so that the mask
+        #   1 . . . .
+        #   1 1 . . .
+        #   . . 1 . .     gives the segments 1 1 2 2 2, and with its last token padding, which nobody sees, 1 1 2 2 0:
+        #   . . 1 1 .     no span runs over the border or into the padding.
+        #   . . 1 1 1
         # Keys of a prefix come before those of the sequence.
         return (batch, length), documents_in(full, (batch, 1, length, full.shape[-1]))[:, -length:]
     return (batch, length), None if full is None else full.long()
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-
-
-def _parameters(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
+    return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
 
 
 def _between_restarts(positions: object, batch: int, length: int) -> Tensor | None:

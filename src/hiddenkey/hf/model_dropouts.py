@@ -33,7 +33,7 @@ class OwnDropout:
     p: float
 
 
-Silenced = Sequence[tuple[nn.Module, OwnDropout]]
+ZeroedRates = Sequence[tuple[nn.Module, OwnDropout]]
 
 
 def own_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
@@ -50,17 +50,17 @@ def adapter_dropouts(model: nn.Module) -> Iterator[OwnDropout]:
             yield from (OwnDropout(path, name, p) for name, p in (*_rates(module), *_rates_by_adapter(module)))
 
 
-def silence(model: nn.Module, dropouts: Sequence[OwnDropout]) -> Silenced:
-    """Set the rates to 0; returns what `give_back` takes."""
-    silenced = [(model.get_submodule(own.path), own) for own in dropouts]
-    for module, own in silenced:
+def zero_rates(model: nn.Module, dropouts: Sequence[OwnDropout]) -> ZeroedRates:
+    """Set the rates to 0; returns what `restore_rates` takes."""
+    zeroed = [(model.get_submodule(own.path), own) for own in dropouts]
+    for module, own in zeroed:
         _set_rate(module, own.name, 0.0)
-    return silenced
+    return zeroed
 
 
-def give_back(silenced: Silenced) -> None:
+def restore_rates(zeroed: ZeroedRates) -> None:
     """Set the rates to what they were, wherever the modules are by now."""
-    for module, own in silenced:
+    for module, own in zeroed:
         _set_rate(module, own.name, own.p)
 
 
@@ -85,7 +85,7 @@ def _set_rate(module: Any, name: str, p: float) -> None:
         else:
             setattr(module, attribute, p)
         return
-    view = QuietConfig.of(module.config)
+    view = ConfigView.of(module.config)
     view.set_rate(name.removeprefix(CONFIG), p)
     module.config = view if view.differs else view.original
 
@@ -114,14 +114,14 @@ def _rates_by_adapter(module: nn.Module) -> Iterator[tuple[str, float]]:
             yield from ((f"{name}.{adapter}", p) for adapter, p in value.items() if isinstance(p, float) and p > 0)
 
 
-class QuietConfig:
+class ConfigView:
     """Reads and writes through to `original`, but for the rates that were set here."""
 
     def __init__(self, original: Any) -> None:
         vars(self)["original"] = original
 
     @classmethod
-    def of(cls, config: Any) -> QuietConfig:
+    def of(cls, config: Any) -> ConfigView:
         """A view as it is, a view of anything else."""
         return config if isinstance(config, cls) else cls(config)
 

@@ -1,4 +1,4 @@
-"""Evaluation mode, or another forward, for a while; what every module had is given back afterwards."""
+"""What is changed for a while and restored: modes of modules, their forwards, states of random generators."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import numpy
 import torch
 from torch import nn
 
-Modes = list[tuple[nn.Module, bool]]
 
+class Modes:
+    """Which modules of a model are in training mode now."""
 
-def to_evaluation(model: nn.Module) -> Modes:
-    """Put the model into evaluation mode; returns the mode of each module as it was."""
-    modes = modes_of(model)
-    model.eval()
-    return modes
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
 
-
-def modes_of(model: nn.Module) -> Modes:
-    """The mode of each module."""
-    return [(module, module.training) for module in model.modules()]
-
-
-def give_back_modes(modes: Modes) -> None:
-    """Give each module the mode it had."""
-    for module, training in modes:
-        module.training = training
+    def restore(self) -> None:
+        """Each module's own mode again."""
+        for module, training in self.modes:
+            module.training = training
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode while active."""
-    modes = to_evaluation(model)
+    """Evaluation mode, every module's own mode restored afterwards."""
+    modes = Modes(model)
+    model.eval()
     try:
         yield
     finally:
-        give_back_modes(modes)
+        modes.restore()
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """The same without gradient."""
+    with evaluation(model), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .attachment import Attachment, step_state
+from .capture import Capture, detached
 from .compared_outputs import Batch
 from .distributed import everywhere, has_reentrant_checkpoints
 from .peft_layers import adapters
@@ -38,6 +39,10 @@ class LowerLayers:
         self.attachment, self.constant = attachment, constant
         plan, stacks = attachment.plan, attachment.plan.structure.stacks
         live = [site for site in plan.sites if site.drop.p > 0]
+        # "hiddenkey@0.1" on a decoder of four layers drops in layers 2 and 3: layers 0 and 1 put out the same in both
+        # views, so the first view keeps the output of layer 1, and in the second both return it at once. A drop at
+        # the input of layer 2 changes what is after that, so its layers are shared all the same; a drop at the
+        # embeddings changes everything, and nothing is shared.
         shared = 0
         late = plan.adapters != tuple(adapters(attachment.model))
         draws = plan.adapter_dropouts or plan.restless or late
@@ -48,19 +53,12 @@ class LowerLayers:
         looked_into = looked_into or any(map(reads_lower_keys, layers)) or _collects(attachment, batch or {})
         hidden = not constant and has_reentrant_checkpoints(attachment.model)
         self.layers = [] if noise or looked_into or hidden else layers[:shared]
-        self.output: Any = None
+        self._kept = Capture()
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Around the first view."""
-        if not self.layers:
-            yield
-            return
-        handle = self.layers[-1].register_forward_hook(self._keep)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def capture(self, *modules: nn.Module, until_gradient: bool = False) -> Capture:
+        """Around the first view: keeps what the last layer below puts out, and after it what `modules` do."""
+        self._kept = Capture(*self.layers[-1:], *modules, until_gradient=until_gradient)
+        return self._kept
 
     def second(self, model: nn.Module, view: Callable[[], View], seen: Callable[[View], Tensor]) -> View:
         """`view()`, which computes the second view, without the layers below where that is the same.
@@ -68,7 +66,7 @@ class LowerLayers:
         seen: what the consistency is computed from.
         """
         state = step_state(self.attachment)
-        if self.output is None or state.shares_lower is False:
+        if not self.layers or self._kept.outputs[0] is None or state.shares_lower is False:
             return view()
         if state.shares_lower is None:
             return self._prove(model, view, seen)
@@ -88,11 +86,9 @@ class LowerLayers:
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
-        with another_forward(self.layers, lambda *args, **kwargs: self.output):
+        output = detached(self._kept.outputs[0]) if self.constant else self._kept.outputs[0]
+        with another_forward(self.layers, lambda *args, **kwargs: output):
             yield
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.output = detached(output) if self.constant else output
 
 
 def _collects(attachment: Attachment, batch: Batch) -> bool:
@@ -103,13 +99,6 @@ def _collects(attachment: Attachment, batch: Batch) -> bool:
         value if value is not None else any(getattr(part, name, False) for part in (config, config.get_text_config()))
         for name, value in asked.items()
     )
-
-
-def detached(output: Any) -> Any:
-    """A layer's output, held constant."""
-    if isinstance(output, tuple):
-        return tuple(detached(part) for part in output)
-    return output.detach() if isinstance(output, Tensor) else output
 
 
 def _is_below(site: Site, heads: Sequence[str]) -> bool:

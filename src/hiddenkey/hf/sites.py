@@ -17,6 +17,7 @@ from ..patterns import PATTERNS
 from ..recipe import Drop
 from .document_bounds import MASK_ARGUMENTS, Documents
 from .peft_layers import works_by_token
+from .preserve import evaluation
 from .structure import is_linear
 
 SWITCHES = "hiddenkey_drops"
@@ -53,13 +54,8 @@ def generate_without_drops(model: Any, generate: Callable[..., Any] | None, *arg
 
     generate: one that was set on the model by hand; None: that of its class.
     """
-    switches = getattr(model, SWITCHES)
-    training = switches.training
-    switches.eval()
-    try:
+    with evaluation(getattr(model, SWITCHES)):
         return type(model).generate(model, *args, **kwargs) if generate is None else generate(*args, **kwargs)
-    finally:
-        switches.train(training)
 
 
 class StackEntry:
@@ -159,7 +155,7 @@ class StreamSite:
     def draw(self, x: Tensor) -> Tensor:
         """A keep mask that broadcasts to x, counted."""
         drop, known = self.drops[0], self.documents
-        if known is not None and not known.is_told:
+        if known is not None and not known.is_known:
             raise UserError(
                 f"'{drop}' needs to know where documents begin, which this layer learns in its attention, and that "
                 "comes later; use the pattern element or column"

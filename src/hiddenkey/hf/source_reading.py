@@ -13,16 +13,9 @@ from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import (
-    LOSS_MAPPING,
-    ForCausalLMLoss,
-    ForMaskedLMLoss,
-    ForQuestionAnsweringLoss,
-    ForSequenceClassificationLoss,
-    ForTokenClassification,
-)
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..errors import UserError
 
@@ -84,7 +77,10 @@ def uses_interface(module: nn.Module) -> bool:
 
 
 def asks_for_sdpa(module: nn.Module) -> bool:
-    """Whether its forward compares the attention implementation with "sdpa" by itself."""
+    """Whether its forward compares the attention implementation with "sdpa" by itself.
+
+    No attribute tells, and the name that answers every comparison compiles from torch 2.13 on alone.
+    """
     return any(
         "_attn_implementation" in code.co_names and "sdpa" in _texts(code.co_consts) for code in _code_of(module)
     )
@@ -118,7 +114,11 @@ def names_in(module: nn.Module) -> frozenset[str]:
 
 
 def config_names_in(module: nn.Module) -> frozenset[str]:
-    """The names that the same functions read from `self.config`."""
+    """The names that the same functions read from `self.config`.
+
+    Falcon's layers have a `hidden_dropout` of their own too, which nobody reads: neither the names in the code alone
+    nor the attributes tell which of both is at work.
+    """
     return _config_names_of(_code_of(module))
 
 
@@ -142,13 +142,10 @@ def _names_of(codes: tuple[CodeType, ...]) -> frozenset[str]:
 
 @cache
 def _config_names_of(codes: tuple[CodeType, ...]) -> frozenset[str]:
-    found: set[str] = set()
-    for code in codes:
-        steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
-        for owner, read in pairwise(steps):
-            if owner.opname == read.opname == "LOAD_ATTR" and owner.argval == "config":
-                found.add(read.argval)
-    return frozenset(found)
+    # `self.config.layerdrop` is: LOAD_FAST self, LOAD_ATTR config, LOAD_ATTR layerdrop.
+    steps = [step for code in codes for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    reads = (pair for pair in pairwise(steps) if pair[0].opname == pair[1].opname == "LOAD_ATTR")
+    return frozenset(read.argval for owner, read in reads if owner.argval == "config")
 
 
 def _code_of(module: nn.Module) -> tuple[CodeType, ...]:
@@ -161,7 +158,13 @@ def _code_from(kind: Any, forward: Any) -> tuple[CodeType, ...]:
     """The code of a class's forward, of the functions beside it that it calls, and of those inside them.
 
     forward: what it is now; Axolotl puts one of its own into the class.
+
+    Nothing else tells where an attention takes its softmax from before a first batch: transformers itself searches
+    the source text for it, and a plan must not run the model.
     """
+    # GPTNeoSelfAttention.forward names `_attn`, a method of the class, whose code is read too and names `softmax`: so
+    # it has its own. LlamaAttention.forward names ALL_ATTENTION_FUNCTIONS: so it asks the interface. The functions of
+    # torch that they call belong to other files and are not followed.
     files = {forward.__module__, *(parent.__module__ for parent in kind.__mro__)}
     found: dict[CodeType, None] = {}
     waiting: list[object] = [forward]
@@ -197,54 +200,19 @@ def _texts(constants: Iterable[object]) -> Iterator[str]:
             yield from _texts(constant)
 
 
-# transformers' losses that divide by the number of items.
-DIVIDED = (ForCausalLMLoss, ForMaskedLMLoss, ForTokenClassification, ForQuestionAnsweringLoss)
 # transformers' losses that compare logits and labels at one place; all others, such as a user's, take the next label.
 IN_PLACE = frozenset(name for name, loss in LOSS_MAPPING.items() if loss is not ForCausalLMLoss)
 BY_HAND = {"cross_entropy", "CrossEntropyLoss", "nll_loss", "NLLLoss"}
 SHIFT = re.compile(r"[\w.]*labels\[(.* )?1:\]|[\w.]*logits\[(.* )?:-1(, .*)?\]")
 
 
-def counts_items(model: nn.Module, labels: Tensor | None = None) -> bool:
-    """Whether the model divides its summed loss by `num_items_in_batch`: a loss of transformers that is given it.
-
-    Many classifiers call the loss without their keyword arguments, and so take the mean. Of those that pass them on,
-    a regression, a classifier of several yes/no answers and CTC take it all the same. A loss that is set in the place
-    of transformers' is taken to divide, and a user's module around a model where it names the argument.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return "num_items_in_batch" in parameters(model)
-    kind: Any = type(model)
-    if not _passes_keywords_to_loss(kind):
-        return False
-    loss = _stock_loss(model)
-    if loss is ForSequenceClassificationLoss:
-        return _is_one_of_several(model, labels)
-    return loss is None or loss in DIVIDED
-
-
-def _stock_loss(model: nn.Module) -> Any:
-    """The loss that transformers gives the model; None where another was set in its place."""
-    if hasattr(model, "_loss_function"):
-        return None
-    kind = getattr(model, "loss_type", None)
-    return LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM")
-
-
-def _is_one_of_several(model: Any, labels: Tensor | None) -> bool:
-    """Whether transformers takes the labels for one class each; it is written into the configuration later."""
-    problem = getattr(model.config, "problem_type", None)
-    if problem is None and labels is not None:
-        return model.config.num_labels > 1 and not labels.is_floating_point()
-    return problem in (None, "single_label_classification")
-
-
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the loss compares the logits of a place with the label of the next one, as causal models' do.
 
-    Read off the code: some decoders (Bart's, XLNet) take labels that are shifted already. A loss that is set in the
-    place of transformers' is taken to shift as that does. A user's module around a model shifts where its code does,
-    or leaves the loss to the model. Raises UserError where a loss by hand cannot be read.
+    Read off the code: some decoders (Bart's, XLNet) take labels that are shifted already. The gradient of a first
+    batch's loss would tell, but not at the logits that are put out where accelerate casts them afterwards. A loss
+    that is set in the place of transformers' is taken to shift as that does. A user's module around a model shifts
+    where its code does, or leaves the loss to the model. Raises UserError where a loss by hand cannot be read.
     """
     transformer: Any = model
     if not isinstance(model, PreTrainedModel):
@@ -265,14 +233,20 @@ def shifts_labels(model: nn.Module) -> bool:
     return any(shifts_labels(child) for child in inner if "labels" in parameters(child))
 
 
-def takes_the_stock_loss(model: nn.Module) -> bool:
+def takes_the_stock_loss(model: PreTrainedModel) -> bool:
     """Whether its forward asks transformers for the loss, and transformers gives the one of next tokens.
 
-    A forward from elsewhere, as of a subclass, may add to that loss or ask for another.
+    A forward from elsewhere, as of a subclass, may add to that loss or ask for another. A first batch does not show
+    it: a penalty on an adapter's weights starts at 0.
     """
-    if not written_in(model) <= {"transformers", *WRAPPERS}:
-        return False
-    return _stock_loss(model) is ForCausalLMLoss and "loss_function" in names_in(model)
+    kind = getattr(model, "loss_type", None)
+    set_by_hand = hasattr(model, "_loss_function")
+    return (
+        written_in(model) <= {"transformers", *WRAPPERS}
+        and not set_by_hand
+        and LOSS_MAPPING.get(kind if kind in LOSS_MAPPING else "ForCausalLM") is ForCausalLMLoss
+        and "loss_function" in names_in(model)
+    )
 
 
 def _forwards(kind: type) -> Iterator[FunctionType]:
@@ -285,32 +259,13 @@ def _forwards(kind: type) -> Iterator[FunctionType]:
 
 @cache
 def _shifts_by_hand(forward: FunctionType) -> bool:
+    """Whether it cuts labels or logits by one place, as in `labels[..., 1:]` or `lm_logits[:, :-1, :]`."""
     try:
-        tree = _tree(forward)
-    except OSError as error:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except OSError as error:  # as of what was typed into an interpreter
         raise UserError(
             f"whether the loss in {forward.__qualname__} compares a place with the next label cannot be read, as its "
             "code stands in no file; write the class into one"
         ) from error
     parts = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript))
     return any(SHIFT.fullmatch(ast.unparse(part)) for part in parts)
-
-
-def _tree(forward: FunctionType) -> ast.Module:
-    """Its code. Raises OSError where it stands in no file, as what was typed into an interpreter."""
-    return ast.parse(textwrap.dedent(inspect.getsource(forward)))
-
-
-@cache
-def _passes_keywords_to_loss(kind: Any) -> bool:
-    try:
-        tree = _tree(inspect.unwrap(kind.forward))
-    except OSError:  # so it is not given the number, and returns the mean either way
-        return False
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return any(
-        isinstance(call.func, ast.Attribute)
-        and call.func.attr == "loss_function"
-        and any(keyword.arg is None for keyword in call.keywords)
-        for call in calls
-    )

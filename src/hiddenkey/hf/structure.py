@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from ..positions import Side
 from ..recipe import Drop
 from .peft_layers import inner, is_wrapper
 from .peft_layers import modules as all_modules
-from .source_reading import MIXER, closed_because, uses_interface, uses_own_softmax
+from .source_reading import MIXER, closed_because, parameters, uses_interface, uses_own_softmax
 
 # What sees the whole text unless its configuration says that it decodes; XLNet does so without a permutation.
 BOTH_WAYS = frozenset({*MASKED_LM, "xlnet"})
@@ -379,7 +378,7 @@ def _output_of(pair: Pair, layer: str, modules: Modules) -> str:
     block = _common(pair.up, pair.down)
     module = modules[block]
     whole = module in (modules[layer], inner(modules[layer])) or isinstance(module, nn.ModuleList)
-    return pair.down if whole or "residual" in inspect.signature(module.forward).parameters else block
+    return pair.down if whole or "residual" in parameters(module) else block
 
 
 def _common(first: str, second: str) -> str:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -14,13 +13,12 @@ from ..errors import AttachError, SavedRecipeError
 from ..recipe import Recipe, parse
 from .attach import attach
 from .attachment import Attachment, find_attachment
-from .compared_outputs import copied
+from .compared_outputs import compared_in, copied
 from .distributed import RankSeed
 from .outer_forward import arguments
-from .preserve import RandomState
 from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
-from .training_step import StepLoss, compared_in, consistency_step, step_beside
+from .training_step import StepLoss, consistency_step, divides_by, step_around_loss
 
 
 class ConsistencyMixin:
@@ -103,7 +101,7 @@ class ConsistencyMixin:
         num_items = num_items_in_batch if divided else None
         options: dict[str, Any] = {"num_items": num_items, "scale": self._consistency_scale(num_items)}
         if self._gives_no_logits() and self.attachment.recipe.consistency is not None:
-            step = step_beside(
+            step = step_around_loss(
                 self.attachment,
                 model,
                 inputs,
@@ -179,20 +177,15 @@ class ConsistencyMixin:
         """
         module: str = getattr(super().compute_loss, "__module__", "")  # type: ignore[misc]
         users = self.compute_loss_func is not None or module.partition(".")[0] not in ("transformers", "trl")
-        told = getattr(self, "loss_is_scaled_for_ga", None)
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
         whole = getattr(self, "current_gradient_accumulation_steps", 1) == self.args.world_size == 1
-        if not users or told is not None or whole:
+        if not users or declared is not None or whole:
             return True
         if self._divides_own_loss is None:
-            draws, losses = RandomState(model), []
-            for count in (num_items, 2 * num_items):
-                with torch.no_grad():
-                    losses.append(float(self._trainers_loss(model, copied(inputs), count)))
-                draws.restore()
-            if not losses[0]:  # a batch without labels tells nothing
-                return True
-            self._divides_own_loss = losses[1] / losses[0] < 0.75
-        return self._divides_own_loss
+            self._divides_own_loss = divides_by(
+                self.attachment, model, lambda count: self._trainers_loss(model, copied(inputs), count), num_items
+            )
+        return self._divides_own_loss is not False
 
     def _consistency_scale(self, num_items: Tensor | int | None) -> float:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""

@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..consistency import CONSISTENCIES, Consistency, consistency_loss
+from ..consistency import CONSISTENCIES, Consistency
 from ..errors import AttachError, UserError
 from .attachment import Attachment, find_attachment, step_state
-from .chunked_loss import Head, HiddenStates, Share, TokenLoss, agrees, frozen_head, is_next_token_loss, token_losses
+from .capture import Capture, states_of
+from .chunked_loss import Head, agrees, frozen_head, is_next_token_loss, token_losses
 from .compared_outputs import (
-    IGNORED,
     Batch,
     Compared,
-    LastLayer,
+    ComparedTokens,
     compared,
     copied,
     count_labels,
     labels_of,
+    last_layer,
     named,
     second_view,
     tie,
+    token_consistency,
     uncached,
 )
 from .distributed import check_wrapper, everywhere
-from .outer_forward import named_outputs, outermost
-from .preserve import RandomState, another_forward
+from .outer_forward import named_outputs, outermost, takes_the_rest
+from .preserve import RandomState, another_forward, evaluation
 from .shared_layers import LowerLayers
-from .source_reading import counts_items
+from .source_reading import parameters
 from .structure import find_transformer
 
 Items = Tensor | int | None
@@ -69,6 +71,9 @@ class Step:
     attachment: Attachment
     consistency: Consistency
 
+    def compared(self, outputs: Any, last: Capture) -> Compared:
+        return compared(self.model, outputs, last.states, self.batch, self.attachment, self.consistency)
+
     def task(self, batch: dict[str, Any], num_items: Items) -> tuple[Tensor, Any]:
         return _pair((self.task_loss or model_loss)(self.model, copied(batch), num_items))
 
@@ -80,25 +85,65 @@ def model_loss(model: nn.Module, batch: dict[str, Any], num_items: Items) -> tup
     num_items is, so theirs is multiplied by this batch's share of the labels: of none it is 0.
     """
     labels = batch.get("labels")
-    divides = num_items is not None and counts_items(outermost(model), labels if isinstance(labels, Tensor) else None)
-    counted = {"num_items_in_batch": num_items} if divides else {}
-    outputs = model(**batch, **counted)
-    found = named_outputs(outputs)
-    if found.get("loss") is None:
-        raise UserError(
-            f"the model computes no loss from {', '.join(batch)}, it puts out {', '.join(found)}; a training step "
-            "needs 'labels' in the batch, and a 'loss' in the outputs, which is the first of a tuple"
-        )
+    counted = num_items is not None and _divides(model, batch, num_items)
+    outputs = model(**batch, **({"num_items_in_batch": num_items} if counted else {}))
+    loss = _loss_in(outputs, batch)
     if num_items is None or counted:
-        return found["loss"], outputs
+        return loss, outputs
     if not isinstance(labels, Tensor):
         raise UserError(
             f"num_items divides by labels, and the batch of {', '.join(batch)} has no 'labels' to count; leave it out"
         )
     count = count_labels(model, labels)
     if not count:  # a mean over nothing, and so would its gradient be
-        return found["logits"][:0].sum(), outputs
-    return found["loss"] * (count / num_items), outputs
+        return named_outputs(outputs)["logits"][:0].sum(), outputs
+    return loss * (count / num_items), outputs
+
+
+def _loss_in(outputs: Any, batch: Batch) -> Tensor:
+    found = named_outputs(outputs)
+    if found.get("loss") is None:
+        raise UserError(
+            f"the model computes no loss from {', '.join(batch)}, it puts out {', '.join(found)}; a training step "
+            "needs 'labels' in the batch, and a 'loss' in the outputs, which is the first of a tuple"
+        )
+    loss: Tensor = found["loss"]
+    return loss
+
+
+def _divides(model: nn.Module, batch: Batch, num_items: Tensor | int) -> bool:
+    """Whether the model divides its summed loss by `num_items_in_batch`, as few do that take it: tried once."""
+    attachment, outer = find_attachment(model), outermost(model)
+    hands_on = isinstance(outer, PreTrainedModel) and takes_the_rest(outer)
+    if attachment is None or not (hands_on or "num_items_in_batch" in parameters(outer)):
+        return False
+
+    def loss(count: Tensor | int) -> Tensor:
+        return _loss_in(model(**copied(batch), num_items_in_batch=count), batch)
+
+    state = step_state(attachment)
+    if state.divides is None:
+        state.divides = divides_by(attachment, model, loss, num_items)
+    return bool(state.divides)
+
+
+def divides_by(
+    attachment: Attachment, model: nn.Module, loss: Callable[[Tensor | int], Tensor], num_items: Tensor | int
+) -> bool | None:
+    """Whether a loss is divided by the number it is called with, by trying twice of it; None where a batch shows
+    nothing, having no label. Asked of the loss, as neither its signature nor a name tells.
+
+    In training mode, as fused kernels put out whole logits in evaluation; but nothing of the recipe is drawn.
+    """
+    draws, losses = RandomState(model), []
+    eager = torch.compiler.set_stance("force_eager")
+    with attachment.watch.aside(), evaluation(nn.ModuleList(attachment.switches)), torch.no_grad(), eager:
+        for count in (num_items, 2 * num_items):
+            losses.append(float(loss(count)))
+            draws.restore()
+    if not everywhere(model, math.isfinite(losses[0]) and losses[0] != 0):
+        return None
+    return everywhere(model, abs(losses[1] / losses[0] - 1) > 0.25)
 
 
 def _pair(found: Any) -> tuple[Tensor, Any]:
@@ -177,52 +222,16 @@ def _losses(
     )
     head = frozen_head(attachment) if chunks and is_next_token_loss(model, batch) else None
     if head is not None:
-        chunked = _chunked(step, head)
+        chunked = _from_hidden_states(step, head)
         if chunked is not None:
             total, task, term, outputs = chunked
             return StepLoss(total * scale, task * scale, term * scale, outputs)
-    task, term, outputs = _dense(step)
+    task, term, outputs = _from_logits(step)
     task, term = task * own, term.to(task.device) * scale
     return StepLoss(task + recipe.weight * term, task, term, outputs)
 
 
-def _chunked(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
-    """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
-    hidden, state = HiddenStates(find_transformer(step.model)[1]), step_state(step.attachment)
-    inputs = {name: value for name, value in step.batch.items() if name != "labels"}
-    lower = LowerLayers(step.attachment, constant=not step.consistency.both, batch=inputs)
-    draws = RandomState(step.model) if state.dense is None else None
-    with hidden.record(), lower.record():
-        outputs = step.model(**inputs, logits_to_keep=1)
-    first = hidden.take()
-    fits = first is not None and _is_whole(first, step) and agrees(head, first, outputs["logits"])
-    state.dense = first is None or not everywhere(step.model, fits)
-    if state.dense or first is None:
-        # As if it had not been tried: a run that goes on in another process tries again.
-        if draws is not None:
-            draws.restore()
-        return None
-
-    def other() -> Tensor:
-        with hidden.record():
-            second_view(step.model, step.batch, step.consistency, logits_to_keep=1)
-        states = hidden.take()
-        assert states is not None
-        return states
-
-    second = lower.second(step.model, other, lambda states: states)
-    weight = step.attachment.recipe.weight
-    labels = labels_of(step.batch, first.shape[1], step.model)
-    losses = token_losses(first, second, labels, head, step.consistency, weight, step.num_items)
-    return *losses, outputs
-
-
-def _is_whole(states: Tensor, step: Step) -> bool:
-    """Whether there is a state for every label: some decoders leave tokens out for which no logits are asked."""
-    return states.shape[:2] == labels_of(step.batch, states.shape[1], step.model).shape
-
-
-def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
+def _from_logits(step: Step) -> tuple[Tensor, Tensor, Any]:
     """(task, consistency, outputs) from the model's own loss and logits."""
     lower = LowerLayers(
         step.attachment,
@@ -231,116 +240,94 @@ def _dense(step: Step) -> tuple[Tensor, Tensor, Any]:
         # The caller's task loss, which the second view computes too, may look into any layer.
         looked_into=step.consistency.both and step.task_loss is not None,
     )
-    with LastLayer(step.attachment) as last:
-        with lower.record():
-            task, outputs = step.task(step.batch, step.num_items)
-        first = compared(step.model, outputs, last.output, step.batch, step.attachment, step.consistency)
-        if task.requires_grad and not first.logits.requires_grad:
-            raise UserError(
-                "the outputs that come with the task loss carry no gradient, so the consistency would teach nothing; "
-                "let task_loss return (loss, outputs) of one forward pass"
-            )
+    last = last_layer(step.attachment)
+    with lower.capture(*last) as kept:
+        task, outputs = step.task(step.batch, step.num_items)
+    first = step.compared(outputs, kept)
+    if task.requires_grad and not first.logits.requires_grad:
+        raise UserError(
+            "the outputs that come with the task loss carry no gradient, so the consistency would teach nothing; "
+            "let task_loss return (loss, outputs) of one forward pass"
+        )
 
-        def other() -> tuple[Tensor, Compared]:
+    def other() -> tuple[Tensor, Compared]:
+        with Capture(*last) as kept:
             if step.consistency.both:
                 other_task, others = step.task(step.batch, step.num_items)
             else:
                 other_task, others = task, second_view(step.model, step.batch, step.consistency)
-            return other_task, compared(
-                step.model, others, last.output, step.batch, step.attachment, step.consistency
-            )
+        return other_task, step.compared(others, kept)
 
-        other_task, second = lower.second(step.model, other, lambda view: view[1].logits)
+    other_task, second = lower.second(step.model, other, lambda view: view[1].logits)
     if step.consistency.both:
         task = (task + other_task) / 2
     return task, tie(step.consistency, first, second, step.num_items), outputs
 
 
 NO_INPUTS = ("labels", "shift_labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-Group = tuple[Tensor, Tensor | int]
+Found = TypeVar("Found")
 
 
-@dataclass(frozen=True)
-class ComparedTokens:
-    """Which tokens are compared: labels (B, T), -100 where not. by_sequence: the mean over sequences of the mean over
-    the tokens of each; else the sum over tokens by the denominator of the task loss.
+class HiddenViews:
+    """Two views of a language model's batch, as the decoder under its head puts them out.
+
+    batch: the model's arguments; those that are not for the decoder are left out of `inputs`.
     """
 
-    labels: Tensor
-    by_sequence: bool
+    def __init__(self, attachment: Attachment, model: nn.Module, batch: Batch, consistency: Consistency) -> None:
+        self.model, self.consistency = model, consistency
+        self.inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
+        self.decoder = find_transformer(model)[1].get_decoder()
+        self.lower = LowerLayers(attachment, constant=not consistency.both, batch=self.inputs)
 
-    def groups(self, num_items: Items) -> list[Group]:
-        """Tokens that predict a label, bool (B, T - 1), with the denominator of their sum."""
-        valid = self.labels[:, 1:] != IGNORED
-        if not self.by_sequence:
-            return [(valid, valid.sum().clamp(min=1) if num_items is None else num_items)]
-        rows = torch.eye(len(valid), dtype=torch.bool, device=valid.device)[:, :, None]
-        return [(valid & row, (valid & row).sum().clamp(min=1) * len(valid)) for row in rows]
+    def first(self, forward: Callable[[], Found]) -> tuple[Any, Found]:
+        """(decoder's output, what `forward` returns), of the pass in it that has gradient where it makes several."""
+        with self.lower.capture(self.decoder, until_gradient=True) as kept:
+            found = forward()
+        return kept.outputs[-1], found
 
+    def second(self, **options: Any) -> Any:
+        """The decoder's output in the second view. options: further arguments of the model."""
 
-def compared_in(batch: Batch, trainer: str) -> ComparedTokens:
-    """What is compared in a trainer's batch: the tokens with labels, or those of DPO's completions.
+        def view() -> Any:
+            with Capture(self.decoder) as kept:
+                second_view(self.model, self.inputs, self.consistency, **options)
+            return kept.outputs[-1]
 
-    Raises UserError where neither is there.
-    """
-    if batch.get("labels") is not None:
-        return ComparedTokens(batch["labels"], by_sequence=False)
-    if "completion_mask" in batch and "input_ids" in batch:
-        return ComparedTokens(
-            batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED), by_sequence=True
-        )
-    raise UserError(
-        f"a consistency compares tokens that have labels, or DPO's completions in 'input_ids'; a batch of {trainer} "
-        f"({', '.join(batch)}) has neither, as where a trainer generates its own completions; attach the recipe "
-        "without its consistency"
-    )
+        return self.lower.second(self.model, view, states_of)
 
-
-class Pass:
-    """What the decoder under the head puts out in one forward pass."""
-
-    def __init__(self, transformer: PreTrainedModel) -> None:
-        self.decoder = transformer.get_decoder()
-        self.output: Any = None
-
-    @property
-    def states(self) -> Tensor:
-        """The last hidden states (B, T, D)."""
-        states: Tensor = self.output[0]
-        return states
-
-    @contextmanager
-    def record(self, lower: LowerLayers | None = None, *, learning: bool = True) -> Iterator[None]:
-        """Keep the first output while active, and with it what `lower` records; learning: the first with gradient, as
-        a trainer's loss may make other passes, of a reference or for metrics.
-        """
-        with ExitStack() as recording:
-            if lower is not None:
-                recording.enter_context(lower.record())
-
-            def keep(module: nn.Module, args: Any, output: Any) -> None:
-                if self.output is None and (output[0].requires_grad or not learning):
-                    self.output = output
-                    recording.close()
-
-            handle = self.decoder.register_forward_hook(keep)
-            try:
-                yield
-            finally:
-                handle.remove()
-
-    def logits(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> Tensor:
-        """The model's logits (B, T, V) from these states, by its own code after the decoder: caps, scales and all."""
-        with another_forward([self.decoder], lambda *args, **kwargs: self.output):
-            logits: Tensor = model(**inputs, **options)["logits"]
+    def logits(self, output: Any, **options: Any) -> Tensor:
+        """The model's logits (B, T, V) from what its decoder put out, by its own code: caps, scales and all."""
+        with another_forward([self.decoder], lambda *args, **kwargs: output):
+            logits: Tensor = self.model(**self.inputs, **options)["logits"]
         return logits
 
 
-def step_beside(
+def _from_hidden_states(step: Step, head: Head) -> tuple[Tensor, Tensor, Tensor, Any] | None:
+    """(total, task, consistency, outputs) from hidden states; None where this model's logits are not the head's."""
+    state, views = step_state(step.attachment), HiddenViews(step.attachment, step.model, step.batch, step.consistency)
+    draws = RandomState(step.model) if state.dense is None else None
+    output, outputs = views.first(lambda: step.model(**views.inputs, logits_to_keep=1))
+    first = states_of(output)
+    # The decoder may be called not as a module, or leave out tokens for which no logits are asked.
+    labels = step.batch["labels"] if first is None else labels_of(step.batch, first.shape[1], step.model)
+    fits = first is not None and first.shape[:2] == labels.shape and agrees(head, first, outputs["logits"])
+    state.dense = not everywhere(step.model, fits)
+    if state.dense:
+        # As if it had not been tried: a run that goes on in another process tries again.
+        if draws is not None:
+            draws.restore()
+        return None
+    second, tokens = states_of(views.second(logits_to_keep=1)), ComparedTokens(labels, by_sequence=False)
+    weights = {"task": 1.0, "weight": step.attachment.recipe.weight}
+    return *token_losses(first, second, tokens, step.num_items, head, step.consistency, **weights), outputs
+
+
+def step_around_loss(
     attachment: Attachment,
     model: nn.Module,
     batch: Batch,
-    compared: ComparedTokens,
+    tokens: ComparedTokens,
     loss: Callable[[], Tensor],
     *,
     num_items: Items = None,
@@ -362,76 +349,39 @@ def step_beside(
             f"the consistency {consistency.name!r} compares predictions of a regression, but this is a language "
             "model; use 'kl'"
         )
-    inputs = {name: value for name, value in uncached(model, batch).items() if name not in NO_INPUTS}
-    transformer, lower = find_transformer(model)[1], LowerLayers(attachment, constant=True, batch=inputs)
-    first = Pass(transformer)
+    views, state = HiddenViews(attachment, model, uncached(model, batch), consistency), step_state(attachment)
     with attachment.watch.step():
-        with first.record(lower):
-            task = loss()
-        _check(first, compared)
-        head = _head(attachment, model, inputs, first)
-        if consistency.both:
-            # All layers again: the loss may make a reference pass through them.
-            second = Pass(transformer)
-            with second.record():
-                task = (task + loss()) / 2
+        first, task = views.first(loss)
+        _check(views, first, tokens)
+        head = None if state.dense else frozen_head(attachment)
+        if head is not None:
+            with torch.no_grad():
+                logits = views.logits(first, logits_to_keep=1)
+            state.dense = not everywhere(model, agrees(head, states_of(first), logits))
+            head = None if state.dense else head
+        if consistency.both:  # all layers again: the loss may make a reference pass through them
+            second, other_task = HiddenViews(attachment, model, views.inputs, consistency).first(loss)
+            task = (task + other_task) / 2
         else:
-            options = {} if head is None else {"logits_to_keep": 1}
-
-            def other() -> Pass:
-                view = Pass(transformer)
-                with view.record(learning=False):
-                    second_view(model, inputs, consistency, **options)
-                return view
-
-            second = lower.second(model, other, lambda view: view.states)
-        views = [view.states if head is not None else view.logits(model, inputs) for view in (first, second)]
-    term = _term(views[0], views[1], compared, num_items, head, consistency) * scale
+            second = views.second(**({} if head is None else {"logits_to_keep": 1}))
+        if head is None:
+            term = token_consistency(views.logits(first), views.logits(second), tokens, num_items, consistency)
+    if head is not None:
+        states = states_of(first), states_of(second)
+        term = token_losses(*states, tokens, num_items, head, consistency, task=0.0, weight=1.0)[0]
+    term = term * scale
     return StepLoss(task + recipe.weight * term, task, term, None)
 
 
-def _check(first: Pass, compared: ComparedTokens) -> None:
-    if first.output is None:
+def _check(views: HiddenViews, first: Any, tokens: ComparedTokens) -> None:
+    states = states_of(first)
+    if states is None or not states.requires_grad:
         raise UserError(
-            f"the trainer's loss never calls {type(first.decoder).__name__} with gradient, so there is nothing to "
+            f"the trainer's loss never calls {type(views.decoder).__name__} with gradient, so there is nothing to "
             "compare; attach the recipe without its consistency"
         )
-    if first.states.shape[:2] != compared.labels.shape:
+    if states.shape[:2] != tokens.labels.shape:
         raise UserError(
-            f"the model works on {tuple(first.states.shape[:2])} tokens, but the batch has "
-            f"{tuple(compared.labels.shape)}: an adapter adds its own; attach the recipe without its consistency"
+            f"the model works on {tuple(states.shape[:2])} tokens, but the batch has "
+            f"{tuple(tokens.labels.shape)}: an adapter adds its own; attach the recipe without its consistency"
         )
-
-
-def _head(attachment: Attachment, model: nn.Module, inputs: dict[str, Any], first: Pass) -> Head | None:
-    """The frozen head whose logits are the model's, or None."""
-    state = step_state(attachment)
-    head = None if state.dense else frozen_head(attachment)
-    if head is None:
-        return None
-    with torch.no_grad():
-        logits = first.logits(model, inputs, logits_to_keep=1)
-    state.dense = not everywhere(model, agrees(head, first.states, logits))
-    return None if state.dense else head
-
-
-def _term(
-    first: Tensor,
-    second: Tensor,
-    compared: ComparedTokens,
-    num_items: Items,
-    head: Head | None,
-    consistency: Consistency,
-) -> Tensor:
-    """The consistency of two views: hidden states (B, T, D) with a head, logits (B, T, V) without."""
-    first, second, labels = first[:, :-1], second[:, :-1], compared.labels[:, 1:].to(first.device)
-    term = first.new_zeros(())
-    num_items = num_items.to(first.device) if isinstance(num_items, Tensor) else num_items
-    for valid, count in compared.groups(num_items):
-        rows = valid.to(first.device)
-        if head is None:
-            term = term + consistency_loss(consistency.name, first, second, valid=rows, reduction="sum") / count
-        else:
-            share = Share(0.0, 1.0, count)
-            term = term + TokenLoss.apply(first[rows], second[rows], labels[rows], head, consistency, share)[0]
-    return term

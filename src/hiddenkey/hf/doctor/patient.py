@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..attachment import Attachment
-from ..compared_outputs import copied, inference
+from ..compared_outputs import copied
 from ..outer_forward import named_outputs
+from ..preserve import inference
 from ..structure import find_transformer
 from .preserve import plain_twin, seed_all
 

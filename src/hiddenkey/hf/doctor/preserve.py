@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attachment import Attachment, StepState, find_attachment, set_step_state
-from ..model_dropouts import adapter_dropouts, give_back, own_dropouts, silence
-from ..preserve import RandomState, give_back_modes, modes_of
+from ..model_dropouts import adapter_dropouts, own_dropouts, restore_rates, zero_rates
+from ..preserve import Modes, RandomState
 from ..structure import find_transformer
 
 CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -23,7 +23,7 @@ CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Give back at the end: random states, training modes, gradients, buffers, and how activations are kept."""
-    modes = modes_of(model)
+    modes = Modes(model)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     # A classifier writes what its first labels look like into its configuration.
@@ -35,7 +35,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            give_back_modes(modes)
+            modes.restore()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             if hasattr(config, "problem_type"):
@@ -103,11 +103,11 @@ def fresh_counts(attachment: Attachment) -> Iterator[None]:
 def only_our_drops(model: nn.Module) -> Iterator[None]:
     """Every other dropout off: the model's own, where one is on, and the adapter's."""
     others = (*own_dropouts(model), *adapter_dropouts(model))
-    silenced = silence(model, others)
+    zeroed = zero_rates(model, others)
     try:
         yield
     finally:
-        give_back(silenced)
+        restore_rates(zeroed)
 
 
 @contextmanager

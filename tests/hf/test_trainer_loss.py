@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.hf.training_step import compared_in, step_beside
+from hiddenkey.hf.compared_outputs import compared_in
+from hiddenkey.hf.training_step import step_around_loss
 
 from .tiny import batch, make
 
@@ -15,7 +16,7 @@ def refused(consistency, loss, said):
     model, inputs = make("llama").train(), batch("llama")
     attachment, tokens = hiddenkey.attach(model, RECIPE.format(consistency)), compared_in(inputs, "a trainer")
     with pytest.raises(hiddenkey.UserError, match=said):
-        step_beside(attachment, model, inputs, tokens, lambda: loss(model, inputs))
+        step_around_loss(attachment, model, inputs, tokens, lambda: loss(model, inputs))
 
 
 def test_a_loss_that_never_asks_the_model():
@@ -44,6 +45,7 @@ def test_a_consistency_of_predictions():
 
 def test_a_batch_that_names_no_tokens():
     with pytest.raises(
-        hiddenkey.UserError, match="by 'labels' or 'completion_mask', but a batch of its has input_ids"
+        hiddenkey.UserError,
+        match=r"tokens that have labels, or DPO's completions .* a batch of its \(input_ids\) has neither",
     ):
         compared_in({"input_ids": torch.ones(2, 3)}, "its")
