@@ -18,9 +18,9 @@ from torch import distributed, nn
 import hiddenkey
 from hiddenkey.hf import training_step as step
 from hiddenkey.hf.attachment import StepState, step_state
-from hiddenkey.hf.doctor import examine, surroundings
-from hiddenkey.hf.doctor.forward import difference
-from hiddenkey.hf.doctor.patient import Patient
+from hiddenkey.hf.doctor import examination, surroundings
+from hiddenkey.hf.doctor.outputs import difference
+from hiddenkey.hf.doctor.model_under_test import ModelUnderTest
 from hiddenkey.hf.doctor.surroundings import check_ranks
 from hiddenkey.hf.preserve import RandomState
 from hiddenkey.hf.training_step import consistency_step
@@ -325,7 +325,7 @@ def test_the_cost_is_that_of_the_step_that_training_takes(monkeypatch):
 
 def test_the_cost_is_told_against_the_plain_model(monkeypatch):
     model = attached("llama", "hidden[:]:element@0.3", depth=1)
-    patient = Patient(model, hiddenkey.find_attachment(model), [batch("llama")])
+    patient = ModelUnderTest(model, hiddenkey.find_attachment(model), [batch("llama")], 1, None)
     plain = make("llama", depth=1)(**batch("llama")).loss
     assert torch.equal(surroundings._plain_loss(patient), plain)
     assert not torch.equal(surroundings._our_loss(patient), plain)
@@ -390,7 +390,7 @@ def test_a_sharded_model_is_refused(monkeypatch):
     with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
         hiddenkey.doctor(model)
     del model.classifier.bias.ds_id
-    monkeypatch.setattr(examine, "DTensor", nn.Parameter)
+    monkeypatch.setattr(examination, "DTensor", nn.Parameter)
     with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
         hiddenkey.doctor(model)
 
@@ -440,7 +440,7 @@ def test_ranks(others, verdict, monkeypatch):
     monkeypatch.setattr(distributed, "get_world_size", lambda: len(others) + 1)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
     torch.manual_seed(4)
-    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert")), found)
+    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert"), random_state=found))
     assert finding.verdict == verdict
     assert ("torch.manual_seed(seed + rank)" in finding.reason) == (verdict == "wrong")
 

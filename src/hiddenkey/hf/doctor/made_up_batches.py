@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UserError
-from ..outer_forward import is_own, outermost, parameters, takes
+from ..outer_forward import is_own, outermost, takes
+from ..source_reading import parameters
 
 Batch = dict[str, Any]
 LONGEST_AUDIO = 16000
