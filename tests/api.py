@@ -10,8 +10,9 @@ from hiddenkey.hf import training_step as training_step
 from hiddenkey.hf.attachment import StepState as StepState
 from hiddenkey.hf.attachment import step_state as step_state
 from hiddenkey.hf.doctor import examination as examination
+from hiddenkey.hf.doctor import rates as rates
+from hiddenkey.hf.doctor import surroundings as surroundings
 from hiddenkey.hf.doctor.outputs import difference as difference
-from hiddenkey.hf.doctor.rates import FALSE_ALARM as DOCTORS_FALSE_ALARM
 from hiddenkey.hf.rate_monitor import FALSE_ALARM as FALSE_ALARM
 from hiddenkey.hf.rate_monitor import RateWatch as RateWatch
 from hiddenkey.hf.rate_monitor import interval as interval
