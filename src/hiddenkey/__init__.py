@@ -22,8 +22,8 @@ ROOMS = {
     "hf.plan": ("plan", "Plan"),
     "hf.attach": ("attach",),
     "hf.attachment": ("find_attachment", "Attachment"),
-    "hf.doctor.examine": ("doctor",),
-    "hf.doctor.diagnosis": ("Diagnosis", "Finding"),
+    "hf.doctor.examination": ("doctor",),
+    "hf.doctor.findings": ("Diagnosis", "Finding"),
     "hf.training_step": ("consistency_step", "StepLoss"),
     "hf.trainer": ("DropTrainer", "ConsistencyMixin"),
     "hf.saving": ("save_recipe", "load_recipe"),
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from .hf.attach import attach as attach
     from .hf.attachment import Attachment as Attachment
     from .hf.attachment import find_attachment as find_attachment
-    from .hf.doctor.diagnosis import Diagnosis as Diagnosis
-    from .hf.doctor.diagnosis import Finding as Finding
-    from .hf.doctor.examine import doctor as doctor
+    from .hf.doctor.examination import doctor as doctor
+    from .hf.doctor.findings import Diagnosis as Diagnosis
+    from .hf.doctor.findings import Finding as Finding
     from .hf.plan import Plan as Plan
     from .hf.plan import plan as plan
     from .hf.saving import load_recipe as load_recipe

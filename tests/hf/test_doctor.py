@@ -2,9 +2,9 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
-import types
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,19 +16,21 @@ from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 
 import hiddenkey
-from hiddenkey.hf import training_step as step
-from hiddenkey.hf.attachment import StepState, step_state
-from hiddenkey.hf.doctor import examine, surroundings
-from hiddenkey.hf.doctor.forward import difference
-from hiddenkey.hf.doctor.patient import Patient
-from hiddenkey.hf.doctor.surroundings import check_ranks
-from hiddenkey.hf.preserve import RandomState
-from hiddenkey.hf.training_step import consistency_step
 from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
+from ..api import (
+    StepState,
+    difference,
+    examination,
+    interval,
+    rates,
+    step_state,
+    surroundings,
+    training_step,
+)
 from .adapters import batch_for, build
 from .tiny import FAMILIES, batch, make
-from .tools import ALL, attached, inputs_for, logits_of, lora, same_state, snapshot
+from .tools import ALL, attached, lora, same_state, snapshot
 
 QUICK = {"rounds": 1, "size": 3, "length": 12}
 FEW = ("bert", "llama", "t5", "vit", "mpnet")
@@ -41,10 +43,6 @@ def examined(model, recipe=None, **options):
 
 def verdicts(diagnosis, check):
     return [finding.verdict for finding in diagnosis.findings if finding.check == check]
-
-
-def reason(diagnosis, check):
-    return "; ".join(finding.reason for finding in diagnosis.findings if finding.check == check)
 
 
 @pytest.mark.parametrize("family", [f if f in FEW else pytest.param(f, marks=pytest.mark.full) for f in FAMILIES])
@@ -72,106 +70,10 @@ def test_made_up_batches_decide_nothing_for_the_training_that_follows(family, op
         assert step_state(attachment) == StepState()
 
 
-def whisper():
-    """It hears, and has no function of its own to shift labels with."""
-    config = hf.WhisperConfig(
-        vocab_size=64,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        num_mel_bins=8,
-        max_source_positions=20,
-        max_target_positions=40,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=1,
-    )
-    return hf.WhisperForConditionalGeneration(config)
-
-
-def clip():
-    """It sees and reads, and has no loss without being asked."""
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    text = {**size, "vocab_size": 64, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config={**size, "image_size": 16, "patch_size": 4}))
-
-
-@pytest.mark.parametrize("make_model", (whisper, clip))
-def test_sounds_and_images(make_model):
-    diagnosis = examined(make_model(), "hiddenkey[:]@0.3")
-    assert diagnosis.ok, str(diagnosis)
-    assert verdicts(diagnosis, "consistency") == ["ok" if make_model is whisper else "skipped"]
-    assert verdicts(diagnosis, "recompute") == ["ok"]
-
-
-@pytest.mark.parametrize("family", ("bert", "llama"))
-def test_what_the_plain_model_cannot_do_is_not_blamed_on_the_recipe(family):
-    """PEFT gives Poly its task ids while the model's own forward runs, and at no other time."""
-    diagnosis = examined(build("Poly", family), "hiddenkey[:]@0.3", batches=[batch_for("Poly", family)])
-    assert diagnosis.ok, str(diagnosis)
-    assert verdicts(diagnosis, "recompute") == ["skipped"]
-    assert "with the recipe or without: task_ids should not be None" in reason(diagnosis, "recompute")
-    assert verdicts(diagnosis, "generate") == ["skipped"]
-
-
-def test_texts_alone_enter_no_vision_tower():
-    """Its sites draw nothing then, which is no fault; a stack that is entered may not be silent."""
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = hf.LlamaConfig(**size, vocab_size=64, max_position_embeddings=64)
-    seen = hf.CLIPVisionConfig(**size, image_size=16, patch_size=4)
-    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=seen, text_config=text, image_token_id=63))
-    model.train()
-    diagnosis = examined(model, "hiddenkey[:]@0.3")
-    assert diagnosis.ok, str(diagnosis)
-    assert sorted(verdicts(diagnosis, "rate")) == ["ok"] * 4 + ["skipped"] * 4
-    assert "enter no layer of this stack" in reason(diagnosis, "rate")
-
-
-def test_a_prompt_has_room_for_what_is_generated():
-    config = hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=24)
-    for length in (16, 24, 64):
-        diagnosis = examined(hf.GPT2LMHeadModel(config).train(), "hiddenkey[:]@0.3", length=length)
-        assert diagnosis.ok, str(diagnosis)
-        assert verdicts(diagnosis, "generate") == ["ok"]
-
-
-def test_an_answer_in_a_text_of_one_token():
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = hf.BertForQuestionAnswering(hf.BertConfig(**size, vocab_size=64)).train()
-    diagnosis = hiddenkey.doctor(model, "hidden:element@0.3", rounds=1, size=2, length=1)
-    assert "evaluation" in str(diagnosis)
-
-
 def test_what_differs_in_float64_is_not_rounded_away():
     ones = torch.ones(4, dtype=torch.float64)
     assert difference(ones + 1e-10, ones) == pytest.approx(1e-10, rel=1e-4)
     assert difference(ones.bfloat16(), ones) == 0
-
-
-def test_a_model_that_draws_in_evaluation_is_not_blamed_on_the_recipe():
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
-    config = hf.ViTMAEConfig(**size, **decoder, decoder_intermediate_size=64, image_size=16, patch_size=4)
-    diagnosis = examined(hf.ViTMAEForPreTraining(config).train(), "hidden[:]:element@0.3")
-    assert verdicts(diagnosis, "evaluation") == ["ok"], str(diagnosis)
-
-
-@pytest.mark.parametrize("names", (("math",), ("default", "math")))
-def test_adapters_of_any_name(names):
-    model = make("llama")
-    for name in names:
-        config = LoraConfig(target_modules=["q_proj"])
-        model = get_peft_model(model, config, name) if name == names[0] else model
-        if name != names[0]:
-            model.add_adapter(name, config)
-    diagnosis = examined(model, "hiddenkey[:]@0.3")
-    assert diagnosis.ok, str(diagnosis)
-    assert f"{8 * len(names)} keys of a plain PEFT adapter" in reason(diagnosis, "adapter keys")
 
 
 def count_training(module, args, output):
@@ -222,7 +124,7 @@ def test_what_a_step_would_write_down_is_forgotten(monkeypatch):
     model = make("bert", depth=2)
     examined(model, "hiddenkey@0.3")
     assert model.config.problem_type is None
-    monkeypatch.setattr(step, "agrees", lambda *_: False)
+    monkeypatch.setattr(training_step, "agrees", lambda *_: False)
     model = lora(make("llama", depth=2))
     attachment = hiddenkey.attach(model, "hiddenkey@0.3")
     examined(model)
@@ -260,12 +162,6 @@ def test_own_batches_are_used():
         hiddenkey.doctor(model, batches=[])
     with pytest.raises(hiddenkey.UserError, match=r"batches is a list of batches.*give \[batch\]"):
         hiddenkey.doctor(model, batches=batch("bert"))
-
-
-def test_a_model_that_gives_tuples():
-    model = attached("bert", "hiddenkey@0.3")
-    model.config.return_dict = False
-    assert examined(model).ok
 
 
 @pytest.mark.parametrize("pattern", ("element", "column", "span"))
@@ -307,57 +203,6 @@ def test_a_pattern_of_somebody_else_counts_rows():
         PATTERNS.remove("all-or-nothing")
 
 
-def test_the_cost_is_that_of_the_step_that_training_takes(monkeypatch):
-    """Of a frozen head, in chunks: a step gives only the last token's logits."""
-    lengths = []
-
-    def watched(*args):
-        found = consistency_step(*args)
-        lengths.append(found.outputs["logits"].shape[1])
-        return found
-
-    monkeypatch.setattr(surroundings, "consistency_step", watched)
-    diagnosis = examined(lora(make("llama")), "hiddenkey@0.3")
-    assert set(lengths) == {1}
-    (tied,) = (finding for finding in diagnosis.findings if finding.check == "consistency")
-    assert tied.values["parameters"] > 0
-
-
-def test_the_cost_is_told_against_the_plain_model(monkeypatch):
-    model = attached("llama", "hidden[:]:element@0.3", depth=1)
-    patient = Patient(model, hiddenkey.find_attachment(model), [batch("llama")])
-    plain = make("llama", depth=1)(**batch("llama")).loss
-    assert torch.equal(surroundings._plain_loss(patient), plain)
-    assert not torch.equal(surroundings._our_loss(patient), plain)
-    times = {surroundings._plain_loss: iter([9, *[2] * 5]), surroundings._our_loss: iter([1, *[3] * 5])}
-    monkeypatch.setattr(surroundings, "_time", lambda patient, step: next(times[step]))
-    (finding,) = surroundings.check_cost(patient)
-    assert finding.values == {"ratio": 1.5, "seconds": 3}
-
-
-def test_adapter_dropouts_are_named():
-    diagnosis = examined(lora(make("llama"), ["q_proj"], lora_dropout=0.05), "hiddenkey@0.3")
-    assert diagnosis.ok, str(diagnosis)
-    assert "4 dropouts of the adapter are on" in reason(diagnosis, "adapter")
-
-
-def test_a_parameter_that_nobody_reaches_is_no_fault_of_ours():
-    model = make("llama")
-    model.unused = nn.Parameter(torch.ones(2))
-    diagnosis = examined(model, "hiddenkey@0.3")
-    assert diagnosis.ok
-    assert verdicts(diagnosis, "gradients") == ["ok", "note"]
-    assert "unused, nor does it without the recipe" in reason(diagnosis, "gradients")
-
-
-@pytest.mark.parametrize("recipe", ("baseline", "hiddenkey-@0", "hidden[:]:span@0.01", "hidden[:]:span@0.01 ~ kl"))
-def test_recipes_that_drop_nothing(recipe):
-    diagnosis = examined(make("llama"), recipe)
-    assert diagnosis.ok, str(diagnosis)
-    assert verdicts(diagnosis, "effect") == ["skipped"]
-    assert verdicts(diagnosis, "consistency") == ["skipped"]
-
-
 def test_the_report():
     diagnosis = examined(make("bert"), "hiddenkey@0.3")
     plain = json.loads(json.dumps(diagnosis.to_dict()))
@@ -390,7 +235,7 @@ def test_a_sharded_model_is_refused(monkeypatch):
     with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
         hiddenkey.doctor(model)
     del model.classifier.bias.ds_id
-    monkeypatch.setattr(examine, "DTensor", nn.Parameter)
+    monkeypatch.setattr(examination, "DTensor", nn.Parameter)
     with pytest.raises(hiddenkey.UserError, match="before it is sharded"):
         hiddenkey.doctor(model)
 
@@ -405,12 +250,187 @@ def test_a_model_whose_inputs_are_unknown():
         type(model).main_input_name = kept
 
 
-def drawn_from(seed, model):
-    """A number, and the square of what the model puts out."""
+# Models and recipes that are well, and what is said of what cannot be looked at.
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+IMAGE = {"image_size": 16, "patch_size": 4}
+
+
+def whisper():
+    """It hears, and has no function of its own to shift labels with."""
+    size = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    audio = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 40}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(vocab_size=64, **size, **heads, **audio, **tokens))
+
+
+def clip():
+    """It sees and reads, and has no loss without being asked."""
+    text = {**SIZE, "vocab_size": 64, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2}
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config={**SIZE, **IMAGE}))
+
+
+def llava():
+    text = hf.LlamaConfig(**SIZE, vocab_size=64, max_position_embeddings=64)
+    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**SIZE, **IMAGE), text_config=text, image_token_id=63)
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def vit_mae():
+    """It draws in evaluation mode."""
+    decoder = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
+    return hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**SIZE, **IMAGE, **decoder, decoder_intermediate_size=64))
+
+
+def short_gpt2():
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=24))
+
+
+def answers():
+    return hf.BertForQuestionAnswering(hf.BertConfig(**SIZE, vocab_size=64))
+
+
+def narrow():
+    return hf.LlamaForCausalLM(
+        hf.LlamaConfig(**{**SIZE, "num_hidden_layers": 1}, vocab_size=64, num_key_value_heads=1)
+    )
+
+
+def two_adapters():
+    model = get_peft_model(make("llama", depth=2), LoraConfig(target_modules=["q_proj"]), "default")
+    model.add_adapter("math", LoraConfig(target_modules=["q_proj"]))
+    return model
+
+
+def unreached():
+    model = make("llama", depth=2)
+    model.unused = nn.Parameter(torch.ones(2))
+    return model
+
+
+def draws_by_itself():
+    model = make("llama", depth=2)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + torch.randn(output.shape))
+    return model
+
+
+def with_its_own_dropout():
+    model = attached("bert", "hidden[:]:element@0.3", depth=2)
+    model.bert.embeddings.dropout.p = 0.5
+    return model
+
+
+def tuples():
+    model = make("bert", depth=2)
+    model.config.return_dict = False
+    return model
+
+
+ONE = {"input_ids": torch.full((3, 1), 5), "labels": torch.tensor([0, 2, 1])}
+FEW_FALL = "logits[:]:column@0.3 + hidden[:]:element@0.3 + input:element@0.000001"
+TWO_ALIKE = "2 of {} sites change it by themselves"
+STREAM, EVERYWHERE = "hidden[:]:element@0.3", "hiddenkey[:]@0.3"
+# (model, recipe, options of the doctor, check -> what its lines match, each with its verdict before it)
+GREEN = [
+    (whisper, EVERYWHERE, {}, {"consistency": "^ok", "recompute": "^ok"}),
+    (clip, EVERYWHERE, {}, {"consistency": "^skipped", "recompute": "^ok"}),
+    (llava, EVERYWHERE, {}, {"rate": r"skipped .*enter no layer of this stack(?s:.*)ok"}),
+    (vit_mae, STREAM, {}, {"evaluation": "^ok"}),
+    *((short_gpt2, EVERYWHERE, {"length": length}, {"generate": "^ok"}) for length in (16, 24, 64)),
+    (answers, "hidden:element@0.3", {"size": 2, "length": 1}, {"evaluation": "^ok"}),
+    (tuples, "hiddenkey@0.3", {}, {}),
+    (lambda: lora(make("llama"), ["q_proj"]), EVERYWHERE, {}, {"adapter keys": "8 keys of a plain PEFT adapter"}),
+    (two_adapters, EVERYWHERE, {}, {"adapter keys": "8 keys of a plain PEFT adapter"}),
+    *(
+        (
+            lambda f=family: build("Poly", f),
+            EVERYWHERE,
+            {"batches": [batch_for("Poly", family)]},
+            {
+                "recompute": "skipped .*with the recipe or without: task_ids should not be None",
+                "generate": "^skipped",
+            },
+        )
+        for family in ("bert", "llama")
+    ),
+    (lambda: lora(make("llama"), ["q_proj"], lora_dropout=0.05), EVERYWHERE, {}, {"adapter": "4 dropouts of the ad"}),
+    (unreached, EVERYWHERE, {}, {"gradients": "ok .*\nnote .*unused, nor does it without the recipe"}),
+    *(
+        (lambda: make("llama"), recipe, {}, {"effect": "^skipped .*$", "consistency": "^skipped"})
+        for recipe in ("baseline", "hiddenkey-@0", "hidden[:]:span@0.01", "hidden[:]:span@0.01 ~ kl")
+    ),
+    # Spans of 3 of 32 places in the last layer, of which the head sees the first token alone.
+    (lambda: make("bert"), "hidden[3:]:span@0.1", {"size": 4, "length": 32}, {"effect": "1 of 1 sites change it"}),
+    (
+        lambda: make("llama", depth=2),
+        "hidden[:]:span@0.97 + logits[:]:column@0.3",
+        {},
+        {"effect": TWO_ALIKE.format(4)},
+    ),
+    (
+        lambda: make("bert", depth=2),
+        "hidden[:]:span@0.99",
+        {},
+        {"effect": "everything falls at every draw, so there"},
+    ),
+    (
+        draws_by_itself,
+        "hiddenkey-[:]@0.3",
+        {},
+        {"effect": "the model draws by itself, which hides what one site does"},
+    ),
+    (with_its_own_dropout, None, {"red": {"own dropouts"}}, {"effect": TWO_ALIKE.format(2)}),
+    (lambda: lora(make("bert", depth=2), ["query"], lora_dropout=0.5), STREAM, {}, {"effect": TWO_ALIKE.format(2)}),
+    # Of a single token the only key is never dropped; of a rate of one in a million nothing falls.
+    (lambda: make("bert", depth=2), FEW_FALL, {"batches": [ONE]}, {"effect": TWO_ALIKE.format(5)}),
+    # Of a narrow slice at a small rate a few keys fall, and those on later ones or on padding show nowhere.
+    *((narrow, f"logits[:]:column@{p} ~ kl", {"seed": s, "red": None}, {}) for p in (0.01, 0.02) for s in range(4)),
+    (
+        lambda: make("bert", depth=2).requires_grad_(False),
+        STREAM,
+        {"red": {"gradients"}},
+        dict.fromkeys(("gradients", "recompute", "cost"), "no parameter is trainable"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("on", "recipe", "options", "said"), GREEN)
+def test_what_is_well_is_green(on, recipe, options, said):
+    options = {"red": set(), "seed": 0, **options}
+    wanted, seed = options.pop("red"), options.pop("seed")
     torch.manual_seed(seed)
-    number = float(torch.rand((), dtype=torch.float64))
-    torch.manual_seed(seed)
-    return number, float(model(**batch("bert")).logits.detach().double().square().sum())
+    diagnosis = examined(on().train(), recipe, **options)
+    found = {finding.check for finding in diagnosis.wrong}
+    assert not {"effect", "consistency"} & found if wanted is None else found == wanted, str(diagnosis)
+    for check, pattern in said.items():
+        lines = "\n".join(f"{f.verdict} {f.reason}" for f in diagnosis.findings if f.check == check)
+        assert re.search(pattern, lines), lines
+
+
+def test_the_cost_is_that_of_the_steps_of_training_and_of_the_plain_model(monkeypatch):
+    """By a clock that ticks with every draw. Of a frozen head, a step gives only the last token's logits."""
+    lengths, ticks = [], [0]
+
+    def watched(*args):
+        found = training_step.consistency_step(*args)
+        lengths.append(found.outputs["logits"].shape[1])
+        return found
+
+    def clock():
+        ticks[0] += 1
+        tallies = (tally for _, site in attachment.sites for tally in site.tallies)
+        return ticks[0] + sum(int(tally.counts[1]) for tally in tallies if tally.counts is not None)
+
+    model = lora(make("llama", depth=1), ["q_proj"])
+    attachment = hiddenkey.attach(model, "hiddenkey@0.3")
+    monkeypatch.setattr(surroundings, "consistency_step", watched)
+    monkeypatch.setattr(surroundings.time, "perf_counter", clock)
+    findings = {finding.check: finding for finding in examined(model).findings}
+    assert set(lengths) == {1}
+    assert findings["consistency"].values["parameters"] > 0
+    values = findings["cost"].values
+    assert values["seconds"] == values["ratio"] > 100, "a plain step takes one tick: nothing is drawn in it"
 
 
 ALIKE, APART = (None, None), (0.25, 0.25)
@@ -428,19 +448,23 @@ ALIKE, APART = (None, None), (0.25, 0.25)
 )
 def test_ranks(others, verdict, monkeypatch):
     """One process plays several; None where another's number or output is the same as this one's."""
-    model = attached("bert", "hiddenkey@0.3")
-    torch.manual_seed(3)
-    found, mine = RandomState(model), drawn_from(3, model)
+    model = attached("bert", "hiddenkey@0.3", depth=2)
+    mine = []
+    for draw in (lambda: torch.rand((), dtype=torch.float64), lambda: model(**batch("bert")).logits.detach()):
+        torch.manual_seed(3)
+        drawn = draw().double()
+        mine.append(float(drawn.square().sum() if drawn.dim() else drawn))
 
     def gather(into, value):
-        assert value == mine  # from the random states that the doctor found, not from those of its other checks
+        assert value == tuple(mine)  # from the random states that the doctor found, not from those of its checks
         into[:] = [value, *(tuple(v if w is None else w for v, w in zip(value, o, strict=True)) for o in others)]
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: len(others) + 1)
     monkeypatch.setattr(distributed, "all_gather_object", gather)
-    torch.manual_seed(4)
-    (finding,) = check_ranks(types.SimpleNamespace(model=model, batch=batch("bert")), found)
+    torch.manual_seed(3)
+    findings = hiddenkey.doctor(model, batches=[batch("bert")], rounds=1).findings
+    (finding,) = (finding for finding in findings if finding.check == "ranks")
     assert finding.verdict == verdict
     assert ("torch.manual_seed(seed + rank)" in finding.reason) == (verdict == "wrong")
 
@@ -486,7 +510,25 @@ def test_two_processes(seeds, said, tmp_path):
         assert output.strip() == said
 
 
-def test_evaluation_after_an_examination():
-    model, inputs = attached("llama", "hiddenkey@0.3"), inputs_for("llama", "right")
-    examined(model)
-    assert torch.equal(logits_of(model.eval(), inputs), logits_of(make("llama").eval(), inputs))
+def test_json_has_no_number_for_what_is_not_finite():
+    finding = hiddenkey.Finding(
+        "recompute", "wrong", "no", values={"gradients": float("inf"), "loss": 0.5, "how": "a"}
+    )
+    found = hiddenkey.Diagnosis("hiddenkey@0.1", "a model", (finding,)).to_dict()
+    [written] = json.loads(json.dumps(found, allow_nan=False))["findings"]
+    assert written["values"] == {"gradients": None, "loss": 0.5, "how": "a"}
+
+
+@pytest.mark.parametrize("number", ("rounds", "size", "length"))
+def test_numbers_below_one_are_refused(number):
+    with pytest.raises(hiddenkey.UserError, match=f"{number} = 0 is not allowed: it is 1 or more"):
+        hiddenkey.doctor(make("bert"), "hiddenkey@0.1", **{number: 0})
+
+
+def test_false_alarms_are_shared_by_all_sites():
+    """Of four sites each may be red by chance a quarter as often."""
+    findings = hiddenkey.doctor(make("llama"), "logits[:]:element@0.3", rounds=1, size=3, length=12).findings
+    found = [finding.values for finding in findings if finding.check == "rate"]
+    assert len(found) == 4
+    for values in found:
+        assert (values["low"], values["high"]) == interval(values["rate"], values["draws"], rates.FALSE_ALARM / 4)

@@ -3,21 +3,17 @@
 import logging
 import math
 import types
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 import hiddenkey
-from hiddenkey import attention_paths, dropout
-from hiddenkey.hf import rate_monitor as rate_log
-from hiddenkey.hf.rate_monitor import FALSE_ALARM, RateWatch, interval, surprise
-from hiddenkey.masks import Tally, draw
 from hiddenkey.patterns import PATTERNS, random_keep, register_pattern
 
-from .test_trainer import drop_trainer, training_logs
+from ..api import FALSE_ALARM, RateWatch, Tally, interval, log_what_is_wrong, rate_monitor, surprise
+from .test_faults import draw_at
+from .test_trainer import drop_trainer
 from .tiny import batch
 from .tools import attached
 
@@ -93,11 +89,6 @@ def watched(recipe=RECIPE):
     return model, RateWatch(hiddenkey.find_attachment(model))
 
 
-def other_rate(monkeypatch, rate):
-    for module in (dropout, attention_paths):
-        monkeypatch.setattr(module, "draw", lambda drop, grid: draw(replace(drop, p=rate), grid))
-
-
 @pytest.mark.parametrize("pattern", ("element", "column", "span"))
 def test_all_is_well(pattern):
     model, watch = watched(f"logits[:]:{pattern}@0.3 + hidden[:]:{pattern}@0.3")
@@ -112,7 +103,7 @@ def test_a_rate_that_is_no_chance(pattern, monkeypatch):
     model, watch = watched(f"logits[:]:{pattern}@0.3 + hidden[:]:{pattern}@0.3")
     model(**batch("llama"))
     assert watch.look() == []
-    other_rate(monkeypatch, 0.6)
+    draw_at(0.6)(model, monkeypatch)
     for _ in range(2):
         model(**batch("llama"))
     said = watch.look()
@@ -123,7 +114,7 @@ def test_a_rate_that_is_no_chance(pattern, monkeypatch):
 def test_few_draws_prove_little(monkeypatch):
     """Three examples, one vector each: nine draws at twice the rate may be chance."""
     model, watch = watched("output:column@0.3")
-    other_rate(monkeypatch, 0.6)
+    draw_at(0.6)(model, monkeypatch)
     model(**{name: value[:, :3] for name, value in batch("llama").items()})
     assert watch.look() == []
 
@@ -164,7 +155,7 @@ def test_what_a_look_may_spend(look, times, monkeypatch):
     model, watch = watched("logits[:]:column@0.3 + hidden[:]:element@0.3")
     model(**batch("llama"))
     watch.looks = look - 1
-    monkeypatch.setattr(rate_log, "surprise", lambda *_: times * FALSE_ALARM / (look * (look + 1) * 2))
+    monkeypatch.setattr(rate_monitor, "surprise", lambda *_: times * FALSE_ALARM / (look * (look + 1) * 2))
     assert len(watch.look()) == (2 if times < 1 else 0)
 
 
@@ -175,7 +166,7 @@ def test_another_recipe_is_watched_anew():
             hiddenkey.find_attachment(model).detach()
             hiddenkey.attach(model, recipe)
         model(**batch("llama"))
-        rate_log.log_what_is_wrong(trainer, hiddenkey.find_attachment(model))
+        log_what_is_wrong(trainer, hiddenkey.find_attachment(model))
         assert trainer._rate_watch.attachment is hiddenkey.find_attachment(model)
 
 
@@ -220,25 +211,3 @@ def test_a_trainer_that_loses_a_site_on_the_way(said, tmp_path):
     trainer.train()
     (record,) = said.records
     assert "layer.1.output.dense drew nothing since the last log" in record.message
-
-
-@pytest.mark.filterwarnings("ignore:switched off")
-def test_a_trainer_whose_dropouts_are_disabled(said, tmp_path):
-    trainer = drop_trainer("llama", tmp_path)
-    for module in trainer.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0
-    trainer.train()
-    (record,) = said.records
-    assert record.message.startswith("switched off: logits:column@0.2 + hidden:element@0.2")
-    for entry in training_logs(trainer):
-        assert entry["drop_rate/logits"] == entry["drop_rate/hidden"] == 0.0
-
-
-def test_a_trainer_whose_own_dropouts_are_back(said, tmp_path):
-    trainer = drop_trainer("bert", tmp_path)
-    dropouts = [m for name, m in trainer.model.named_modules() if name.endswith("embeddings.dropout")]
-    dropouts[0].p = 0.1
-    trainer.train()
-    (record,) = said.records
-    assert "bert.embeddings.dropout.p 0.1" in record.message

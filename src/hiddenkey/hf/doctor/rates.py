@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from ..attachment import module_at
 from ..checks import switched_off
 from ..rate_monitor import interval
 from ..sites import AttentionSite, StreamSite
-from .diagnosis import Finding
-from .patient import SEED, Patient
+from .findings import Finding
+from .model_under_test import SEED, ModelUnderTest
 
 # Over all sites of one diagnosis, the probability of a red rate by chance.
 FALSE_ALARM = 1e-6
@@ -26,38 +28,54 @@ UNITS = {"entry": "draws", "row": "rows", "fixed": "places"}
 ENOUGH = 20
 UNUSED = "the batches enter no layer of this stack, as texts enter no vision tower; give some that do, with batches="
 TOO_LITTLE = "too little fell to be seen: the rates are too small for batches as small as these"
+ASLEEP = "drew nothing: its module is in evaluation mode; call model.train()"
+BYPASSED = (
+    "drew nothing: the forward goes past this module (a fused or patched forward, a kernel, a layer that is "
+    "skipped); take the patch off, or give the recipe layers that are run"
+)
 
 
+@dataclass
 class Record:
     """What one drop did at one site: entries drawn, dropped, draws of their own, and how many a span must drop.
 
-    places: the largest number of keys or tokens.
+    squares: the sum of the squared sizes of what is drawn together. places: the largest number of keys or tokens.
     """
 
-    def __init__(self, drop: Drop) -> None:
-        self.drop = drop
-        self.dropped = self.drawn = self.must = self.squares = self.places = 0
+    drop: Drop
+    dropped: int = 0
+    drawn: int = 0
+    must: int = 0
+    squares: int = 0
+    places: int = 0
+
+    @property
+    def unit(self) -> str:
+        return PATTERNS[self.drop.pattern].unit
 
     def add(self, keep: Tensor, grid: Grid, lead: int) -> None:
         """Count a draw over the whole mask."""
-        together = drawn_together(self.drop, keep, lead)
         self.dropped += keep.numel() - int(torch.count_nonzero(keep))
-        self.squares += keep.numel() * together
+        self.squares += keep.numel() * drawn_together(self.drop, keep, lead)
         self.places = max(self.places, grid.places)
-        if PATTERNS[self.drop.pattern].unit == "fixed":
-            must, places = fixed_count(grid, self.drop.p)
-            self.must += must
-            self.drawn += places
+        must, drawn = fixed_count(grid, self.drop.p) if self.unit == "fixed" else (0, keep.numel())
+        self.must += must
+        self.drawn += drawn
+
+    def finding(self, where: str, level: float) -> Finding:
+        """Whether the realised rate fits. level: the probability of a red line by chance."""
+        p, rate = self.drop.p, self.dropped / self.drawn
+        if self.unit == "fixed":
+            fits, wrong = self.dropped == self.must, ""
+            values: dict[str, float | str] = {"p": p, "rate": rate, "must": self.must / self.drawn}
+            reason = f"{rate:.4f}: {self.dropped} of {self.drawn} places, round(p x length) is {self.must}"
         else:
-            self.drawn += keep.numel()
-
-    @property
-    def rate(self) -> float:
-        return self.dropped / self.drawn
-
-    @property
-    def draws(self) -> float:
-        return self.drawn**2 / self.squares
+            draws = self.drawn**2 / self.squares
+            low, high = interval(rate, draws, level)
+            fits, wrong = low <= p <= high, f": {p} is outside"
+            values = {"p": p, "rate": rate, "low": low, "high": high, "draws": draws}
+            reason = f"{rate:.4f} [{low:.4f}, {high:.4f}] in {draws:,.0f} {UNITS[self.unit]}"
+        return Finding("rate", "ok" if fits else "wrong", reason + ("" if fits else wrong), where, values)
 
 
 def fallen(records: Mapping[str, Record]) -> int:
@@ -75,86 +93,54 @@ def fixed_count(grid: Grid, p: float) -> tuple[int, int]:
 
 
 @contextmanager
-def recorded(patient: Patient) -> Iterator[dict[str, Record]]:
+def recorded(tested: ModelUnderTest) -> Iterator[dict[str, Record]]:
     """Count what the sites draw, apart from their own tallies: "position path" -> record."""
     records: dict[str, Record] = {}
-    for path, site in patient.attachment.sites:
-        mine = [records.setdefault(f"{drop.position} {path}", Record(drop)) for drop in site.drops]
-        watched: Any = _watch_attention if isinstance(site, AttentionSite) else _watch_stream
-        vars(site)["draw"] = watched(site, mine)
+    for path, site in tested.attachment.sites:
+        mine = {drop: records.setdefault(f"{drop.position} {path}", Record(drop)) for drop in site.drops}
+        draw: Any = _draw_attention if isinstance(site, AttentionSite) else _draw_stream
+        vars(site)["draw"] = partial(draw, site, site.draw, mine)
     try:
         yield records
     finally:
-        for _, site in patient.attachment.sites:
+        for _, site in tested.attachment.sites:
             del vars(site)["draw"]
 
 
-def _watch_attention(site: AttentionSite, records: list[Record]) -> Any:
-    draw = site.draw
-
-    def watched(shape: Shape, device: torch.device, mask: Mask) -> list[Tensor]:
-        keeps = draw(shape, device, mask)
-        active = [record for record in records if record.drop in site.active]
-        for keep, record in zip(keeps, active, strict=True):
-            record.add(keep, Grid.attention(shape, device, site.mask_of_documents(mask).segments(shape)), lead=2)
-        return keeps
-
-    return watched
+def _draw_attention(
+    site: AttentionSite, draw: Any, records: Mapping[Drop, Record], shape: Shape, device: torch.device, mask: Mask
+) -> list[Tensor]:
+    keeps: list[Tensor] = draw(shape, device, mask)
+    for keep, drop in zip(keeps, site.active, strict=True):
+        records[drop].add(keep, Grid.attention(shape, device, site.mask_of_documents(mask).segments(shape)), lead=2)
+    return keeps
 
 
-def _watch_stream(site: StreamSite, records: list[Record]) -> Any:
-    draw = site.draw
-
-    def watched(x: Tensor) -> Tensor:
-        keep = draw(x)
-        known = site.documents
-        folded, segments = (x, None) if known is None else (known.view(x), known.segments)
-        laid = keep if folded is x else keep.view(*folded.shape[:-1], -1)
-        records[0].add(laid, Grid.stream(folded, segments), lead=1)
-        return keep
-
-    return watched
+def _draw_stream(site: StreamSite, draw: Any, records: Mapping[Drop, Record], x: Tensor) -> Tensor:
+    keep: Tensor = draw(x)
+    known = site.documents
+    folded, segments = (x, None) if known is None else (known.view(x), known.segments)
+    laid = keep if folded is x else keep.view(*folded.shape[:-1], -1)
+    for record in records.values():
+        record.add(laid, Grid.stream(folded, segments), lead=1)
+    return keep
 
 
-def check_rates(patient: Patient, rounds: int) -> Iterator[Finding]:
-    """One finding per site, over `rounds` training forwards of every batch."""
-    attachment = patient.attachment
-    with recorded(patient) as records, torch.no_grad():
-        for turn in range(rounds):
-            for index, batch in enumerate(patient.batches):
-                patient.train(patient.model, batch, SEED + turn * len(patient.batches) + index)
+def check_rates(tested: ModelUnderTest) -> Iterator[Finding]:
+    """One finding per site, over as many training forwards of every batch as there are rounds."""
+    turns, attachment = [batch for _ in range(tested.rounds) for batch in tested.batches], tested.attachment
+    with recorded(tested) as records, torch.no_grad():
+        for turn, batch in enumerate(turns):
+            tested.run(tested.model, batch, SEED + turn)
     for draw in attachment.draws:
         where, record = f"{draw.drop} at {draw.path}", records[draw.name]
         if not draw.switch.is_on:
             yield Finding("rate", "wrong", switched_off([draw.switch]), where)
-        elif record.drawn == 0 and patient.trains and attachment.is_unused(draw.path):
+        elif record.drawn:
+            yield record.finding(where, FALSE_ALARM / len(records))
+        elif tested.trains and attachment.is_unused(draw.path):
             yield Finding("rate", "skipped", UNUSED, where)
-        elif record.drawn == 0:
-            yield Finding("rate", "wrong", _why_silent(patient, draw.path), where)
         else:
-            yield _rate(record, where, len(records))
-
-
-def _why_silent(patient: Patient, path: str) -> str:
-    module = module_at(patient.attachment.model, path)
-    if module is not None and not module.training:
-        return "drew nothing: its module is in evaluation mode; call model.train()"
-    return (
-        "drew nothing: the forward goes past this module (a fused or patched forward, a kernel, a layer that is "
-        "skipped); take the patch off, or give the recipe layers that are run"
-    )
-
-
-def _rate(record: Record, where: str, sites: int) -> Finding:
-    p = record.drop.p
-    unit = PATTERNS[record.drop.pattern].unit
-    if unit == "fixed":
-        values: dict[str, float | str] = {"p": p, "rate": record.rate, "must": record.must / record.drawn}
-        fits = record.dropped == record.must
-        reason = f"{record.rate:.4f}: {record.dropped} of {record.drawn} places, round(p x length) is {record.must}"
-        return Finding("rate", "ok" if fits else "wrong", reason, where, values)
-    low, high = interval(record.rate, record.draws, FALSE_ALARM / sites)
-    values = {"p": p, "rate": record.rate, "low": low, "high": high, "draws": record.draws}
-    fits = low <= p <= high
-    reason = f"{record.rate:.4f} [{low:.4f}, {high:.4f}] in {record.draws:,.0f} {UNITS[unit]}"
-    return Finding("rate", "ok" if fits else "wrong", reason + ("" if fits else f": {p} is outside"), where, values)
+            module = module_at(attachment.model, draw.path)
+            asleep = module is not None and not module.training
+            yield Finding("rate", "wrong", ASLEEP if asleep else BYPASSED, where)

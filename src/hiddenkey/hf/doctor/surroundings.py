@@ -8,25 +8,23 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from ...errors import UserError
 from ..attachment import module_at
 from ..checks import problems, some
 from ..model_dropouts import OwnDropout, adapter_dropouts, own_dropouts
 from ..peft_layers import restless
-from ..preserve import RandomState
 from ..training_step import consistency_step
-from .diagnosis import Finding
-from .patient import SEED, Patient, loss_of, main_output
-from .preserve import seed_all
+from .findings import Finding
+from .model_under_test import SEED, ModelUnderTest, clear_gradients, loss_of, main_output, seed_all
 
 ROUNDS = 5
 
 
-def check_attached(patient: Patient) -> Iterator[Finding]:
+def check_attached(tested: ModelUnderTest) -> Iterator[Finding]:
     """The recipe sits on the model as it did after attach."""
-    attachment = patient.attachment
+    attachment = tested.attachment
     found = list(dict.fromkeys(problems(attachment)))
     for problem in found:
         yield Finding("attached", "wrong", problem)
@@ -35,14 +33,14 @@ def check_attached(patient: Patient) -> Iterator[Finding]:
         yield Finding("attached", "ok", f"{count} sites, every hook and name in its place")
 
 
-def check_mode(patient: Patient) -> Iterator[Finding]:
+def check_mode(tested: ModelUnderTest) -> Iterator[Finding]:
     """The model is in training mode, and so is every module that drops."""
-    if not patient.trains:
+    if not tested.trains:
         reason = "the model is in evaluation mode, in which nothing is dropped: call model.train()"
         yield Finding("training mode", "wrong", reason)
         return
-    model = patient.attachment.model
-    sites = [(path, module_at(model, path)) for path, _ in patient.attachment.sites]
+    model = tested.attachment.model
+    sites = [(path, module_at(model, path)) for path, _ in tested.attachment.sites]
     still = [path for path, module in sites if module is not None and not module.training]
     if still:
         yield Finding("training mode", "wrong", f"in evaluation mode: {some(still)}; call model.train()")
@@ -50,53 +48,54 @@ def check_mode(patient: Patient) -> Iterator[Finding]:
         yield Finding("training mode", "ok", "the model and every module that drops")
 
 
-def check_other_dropouts(patient: Patient) -> Iterator[Finding]:
+def check_other_dropouts(tested: ModelUnderTest) -> Iterator[Finding]:
     """The model's own dropouts are off; the adapter's are the user's choice."""
-    own = list(own_dropouts(patient.attachment.model))
-    silenced = len(patient.attachment.plan.own_dropouts)
+    own = list(own_dropouts(tested.attachment.model))
+    silenced = len(tested.attachment.plan.own_dropouts)
     if own:
         yield Finding("own dropouts", "wrong", f"turned on again after attach: {_list(own)}; set them to 0")
     else:
         reason = f"{silenced} set to 0 by attach, none on" if silenced else "the model has none"
         yield Finding("own dropouts", "ok", reason)
-    adapter = list(adapter_dropouts(patient.attachment.model))
+    adapter = list(adapter_dropouts(tested.attachment.model))
     if adapter:
         yield Finding("adapter", "note", f"{len(adapter)} dropouts of the adapter are on: {_list(adapter)}")
-    for besides in restless(patient.attachment.model):
+    for besides in restless(tested.attachment.model):
         yield Finding("adapter", "note", f"{besides} in training, by itself")
 
 
-def check_keys(patient: Patient) -> Iterator[Finding]:
+def check_keys(tested: ModelUnderTest) -> Iterator[Finding]:
     """What is saved has the names it has without us."""
-    ours, plain = (list(model.state_dict()) for model in (patient.attachment.model, patient.twin))
+    models: tuple[Any, Any] = (tested.attachment.model, tested.twin)
+    ours, plain = (list(model.state_dict()) for model in models)
     same = ours == plain
     reason = f"{len(ours)} keys, those of the plain model"
     if not same:
         reason = f"other keys than the plain model's: {some(sorted(set(ours) ^ set(plain)))}"
     yield Finding("saved keys", "ok" if same else "wrong", reason)
-    if hasattr(patient.attachment.model, "peft_config"):
+    if hasattr(tested.attachment.model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        models: tuple[Any, Any] = (patient.attachment.model, patient.twin)
-        adapters = [
-            [key for name in m.peft_config for key in get_peft_model_state_dict(m, adapter_name=name)] for m in models
-        ]
-        same = adapters[0] == adapters[1]
-        reason = f"{len(adapters[0])} keys of a plain PEFT adapter" if same else "keys that plain PEFT does not write"
+        ours, plain = (
+            [key for name in model.peft_config for key in get_peft_model_state_dict(model, adapter_name=name)]
+            for model in models
+        )
+        same = ours == plain
+        reason = f"{len(ours)} keys of a plain PEFT adapter" if same else "keys that plain PEFT does not write"
         yield Finding("adapter keys", "ok" if same else "wrong", reason)
 
 
-def check_ranks(patient: Patient, random_state: RandomState) -> Iterator[Finding]:
-    """Processes that share the data draw different masks. random_state: what the doctor found."""
+def check_ranks(tested: ModelUnderTest) -> Iterator[Finding]:
+    """Processes that share the data draw different masks."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         yield Finding("ranks", "skipped", "one process: torch.distributed is not initialised")
         return
-    random_state.restore()
+    tested.random_state.restore()
     with torch.no_grad():
-        output = main_output(patient.model(**patient.batch)).double()
-    random_state.restore()
+        output = main_output(tested.model(**tested.batch)).double()
+    tested.random_state.restore()
     # Of other data the outputs differ under the same masks too, so the generator itself is asked as well.
-    number = torch.rand((), dtype=torch.float64, device=next(patient.model.parameters()).device)
+    number = torch.rand((), dtype=torch.float64, device=next(tested.model.parameters()).device)
     seen: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(seen, (float(number), float(output.square().sum())))
     draws = min(len(set(column)) for column in zip(*seen, strict=True))
@@ -110,44 +109,41 @@ def check_ranks(patient: Patient, random_state: RandomState) -> Iterator[Finding
     yield Finding("ranks", "wrong" if same else "ok", reason)
 
 
-def check_cost(patient: Patient) -> Iterator[Finding]:
+def check_cost(tested: ModelUnderTest) -> Iterator[Finding]:
     """The time of a step against a plain one: medians of interleaved rounds. Never red."""
-    if not any(p.requires_grad for p in patient.model.parameters()):
+    if not tested.is_trainable:
         yield Finding("cost", "skipped", "no parameter is trainable")
         return
-    times: list[list[float]] = [[], []]
     try:
-        for _ in range(ROUNDS + 1):
-            for step, taken in zip((_plain_loss, _our_loss), times, strict=True):
-                taken.append(_time(patient, step))
+        times = [(_time(tested, _plain_loss), _time(tested, _our_loss)) for _ in range(ROUNDS + 1)]
     except UserError:
         yield Finding("cost", "skipped", "the recipe's step can't be made with these batches")
         return
-    plain, ours = (median(taken[1:]) for taken in times)
+    plain, ours = (median(column) for column in zip(*times[1:], strict=True))
     ratio = ours / plain
     reason = f"a step takes {ratio:.2f} of a plain one, {ours * 1e3:.0f} ms, with batches as small as these"
     yield Finding("cost", "note", reason, values={"ratio": ratio, "seconds": ours})
 
 
-def _plain_loss(patient: Patient) -> torch.Tensor:
-    return loss_of(patient.twin(**patient.batch))
+def _plain_loss(tested: ModelUnderTest) -> Tensor:
+    return loss_of(tested.twin(**tested.batch))
 
 
-def _our_loss(patient: Patient) -> torch.Tensor:
-    if patient.attachment.recipe.consistency is None or patient.batch.get("labels") is None:
-        return loss_of(patient.model(**patient.batch))
-    return consistency_step(patient.model, patient.batch).total
+def _our_loss(tested: ModelUnderTest) -> Tensor:
+    if tested.attachment.recipe.consistency is None or tested.batch.get("labels") is None:
+        return loss_of(tested.model(**tested.batch))
+    return consistency_step(tested.model, tested.batch).total
 
 
-def _time(patient: Patient, step: Callable[[Patient], torch.Tensor]) -> float:
+def _time(tested: ModelUnderTest, loss: Callable[[ModelUnderTest], Tensor]) -> float:
+    """Seconds of a forward and its backward."""
     seed_all(SEED)
     start = time.perf_counter()
-    step(patient).backward()
+    loss(tested).backward()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     taken = time.perf_counter() - start
-    for parameter in patient.model.parameters():
-        parameter.grad = None
+    clear_gradients(tested.model)
     return taken
 
 

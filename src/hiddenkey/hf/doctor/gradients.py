@@ -14,31 +14,31 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ...consistency import CONSISTENCIES
 from ...errors import UserError
-from ..attachment import Attachment, step_state
+from ..attachment import step_state
 from ..checks import some
 from ..structure import find_transformer
 from ..training_step import consistency_step
-from .diagnosis import Finding
-from .forward import close, difference
-from .patient import REFUSALS, SEED, Patient
-from .preserve import seed_all
+from .findings import Finding
+from .model_under_test import REFUSALS, SEED, ModelUnderTest, seed_all
+from .outputs import close, difference
 from .rates import ENOUGH, TOO_LITTLE, fallen, recorded
 
 OTHER_MASKS = ": the second forward draws other masks (is preserve_rng_state off?)"
 
 
-def check_reach(patient: Patient) -> Iterator[Finding]:
+def check_reach(tested: ModelUnderTest) -> Iterator[Finding]:
     """Every trainable parameter gets a finite gradient, but for those that get none in the plain model either."""
-    trained = [name for name, p in patient.model.named_parameters() if p.requires_grad]
+    trained = [name for name, p in tested.model.named_parameters() if p.requires_grad]
     if not trained:
         yield Finding("gradients", "wrong", "no parameter is trainable; add an adapter, or unfreeze something")
         return
-    _, found = patient.gradients(patient.model, patient.batch)
-    _, plain = patient.gradients(patient.twin, patient.batch)
-    lost = [name for name in trained if name not in found]
+    _, found = tested.gradients(tested.model)
+    _, plain = tested.gradients(tested.twin)
     # By the parameter, which the twin shares: a wrapper around the model, or another inside of it, changes names.
-    reached = {id(p) for name, p in patient.twin.named_parameters() if name in plain}
-    ours = [name for name, p in patient.model.named_parameters() if name in lost and id(p) in reached]
+    reached = {id(p) for name, p in tested.twin.named_parameters() if name in plain}
+    lost = {name: p for name, p in tested.model.named_parameters() if p.requires_grad and name not in found}
+    ours = [name for name, p in lost.items() if id(p) in reached]
+    rest = [name for name in lost if name not in ours]
     infinite = [name for name in found if not found[name].isfinite().all()]
     if ours:
         yield Finding("gradients", "wrong", f"none reaches {some(ours)}, which the plain model does reach")
@@ -46,35 +46,33 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
         yield Finding("gradients", "wrong", f"not finite in {some(infinite)}")
     if not ours and not infinite:
         yield Finding("gradients", "ok", f"finite in {len(found)} of {len(trained)} trainable parameters")
-    rest = [name for name in lost if name not in ours]
     if rest:
         yield Finding("gradients", "note", f"none reaches {some(rest)}, nor does it without the recipe")
 
 
-def check_recompute(patient: Patient) -> Iterator[Finding]:
+def check_recompute(tested: ModelUnderTest) -> Iterator[Finding]:
     """Loss and gradients are the same with activations kept and recomputed, under one random state."""
     # Not what was compiled around it: that draws in another way, and recomputes as the compiler likes.
-    model, transformer = patient.attachment.model, patient.transformer
+    model, transformer = tested.attachment.model, tested.transformer
     if not transformer.supports_gradient_checkpointing or not _checkpointed(model):
         yield Finding("recompute", "skipped", f"{type(transformer).__name__} does not recompute activations")
         return
-    if not any(p.requires_grad for p in patient.model.parameters()):
+    if not tested.is_trainable:
         yield Finding("recompute", "skipped", "no parameter is trainable")
         return
     with _recomputing(model) as how:
         try:
-            again_loss, again = patient.gradients(model, patient.batch)
+            again_loss, again = tested.gradients(model)
         except CheckpointError:
             yield Finding("recompute", "wrong", f"what is recomputed {how} is not what was computed{OTHER_MASKS}")
             return
         except REFUSALS as error:
-            yield _not_recomputed(patient, error)
+            yield _not_recomputed(tested, error)
             return
-    loss, wanted = patient.gradients(model, patient.batch)
+    loss, wanted = tested.gradients(model)
     if not loss.isfinite():
-        yield Finding(
-            "recompute", "skipped", f"the loss of the first batch is {float(loss)}, which compares with nothing"
-        )
+        reason = f"the loss of the first batch is {float(loss)}, which compares with nothing"
+        yield Finding("recompute", "skipped", reason)
         return
     apart = _apart(again, wanted)
     values = {"loss": difference(again_loss, loss), "gradients": apart}
@@ -111,32 +109,31 @@ def _checkpointed(model: nn.Module) -> list[Any]:
     return [module for module in find_transformer(model)[1].modules() if hasattr(module, "gradient_checkpointing")]
 
 
-def _not_recomputed(patient: Patient, error: Exception) -> Finding:
+def _not_recomputed(tested: ModelUnderTest, error: Exception) -> Finding:
     """Whose fault it is that the backward failed: tried on the model without the recipe."""
-    with _recomputing(patient.twin):
+    with _recomputing(tested.twin):
         try:
-            patient.gradients(patient.twin, patient.batch)
+            tested.gradients(tested.twin)
         except REFUSALS:
             reason = f"this model can't recompute activations, with the recipe or without: {error}"
             return Finding("recompute", "skipped", reason)
-    return Finding(
-        "recompute", "wrong", f"activations can't be recomputed with the recipe, as they can without: {error}"
-    )
+    reason = f"activations can't be recomputed with the recipe, as they can without: {error}"
+    return Finding("recompute", "wrong", reason)
 
 
-def check_consistency(patient: Patient) -> Iterator[Finding]:
+def check_consistency(tested: ModelUnderTest) -> Iterator[Finding]:
     """The two views differ, and the term that ties them has a gradient."""
-    recipe = patient.attachment.recipe
+    recipe = tested.attachment.recipe
     if recipe.consistency is None:
         yield Finding("consistency", "skipped", "the recipe has none")
         return
-    if patient.batch.get("labels") is None:
+    if tested.batch.get("labels") is None:
         yield Finding("consistency", "skipped", "the batches have no labels, so there is no loss to add it to")
         return
     seed_all(SEED)
     try:
-        with recorded(patient) as records:
-            step = consistency_step(patient.model, patient.batch)
+        with recorded(tested) as records:
+            step = consistency_step(tested.model, tested.batch)
     except UserError as error:
         yield Finding("consistency", "wrong", str(error))
         return
@@ -146,39 +143,30 @@ def check_consistency(patient: Patient) -> Iterator[Finding]:
     if not math.isfinite(value):
         yield Finding("consistency", "wrong", f"{name} is {value:g}, as are the logits of one view or both")
         return
-    if not value > 0 and any(record.drawn for record in records.values()) and fallen(records) < ENOUGH:
-        yield Finding("consistency", "skipped", TOO_LITTLE)
-        return
     if not value > 0:
-        yield Finding("consistency", "wrong", f"{name} is {value:g}: the two views are the same")
+        if any(record.drawn for record in records.values()) and fallen(records) < ENOUGH:
+            yield Finding("consistency", "skipped", TOO_LITTLE)
+        else:
+            yield Finding("consistency", "wrong", f"{name} is {value:g}: the two views are the same")
         return
-    reach = _reach_of_the_term(patient)
+    reach = _reach_of_the_term(tested)
     kind = "inference" if CONSISTENCIES[recipe.consistency].clean else "another draw"
     reason = f"{name}: the view differs from {kind}, the term is {value:.4g} and reaches {reach} parameters"
     yield Finding("consistency", "ok" if reach else "wrong", reason, values={"term": value, "parameters": reach})
 
 
-def _reach_of_the_term(patient: Patient) -> int:
+def _reach_of_the_term(tested: ModelUnderTest) -> int:
     """How many trainable parameters get a gradient that is not zero from the consistency alone."""
     seed_all(SEED)
-    with _whole_logits(patient.attachment):
-        term = consistency_step(patient.model, patient.batch).consistency
-    trained = [p for p in patient.model.parameters() if p.requires_grad]
+    state = step_state(tested.attachment)
+    dense, state.dense = state.dense, True  # without chunks of tokens, in which only the sum has a gradient
+    term = consistency_step(tested.model, tested.batch).consistency
+    state.dense = dense
+    trained = [p for p in tested.model.parameters() if p.requires_grad]
     if term is None or not term.requires_grad or not trained:
         return 0
     found = torch.autograd.grad(term, trained, allow_unused=True)
     return sum(gradient is not None and bool(gradient.any()) for gradient in found)
-
-
-@contextmanager
-def _whole_logits(attachment: Attachment) -> Iterator[None]:
-    """Steps without chunks of tokens, in which only the sum has a gradient; as before afterwards."""
-    state = step_state(attachment)
-    dense, state.dense = state.dense, True
-    try:
-        yield
-    finally:
-        state.dense = dense
 
 
 def _apart(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:

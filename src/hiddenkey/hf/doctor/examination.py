@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -11,29 +13,21 @@ from torch.distributed.tensor import DTensor
 from ...errors import AttachError, UserError
 from ...recipe import Recipe, parse
 from ..attach import attach
-from ..attachment import Attachment, find_attachment
+from ..attachment import find_attachment
 from ..compared_outputs import named, uncached
 from ..preserve import RandomState
 from ..structure import find_transformer, require_model
-from .backward import check_consistency, check_reach, check_recompute
-from .batches import make_batches, taken
-from .diagnosis import Diagnosis, Finding
 from .effect import check_effect
-from .forward import check_causality, check_evaluation
-from .patient import Patient, warnings_hidden
-from .preserve import fresh_counts, preserved
+from .findings import Diagnosis, Finding
+from .gradients import check_consistency, check_reach, check_recompute
+from .made_up_batches import make_batches, taken
+from .model_under_test import ModelUnderTest, fresh_counts, preserved
+from .outputs import check_causality, check_evaluation
 from .rates import check_rates
-from .surroundings import (
-    check_attached,
-    check_cost,
-    check_keys,
-    check_mode,
-    check_other_dropouts,
-    check_ranks,
-)
+from .surroundings import check_attached, check_cost, check_keys, check_mode, check_other_dropouts, check_ranks
 
-Check = Callable[[Patient], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (
+CHECKS: tuple[Callable[[ModelUnderTest], Iterator[Finding]], ...] = (
+    check_rates,
     check_effect,
     check_recompute,
     check_evaluation,
@@ -42,6 +36,8 @@ CHECKS: tuple[Check, ...] = (
     check_other_dropouts,
     check_keys,
     check_consistency,
+    check_ranks,
+    check_cost,
 )
 
 
@@ -72,33 +68,24 @@ def doctor(
         if value < 1:
             raise UserError(f"{name} = {value} is not allowed: it is 1 or more")
     require_model(model, "doctor")
-    _refuse_sharded(model)
+    _require_whole_weights(model)
     attachment = find_attachment(model)
-    if attachment is not None:
-        if recipe is not None and parse(recipe) != attachment.recipe:
-            raise AttachError(
-                f"the recipe '{attachment.recipe}' is attached to this model, not '{parse(recipe)}': leave the "
-                "recipe out, or detach first"
-            )
-        return _examine(model, attachment, batches, rounds, size, length, progress)
-    if recipe is None:
+    if attachment is None and recipe is None:
         raise AttachError("no recipe is attached to this model; name one: hiddenkey.doctor(model, 'hiddenkey@0.1')")
-    with preserved(model), attach(model, recipe) as own:
-        model.train()
-        return _examine(model, own, batches, rounds, size, length, progress)
-
-
-def _examine(
-    model: nn.Module,
-    attachment: Attachment,
-    batches: Sequence[Mapping[str, Any]] | None,
-    rounds: int,
-    size: int,
-    length: int,
-    progress: Callable[[Finding], None] | None,
-) -> Diagnosis:
+    if attachment is not None and recipe is not None and parse(recipe) != attachment.recipe:
+        raise AttachError(
+            f"the recipe '{attachment.recipe}' is attached to this model, not '{parse(recipe)}': leave the "
+            "recipe out, or detach first"
+        )
     random_state = RandomState(model)
-    with preserved(model), fresh_counts(attachment), warnings_hidden():
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        if attachment is None:
+            assert recipe is not None
+            attachment = stack.enter_context(attach(model, recipe))
+            model.train()
+        stack.enter_context(fresh_counts(attachment))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # they repeat what the findings say
         if batches is None:
             batches = [taken(model, batch) for batch in make_batches(find_transformer(model)[1], 2, size, length)]
         if isinstance(batches, Mapping):
@@ -106,32 +93,29 @@ def _examine(
         if not batches:
             raise UserError("batches is empty; give at least one batch, or None to have some made")
         # As training runs it: with a cache, transformers does not look for packed documents in the positions.
-        patient = Patient(model, attachment, [named(model, uncached(model, batch)) for batch in batches])
+        as_trained = [named(model, uncached(model, batch)) for batch in batches]
         findings = []
-        for finding in _findings(patient, random_state, rounds):
+        for finding in _findings(ModelUnderTest(model, attachment, as_trained, rounds, random_state)):
             findings.append(finding)
             if progress:
                 progress(finding)
     return Diagnosis(str(attachment.recipe), attachment.plan.model, tuple(findings))
 
 
-def _findings(patient: Patient, random_state: RandomState, rounds: int) -> Iterator[Finding]:
-    attached = list(check_attached(patient))
+def _findings(tested: ModelUnderTest) -> Iterator[Finding]:
+    attached = list(check_attached(tested))
     yield from attached
-    yield from check_mode(patient)
+    yield from check_mode(tested)
     if any(finding.verdict == "wrong" for finding in attached):
         yield Finding("the rest", "skipped", "a training forward would stop at the above; mend that first")
         return
-    if not patient.trains:
-        patient.model.train()  # one cause, one red line: the rest is told as it would be in training
-    yield from check_rates(patient, rounds)
+    if not tested.trains:
+        tested.model.train()  # one cause, one red line: the rest is told as it would be in training
     for check in CHECKS:
-        yield from check(patient)
-    yield from check_ranks(patient, random_state)
-    yield from check_cost(patient)
+        yield from check(tested)
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _require_whole_weights(model: nn.Module) -> None:
     if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters()):
         raise UserError("the doctor needs whole parameters; examine the model before it is sharded")
     if any(p.device.type == "meta" for p in model.parameters()):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import UserError
-from ..outer_forward import arguments, is_own, outermost, parameters
+from ..outer_forward import arguments, is_own, outermost
+from ..source_reading import parameters
 
 Batch = dict[str, Any]
 LONGEST_AUDIO = 16000
