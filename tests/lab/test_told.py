@@ -64,7 +64,7 @@ def test_the_steps_stay_in_sight_on_a_narrow_terminal(width: int):
         bar = ProgressBar(Console(file=heard, width=width, force_terminal=True, color_system=None))
         state, nothing = TrainerState(max_steps=12345, global_step=6789), None
         bar.on_train_begin(nothing, state, nothing)
-        bar.on_log(nothing, state, nothing, {"loss": 0.69311, "task_loss": 0.61234, "consistency_loss": 0.08077})
+        bar.on_log(nothing, state, nothing, logs={"loss": 0.69311, "task_loss": 0.61234, "consistency_loss": 0.08077})
         bar.stop()
         assert "6789/12345" in heard.getvalue()
         assert "0.08077" in heard.getvalue().replace("\n", "")
