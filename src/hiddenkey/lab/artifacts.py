@@ -132,21 +132,28 @@ def read_result(folder: Path) -> RunResult | None:
     Raises:
         UnfitFolderError: a `result.json` that is damaged, or that this version did not write.
     """
-    from .stored import read_json  # its library is in the extra
-
-    path = folder / RESULT
-    if not path.exists():
+    if not (folder / RESULT).exists():
         return None
     try:
-        found = replace(read_json(path, RunResult), folder=str(folder))
-        TrainConfig(**complete(found.config)).check()
+        return stored_result(folder / RESULT)
     except DamagedFileError as error:
-        fault = str(error)
+        raise UnfitFolderError(f"{error}. {_WAYS_OUT}") from error
+
+
+def stored_result(path: Path) -> RunResult:
+    """The run that a `result.json` tells of.
+
+    Raises:
+        DamagedFileError: it is damaged, or this version did not write it; the message names the file and the field.
+    """
+    from .stored import read_json  # its library is in the extra
+
+    found = replace(read_json(path, RunResult), folder=str(path.parent))
+    try:
+        TrainConfig(**complete(found.config)).check()
     except (ConfigError, TypeError) as error:
-        fault = f"{path} is damaged: config: {error}"
-    else:
-        return found
-    raise UnfitFolderError(f"{fault}. {_WAYS_OUT}")
+        raise DamagedFileError(f"{path} is damaged: config: {error}") from None
+    return found
 
 
 def make_folder(folder: Path) -> None:
