@@ -16,6 +16,7 @@ from hiddenkey.lab.artifacts import RunResult
 from hiddenkey.lab.callbacks import ProgressBar
 from hiddenkey.lab.checked import check_run
 from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.say import say
 from hiddenkey.lab.told import doubts, is_idle
 
 from . import tiny
@@ -136,3 +137,10 @@ def test_a_finished_run_says_how_it_is_made_anew(base: TrainConfig, capsys: pyte
     run.train(replace(base, max_steps=1))
     run.train(replace(base, max_steps=1))
     assert "nothing to do. If its data have changed since, --overwrite makes it anew." in capsys.readouterr().err
+
+
+def test_brackets_in_a_name_are_no_markup_and_long_lines_stay_whole():
+    text = "runs/x[b] [/a] [red]3.5[/red] " + 40 * "long "
+    with io.StringIO() as heard:
+        say(Console(file=heard, width=20, force_terminal=True), text)
+        assert heard.getvalue() == f"{text}\n"
