@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar, Literal
@@ -116,14 +114,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write plain values as JSON, whole or not at all. Raises ValueError where a number is not finite."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    write_json(Path(result.folder) / RESULT, finite(asdict(result)))
+    from pydantic import TypeAdapter  # it is in the extra
+
+    write_text(Path(result.folder) / RESULT, TypeAdapter(RunResult).dump_json(result, indent=1).decode() + "\n")
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -257,12 +252,3 @@ def require_same_data(earlier: RunResult, digest: str) -> None:
             f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. "
             + _WAYS_OUT
         )
-
-
-def finite(value: Any) -> Any:
-    """Plain values in which NaN and infinities are None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

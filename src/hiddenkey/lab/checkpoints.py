@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AliasPath, Field
-from pydantic.dataclasses import dataclass
+from transformers import TrainerState
 
-from .artifacts import CHECKPOINT, write_json
+from .artifacts import CHECKPOINT, write_text
 from .errors import DamagedFileError, UnfitFolderError
 from .stored import read_json
 
 _MARK = "complete"
-_STATE = "trainer_state.json"
 _WAYS_BACK = "Bring the files back, or start anew with --overwrite."
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is read of the Trainer's state: whether it was about to stop."""
-
-    stopped: Annotated[
-        bool,
-        Field(validation_alias=AliasPath("stateful_callbacks", "TrainerControl", "args", "should_training_stop")),
-    ]
 
 
 def mark_complete(folder: Path, step: int) -> None:
     """Note that the checkpoint of `step` has been written to its end, and what is in it."""
     checkpoint = folder / f"checkpoint-{step}"
-    write_json(checkpoint / _MARK, _contents(checkpoint))
+    write_text(checkpoint / _MARK, json.dumps(_contents(checkpoint), indent=1) + "\n")
 
 
 def unmark(folder: Path, step: int) -> None:
@@ -75,8 +63,9 @@ def require_whole(checkpoint: Path) -> None:
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether training had come to its end when the checkpoint was written: all steps done, or stopped early."""
-    return read_json(checkpoint / _STATE, _State).stopped
+    """Whether training had come to its end when a whole checkpoint was written: all steps done, or stopped early."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
 
 
 def _contents(checkpoint: Path) -> dict[str, str]:
