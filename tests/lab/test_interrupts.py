@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from hiddenkey.lab import generation, run
-from hiddenkey.lab.artifacts import read_result
 from hiddenkey.lab.callbacks import StepClock
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.interrupts import heed, postponed
@@ -55,72 +54,49 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, room: Any, name: str, call: in
     return calls
 
 
-def stop_and_continue(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("room", "name", "call", "change"),
+    [
+        (StepClock, "on_step_end", 5, {"save_steps": 5, "epochs": 3}),
+        (run._Trainer, "training_step", 1, {"batch_size": 4, "gradient_accumulation": 3}),
+        (run._Trainer, "prediction_step", 2, {"eval_batch_size": 2}),
+        (generation, "_processors", 1, {"eval_batch_size": 2}),
+    ],
+    ids=["step", "accumulated step", "evaluation", "generation"],
+)
+def test_a_run_stops_at_once_and_continues_to_the_same_weights(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    room: Any,
+    name: str,
+    call: int,
+    change: dict[str, Any],
+):
+    stopped: TrainConfig = request.getfixturevalue("generating" if room is generation else "config")
+    stopped = replace(stopped, **change)
+    calls = interrupt_at(monkeypatch, room, name, call)
     with pytest.raises(KeyboardInterrupt):
-        run.train(config)
+        run.train(stopped)
+    assert calls == list(range(1, call + 1))
+    if room is StepClock:
+        assert (Path(stopped.out) / "checkpoints" / "checkpoint-5" / "complete").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
-    run.train(config)
-    whole = replace(config, out=f"{config.out}-whole")
-    run.train(whole)
-    assert same(config.out, whole.out)
+    continued, whole = run.train(stopped), run.train(replace(stopped, out=f"{stopped.out}-whole"))
+    assert same(stopped.out, whole.folder)
+    assert continued.epochs == whole.epochs
 
 
-def test_training_stops_after_the_step_and_its_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    config = replace(config, save_steps=5, epochs=3)
-    steps = interrupt_at(monkeypatch, StepClock, "on_step_end", 5)
-    with pytest.raises(KeyboardInterrupt):
-        run.train(config)
-    assert steps == [1, 2, 3, 4, 5]
-    assert (Path(config.out) / "checkpoints" / "checkpoint-5" / "complete").exists()
-
-
-def test_training_continues(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    interrupt_at(monkeypatch, StepClock, "on_step_end", 5)
-    stop_and_continue(replace(config, save_steps=2, epochs=3), monkeypatch)
-    result = read_result(Path(config.out))
-    assert result is not None
-    assert [row["step"] for row in result.epochs] == [3, 6, 9]
-
-
-def test_training_stops_within_an_accumulated_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    passes = interrupt_at(monkeypatch, run._Trainer, "training_step", 1)
-    stop_and_continue(replace(config, batch_size=4, gradient_accumulation=3), monkeypatch)
-    assert passes == [1]
-
-
-def test_an_evaluation_stops_after_the_batch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    batches = interrupt_at(monkeypatch, run._Trainer, "prediction_step", 2)
-    stop_and_continue(replace(config, eval_batch_size=2), monkeypatch)
-    assert batches == [1, 2]
-
-
-def test_generation_stops_before_the_next_batch(generating: TrainConfig, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
-    batches = interrupt_at(monkeypatch, generation, "_processors", 1)
-    stop_and_continue(replace(generating, eval_batch_size=2), monkeypatch)
-    assert batches == [1]
-
-
-def test_the_second_ctrl_c_is_acted_on_at_once():
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_end_heeds_what_nobody_heeded_and_leaves_nothing(times: int):
+    reached = []
     with pytest.raises(KeyboardInterrupt), postponed():
         signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+        reached.append(1)
+        if times == 2:
             signal.raise_signal(signal.SIGINT)
-        heed()
-        raise AssertionError
-    heed()
-
-
-def test_a_second_ctrl_c_that_ends_it_leaves_nothing_to_heed():
-    with pytest.raises(KeyboardInterrupt), postponed():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    heed()
-
-
-def test_what_nobody_heeded_is_acted_on_at_the_end():
-    with pytest.raises(KeyboardInterrupt), postponed():
-        signal.raise_signal(signal.SIGINT)
+            reached.append(2)
+    assert reached == [1]
     heed()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -18,10 +18,10 @@ from hiddenkey.lab import run, sources
 from hiddenkey.lab.artifacts import RunResult, read_result
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
-from hiddenkey.lab.errors import ConfigError, DataError, RunError
+from hiddenkey.lab.errors import ConfigError, DataError
 
 from . import tiny
-from .test_faults import Killed, damage, stop
+from .test_faults import kill_at
 from .test_run import config, no_weights, same  # noqa: F401
 
 FULL = pytest.mark.full
@@ -123,10 +123,7 @@ def test_a_run_killed_before_its_test_continues_to_the_same_numbers(
 ):
     config = replace(worsening, keep=keep)  # noqa: F811
     whole = run.train(replace(config, out=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "final_scores", stop)
-        with pytest.raises(Killed):
-            run.train(config)
+    kill_at(monkeypatch, "final_scores", config)
     assert read_result(Path(config.out)).status == "running"
     moved = replace(config, out=str(tmp_path / "moved"))
     Path(config.out).rename(moved.out)
@@ -134,19 +131,6 @@ def test_a_run_killed_before_its_test_continues_to_the_same_numbers(
     assert continued.test == whole.test
     assert (continued.best, continued.last) == (whole.best, whole.last)
     assert same(moved.out, whole.folder)
-
-
-def test_a_damaged_best_checkpoint_is_told(worsening: TrainConfig, monkeypatch: pytest.MonkeyPatch):
-    config = worsening  # noqa: F811
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "final_scores", stop)
-        with pytest.raises(Killed):
-            run.train(config)
-    best = min((Path(config.out) / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    damage(best / "adapter_model.safetensors")
-    with pytest.raises(RunError, match=f"{best.name} is damaged: adapter_model.safetensors"):
-        run.train(config)
-    assert read_result(Path(config.out)).status == "failed"
 
 
 def test_regression_and_completion_have_a_test_too(

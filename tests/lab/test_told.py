@@ -17,6 +17,7 @@ from hiddenkey.lab.artifacts import RunResult
 from hiddenkey.lab.callbacks import ProgressBar
 from hiddenkey.lab.checked import check_run
 from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.say import say
 from hiddenkey.lab.told import doubts, is_idle
 
 from . import tiny
@@ -91,7 +92,7 @@ def test_the_steps_stay_in_sight_on_a_narrow_terminal(width: int):
         bar = ProgressBar(Console(file=heard, width=width, force_terminal=True, color_system=None))
         state, nothing = TrainerState(max_steps=12345, global_step=6789), None
         bar.on_train_begin(nothing, state, nothing)
-        bar.on_log(nothing, state, nothing, {"loss": 0.69311, "task_loss": 0.61234, "consistency_loss": 0.08077})
+        bar.on_log(nothing, state, nothing, logs={"loss": 0.69311, "task_loss": 0.61234, "consistency_loss": 0.08077})
         bar.stop()
         assert "6789/12345" in heard.getvalue()
         assert "0.08077" in heard.getvalue().replace("\n", "")
@@ -163,3 +164,10 @@ def test_a_finished_run_says_how_it_is_made_anew(base: TrainConfig, capsys: pyte
     run.train(replace(base, max_steps=1))
     run.train(replace(base, max_steps=1))
     assert "nothing to do. If its data have changed since, --overwrite makes it anew." in capsys.readouterr().err
+
+
+def test_brackets_in_a_name_are_no_markup_and_long_lines_stay_whole():
+    text = "runs/x[b] [/a] [red]3.5[/red] " + 40 * "long "
+    with io.StringIO() as heard:
+        say(Console(file=heard, width=20, force_terminal=True), text)
+        assert heard.getvalue() == f"{text}\n"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, ClassVar, Literal
 
 from .config import TrainConfig, complete
@@ -24,6 +23,7 @@ GENERATIONS = "generations.jsonl"
 # As `hiddenkey.hf.saving` names it, which takes seconds to import.
 _RECIPE_FILE = "hiddenkey.json"
 _FREE_BYTES = 64 * 2**20
+_WAYS_OUT = "Give another folder with --out, or --overwrite to delete that run."
 
 # A folder may be moved, and overwrite says nothing about the run.
 NOT_OF_THE_RUN = ("out", "overwrite")
@@ -102,7 +102,8 @@ class RunResult:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part; many may write it at once."""
-    part = _name_of_our_own(path)
+    # The name is its own for processes of several machines, which may have the same number, and threads of one.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
@@ -111,19 +112,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def _name_of_our_own(path: Path) -> Path:
-    # Processes of several machines, which may have the same number, and threads of one.
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write plain values as JSON, whole or not at all. Raises ValueError where a number is not finite."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-
-
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    write_json(Path(result.folder) / RESULT, finite(asdict(result)))
+    from pydantic import TypeAdapter  # it is in the extra
+
+    write_text(Path(result.folder) / RESULT, TypeAdapter(RunResult).dump_json(result, indent=1).decode() + "\n")
 
 
 def read_result(folder: Path) -> RunResult | None:
@@ -132,27 +125,28 @@ def read_result(folder: Path) -> RunResult | None:
     Raises:
         UnfitFolderError: a `result.json` that is damaged, or that this version did not write.
     """
-    from .stored import read_json  # its library is in the extra
-
-    path = folder / RESULT
-    if not path.exists():
+    if not (folder / RESULT).exists():
         return None
     try:
-        found = replace(read_json(path, RunResult), folder=str(folder))
-        _require_config(path, found.config)
+        return stored_result(folder / RESULT)
     except DamagedFileError as error:
-        raise UnfitFolderError(
-            f"{error}. Give another folder with --out, or --overwrite to delete that run."
-        ) from error
-    return found
+        raise UnfitFolderError(f"{error}. {_WAYS_OUT}") from error
 
 
-def _require_config(path: Path, config: dict[str, Any]) -> None:
-    """Raises DamagedFileError where the configuration of a result is none."""
+def stored_result(path: Path) -> RunResult:
+    """The run that a `result.json` tells of.
+
+    Raises:
+        DamagedFileError: it is damaged, or this version did not write it; the message names the file and the field.
+    """
+    from .stored import read_json  # its library is in the extra
+
+    found = replace(read_json(path, RunResult), folder=str(path.parent))
     try:
-        TrainConfig(**complete(config)).check()
+        TrainConfig(**complete(found.config)).check()
     except (ConfigError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged: config: {error}") from None
+    return found
 
 
 def make_folder(folder: Path) -> None:
@@ -163,9 +157,8 @@ def make_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        trial = _name_of_our_own(folder / "writable")
-        trial.write_text("", encoding="utf-8")
-        trial.unlink()
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RunError(f"out = {str(folder)!r} cannot be written: {error}. Give another folder.") from error
 
@@ -182,9 +175,8 @@ def open_folder(config: TrainConfig) -> RunResult | None:
     if config.overwrite:
         _require_ours(folder)
         return None
-    earlier = read_result(folder)
+    earlier = _same_run(config)
     if earlier is not None:
-        _require_same(earlier.config, config)
         if earlier.status == "finished" and not (folder / ADAPTER / _RECIPE_FILE).is_file():
             raise UnfitFolderError(
                 f"{folder / RESULT} says that the run is finished, but its adapter is not in {folder / ADAPTER}. "
@@ -192,8 +184,7 @@ def open_folder(config: TrainConfig) -> RunResult | None:
             )
     elif (folder / ADAPTER).exists() or any((folder / CHECKPOINTS).glob("*")):
         raise UnfitFolderError(
-            f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. "
-            "Give another folder with --out, or --overwrite to delete them."
+            f"{config.out} holds an adapter or checkpoints, but no {RESULT} that tells of which run. {_WAYS_OUT}"
         )
     return earlier
 
@@ -233,39 +224,29 @@ def _require_ours(folder: Path) -> None:
 def is_begun(config: TrainConfig) -> bool:
     """Whether this run, and no other, has left its first record in its folder."""
     try:
-        earlier = read_result(Path(config.out))
-        if earlier is not None:
-            _require_same(earlier.config, config)
+        return _same_run(config) is not None
     except UnfitFolderError:
         return False
-    return earlier is not None
 
 
-def _require_same(earlier: dict[str, Any], config: TrainConfig) -> None:
-    now, earlier = config.to_dict(), complete(earlier)
+def _same_run(config: TrainConfig) -> RunResult | None:
+    """What this run left; raises UnfitFolderError where it was another one."""
+    found = read_result(Path(config.out))
+    if found is None:
+        return None
+    now, earlier = config.to_dict(), complete(found.config)
     names = [name for name in {**now, **earlier} if name not in NOT_OF_THE_RUN]
     differing = [name for name in names if now.get(name) != earlier.get(name)]
     if differing:
         lines = "\n".join(f"  {name}: {earlier.get(name)!r} there, {now.get(name)!r} now" for name in differing)
-        raise UnfitFolderError(
-            f"{config.out} holds a run with another configuration:\n{lines}\n"
-            "Give another folder with --out, or --overwrite to delete that run."
-        )
+        raise UnfitFolderError(f"{config.out} holds a run with another configuration:\n{lines}\n{_WAYS_OUT}")
+    return found
 
 
 def require_same_data(earlier: RunResult, digest: str) -> None:
     """Raises UnfitFolderError where an unfinished run was begun with other rows."""
     if earlier.data_digest not in ("", digest):
         raise UnfitFolderError(
-            f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. Give "
-            "another folder with --out, or --overwrite to delete that run."
+            f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. "
+            + _WAYS_OUT
         )
-
-
-def finite(value: Any) -> Any:
-    """Plain values in which NaN and infinities are None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

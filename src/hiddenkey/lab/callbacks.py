@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -26,9 +26,7 @@ _LOSSES = ("loss", "task_loss", "consistency_loss")
 class LossGuard(TrainerCallback):
     """Stops at the first logged loss that is NaN or infinite."""
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, *_: Any, logs: dict[str, Any], **__: Any) -> None:
         """Raises NonFiniteLossError naming the step, the loss and the ways out."""
         for name, value in logs.items():
             if name.endswith("loss") and not math.isfinite(value):
@@ -67,23 +65,17 @@ class Schedule(TrainerCallback):
     def __init__(self, save_steps: int) -> None:
         self.save_steps = save_steps
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Asks for a checkpoint when it is time; the end of an epoch has its own, with its evaluation in it."""
         ends = control.should_training_stop or float(state.epoch).is_integer()
         if self.save_steps and state.global_step % self.save_steps == 0 and not ends:
             control.should_save = True
-        return control
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
+    def on_epoch_end(self, _: Any, __: Any, control: TrainerControl, **___: Any) -> None:
         """Asks for a log entry."""
         control.should_log = True
-        return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Marks the checkpoint just written."""
         mark_complete(Path(args.output_dir), state.global_step)
 
@@ -91,92 +83,66 @@ class Schedule(TrainerCallback):
 class EarlyStopping(EarlyStoppingCallback):
     """As its parent, on the validation part alone: the training part is evaluated too."""
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **kwargs: Any,
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, *rest: Any, metrics: dict[str, float], **more: Any) -> None:
         """Counts an epoch without a better metric."""
         if args.metric_for_best_model in metrics:
-            super().on_evaluate(args, state, control, metrics, **kwargs)
+            super().on_evaluate(args, *rest, metrics=metrics, **more)
 
 
 class Interrupts(TrainerCallback):
     """Heeds Ctrl-C between two batches, when nothing is half done and the last step's checkpoint is written."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Before the next step."""
+        """Before the next step, and within an accumulated step or an evaluation."""
         heed()
 
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        """Within an accumulated step."""
-        heed()
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Within an evaluation."""
-        heed()
+    on_substep_end = on_prediction_step = on_step_begin
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with the losses of the last log entry, and a line for every evaluated part."""
+    """Steps, remaining time and the losses of the last log entry, and a line for every evaluated part."""
 
     def __init__(self, console: Console) -> None:
         # On a narrow terminal the losses are broken into lines; steps and time stay whole.
-        steps = MofNCompleteColumn(table_column=Column(no_wrap=True))
-        left = TimeRemainingColumn(table_column=Column(no_wrap=True))
-        losses = TextColumn("{task.fields[losses]}", table_column=Column())
-        self.progress = Progress(steps, left, BarColumn(bar_width=10), losses, console=console)
-        self.row = self.progress.add_task("", losses="", total=None)
+        whole = Column(no_wrap=True)
+        losses = TextColumn("{task.description}", table_column=Column())
+        columns = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole), losses
+        self.progress = Progress(*columns, console=console)
+        self.row = self.progress.add_task("", total=None)
         self.rates: dict[str, float] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Shows the bar."""
         self.progress.update(self.row, total=state.max_steps, completed=state.global_step)
         self.progress.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         """Moves it."""
         self.progress.update(self.row, completed=state.global_step)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         """Shows the losses, and keeps the realised drop rates for the end of the epoch."""
-        self.rates |= {
-            name.removeprefix("drop_rate/"): value for name, value in logs.items() if name.startswith("drop_rate/")
-        }
+        self.rates |= {name: value for name, value in logs.items() if name.startswith("drop_rate/")}
         if "loss" in logs:
-            shown = {name: value for name, value in logs.items() if name in _LOSSES}
-            self.progress.update(self.row, losses=_numbers(shown))
+            self.progress.update(self.row, description=_numbers({n: v for n, v in logs.items() if n in _LOSSES}))
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float],
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, *_: Any, metrics: dict[str, float], **__: Any
     ) -> None:
         """Prints the metrics of the validation part and the drop rates, and the loss of the training part."""
-        shown = {name.removeprefix("eval_"): value for name, value in metrics.items() if _is_shown(name)}
-        line = f"epoch {state.epoch:g}  {_numbers(shown)}"
-        if self.rates and args.metric_for_best_model in metrics:
-            line += f"  dropped: {_numbers(self.rates)}"
-        say(self.progress.console, line)
+        shown = {
+            name: value
+            for name, value in metrics.items()
+            if name == "eval_train_loss" or (name.startswith("eval_validation_") and not name.endswith(TIMES))
+        }
+        rates = f"  dropped: {_numbers(self.rates)}" if self.rates and args.metric_for_best_model in metrics else ""
+        say(self.progress.console, f"epoch {state.epoch:g}  {_numbers(shown)}{rates}")
 
     def stop(self) -> None:
         """Leaves the terminal as it was."""
         self.progress.stop()
 
 
-def _is_shown(name: str) -> bool:
-    if name.startswith("eval_validation_"):
-        return not name.endswith(TIMES)
-    return name == "eval_train_loss"
-
-
 def _numbers(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    named = ((name.removeprefix("eval_").removeprefix("drop_rate/"), value) for name, value in values.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in named)

@@ -7,27 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AliasPath, Field
-from pydantic.dataclasses import dataclass
+from transformers import TrainerState
 
 from .artifacts import CHECKPOINT, write_text
 from .errors import DamagedFileError, UnfitFolderError
 from .stored import read_json
 
 _MARK = "complete"
-_STATE = "trainer_state.json"
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is read of the Trainer's state: whether it was about to stop."""
-
-    stopped: Annotated[
-        bool,
-        Field(validation_alias=AliasPath("stateful_callbacks", "TrainerControl", "args", "should_training_stop")),
-    ]
+_WAYS_BACK = "Bring the files back, or start anew with --overwrite."
 
 
 def mark_complete(folder: Path, step: int) -> None:
@@ -56,53 +44,47 @@ def last_checkpoint(folder: Path, tell: Callable[[str], None]) -> Path | None:
             whole[int(found[1])] = path
         else:
             shutil.rmtree(path)
-    damaged = []
+    faults = []
     for step in sorted(whole, reverse=True):
-        changed = _changed(whole[step])
-        if not changed:
+        fault = _fault(whole[step])
+        if not fault:
             return whole[step]
-        damaged.append(f"{whole[step]} is damaged: {', '.join(changed)} changed after it was written.")
-        tell(damaged[-1])
-    if damaged:
-        raise UnfitFolderError(
-            "\n".join(damaged) + "\nNo other checkpoint is left to continue from. Bring the files back, or start "
-            "anew with --overwrite."
-        )
+        faults.append(fault)
+        tell(fault)
+    if faults:
+        raise UnfitFolderError("\n".join(faults) + f"\nNo other checkpoint is left to continue from. {_WAYS_BACK}")
     return None
 
 
 def require_whole(checkpoint: Path) -> None:
     """Raises UnfitFolderError where a checkpoint that is needed is gone or damaged."""
-    if not (checkpoint / _MARK).exists():
-        fault = "is gone, or was not written to its end"
-    else:
-        changed = _changed(checkpoint)
-        if not changed:
-            return
-        fault = f"is damaged: {', '.join(changed)} changed after it was written"
-    raise UnfitFolderError(f"{checkpoint} {fault}. Bring the files back, or start anew with --overwrite.")
+    if fault := _fault(checkpoint):
+        raise UnfitFolderError(f"{fault} {_WAYS_BACK}")
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether training had come to its end when the checkpoint was written: all steps done, or stopped early."""
-    return read_json(checkpoint / _STATE, _State).stopped
+    """Whether training had come to its end when a whole checkpoint was written: all steps done, or stopped early."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    return bool(state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
 
 
 def _contents(checkpoint: Path) -> dict[str, str]:
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MARK)
-    return {path.relative_to(checkpoint).as_posix(): _digest(path) for path in files}
+    """SHA-256 of every file: after a crash of the machine a file may have its size and not its bytes."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != _MARK:
+            with path.open("rb") as file:
+                found[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _changed(checkpoint: Path) -> list[str]:
-    """Names of files that are gone or not what they were."""
+def _fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, in a sentence; empty where it is whole and as it was written."""
+    if not (checkpoint / _MARK).exists():
+        return f"{checkpoint} is gone, or was not written to its end."
     try:
-        noted = read_json(checkpoint / _MARK, dict[str, str])
+        noted, found = read_json(checkpoint / _MARK, dict[str, str]), _contents(checkpoint)
+        changed = [name for name, digest in noted.items() if found.get(name) != digest]
     except DamagedFileError:
-        return [_MARK]
-    found = _contents(checkpoint)
-    return [name for name, digest in noted.items() if found.get(name) != digest]
+        changed = [_MARK]
+    return f"{checkpoint} is damaged: {', '.join(changed)} changed after it was written." if changed else ""

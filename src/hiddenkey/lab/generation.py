@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +66,7 @@ def collect_prompts(config: TrainConfig, rows: Dataset | None, tokenizer: Any, m
             f"The longest test prompt has {longest - config.max_new_tokens} tokens, with max_new_tokens = "
             f"{config.max_new_tokens} that is more than the {room} that {config.model} takes; give fewer."
         )
-    texts = zip(references.items(), ids, strict=True)
-    return [Prompt(text, tokens, several, seen.get(text)) for (text, several), tokens in texts]
+    return [Prompt(text, ids[i], several, seen.get(text)) for i, (text, several) in enumerate(references.items())]
 
 
 def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig, console: Console) -> dict[str, float]:
@@ -78,14 +76,13 @@ def generation_scores(trainer: Any, prompts: list[Prompt], config: TrainConfig, 
     `unended` is the share of texts that were cut at max_new_tokens.
     """
     written = generate(trainer, prompts, config)
-    lines = [_line(prompt, found) for prompt, found in zip(prompts, written, strict=True)]
+    lines = [json.dumps(_row(*pair), ensure_ascii=False) + "\n" for pair in zip(prompts, written, strict=True)]
     write_text(Path(config.out) / GENERATIONS, "".join(lines))
     texts, references = [found.text for found in written], [prompt.references for prompt in prompts]
     scores = measure(config.generation_metrics, texts, references, _groups(prompts))
     cut = sum(not found.ended for found in written)
     if cut:
-        limit = config.max_new_tokens
-        say(console, f"{cut} of {len(written)} texts were cut at max_new_tokens = {limit}.")
+        say(console, f"{cut} of {len(written)} texts were cut at max_new_tokens = {config.max_new_tokens}.")
     return {**scores, "unended": cut / len(written)}
 
 
@@ -95,19 +92,20 @@ def generate(trainer: Any, prompts: list[Prompt], config: TrainConfig) -> list[W
     trainer.model.eval()
     theirs, model.generation_config = model.generation_config, _settings(config, tokenizer)
     found: dict[int, Written] = {}
-    end = -1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    size = max(1, config.eval_batch_size // config.num_beams)
     try:
-        for numbers in _batches(prompts, max(1, config.eval_batch_size // config.num_beams)):
+        for first in range(0, len(prompts), size):
             heed()
+            numbers = by_length[first : first + size]
             rows = [{"input_ids": prompts[i].ids} for i in numbers]
             batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
             start = batch["input_ids"].shape[1]
             with torch.no_grad(), trainer.accelerator.autocast():
                 ids = model.generate(**batch, logits_processor=_processors(config.no_repeat_ngram, start))
             texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
-            ended = (ids[:, start:] == end).any(dim=1).tolist()
-            for i, text, whole in zip(numbers, texts, ended, strict=True):
-                found[i] = Written(" ".join(text.split()), whole)
+            for i, text, written in zip(numbers, texts, ids[:, start:].tolist(), strict=True):
+                found[i] = Written(" ".join(text.split()), tokenizer.eos_token_id in written)
     finally:
         model.generation_config = theirs
     return [found[i] for i in range(len(prompts))]
@@ -141,25 +139,13 @@ def _settings(config: TrainConfig, tokenizer: Any) -> GenerationConfig:
     )
 
 
-def _batches(prompts: list[Prompt], size: int) -> Iterator[list[int]]:
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    for first in range(0, len(by_length), size):
-        yield by_length[first : first + size]
-
-
 def _groups(prompts: list[Prompt]) -> dict[str, list[int]]:
-    everything = list(range(len(prompts)))
-    seen, unseen = ([i for i in everything if prompts[i].seen is truth] for truth in (True, False))
-    return {"": everything} | ({"_seen": seen} if seen else {}) | ({"_unseen": unseen} if unseen else {})
+    groups = {"": list(range(len(prompts)))}
+    for ending, truth in (("_seen", True), ("_unseen", False)):
+        groups[ending] = [i for i, prompt in enumerate(prompts) if prompt.seen is truth]
+    return {ending: numbers for ending, numbers in groups.items() if numbers}
 
 
-def _line(prompt: Prompt, found: Written) -> str:
-    row: dict[str, Any] = {
-        "prompt": prompt.text,
-        "generated": found.text,
-        "ended": found.ended,
-        "references": prompt.references,
-    }
-    if prompt.seen is not None:
-        row[SEEN] = prompt.seen
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def _row(prompt: Prompt, found: Written) -> dict[str, Any]:
+    row = {"prompt": prompt.text, "generated": found.text, "ended": found.ended, "references": prompt.references}
+    return row if prompt.seen is None else row | {SEEN: prompt.seen}

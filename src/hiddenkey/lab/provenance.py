@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
-from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 import hiddenkey
 
 _PACKAGES = ("hiddenkey", "transformers", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-_SHOWN = ("python", "torch", "transformers", "peft")
 
 
 def versions() -> dict[str, str]:
@@ -26,40 +25,25 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Commit of the hiddenkey checkout that runs, with "+" for changes on top; None where it is installed."""
     package = Path(hiddenkey.__file__).resolve().parent
-    root = _git(package, "rev-parse", "--show-toplevel")
-    if root is None or Path(root) / "src" / "hiddenkey" != package:
+    if _git(package, "rev-parse", "--show-toplevel") != package.parents[1].as_posix():
         return None
     head = _git(package, "rev-parse", "--verify", "--quiet", "HEAD")
-    if head is None:
-        return None
-    return head + ("+" if _git(package, "status", "--porcelain") else "")
-
-
-def short(found: str | None) -> str:
-    """The first digits of a commit, with its "+" for changes on top."""
-    return "-" if found is None else found[:10] + ("+" if found.endswith("+") else "")
-
-
-def shown_versions(found: Mapping[str, str]) -> str:
-    """The versions that a page has room for."""
-    return ", ".join(f"{name} {found[name]}" for name in _SHOWN if name in found)
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return head and head + ("+" if _git(package, "status", "--porcelain") else "")
 
 
 def _device() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return str(accelerator) if accelerator is not None else processor()
+    return _processor() if accelerator is None else str(accelerator)
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        names = re.findall(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:
@@ -71,7 +55,7 @@ def _version(name: str) -> str:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip()

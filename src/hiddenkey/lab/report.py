@@ -76,6 +76,11 @@ class TaskReport:
     why_none: str = ""
     """Why there is no such method."""
 
+    @property
+    def known(self) -> list[Comparison]:
+        """Those that share a seed with plain LoRA."""
+        return [one for one in self.compared if one.difference.n]
+
 
 def write_report(folder: str, out: str = "") -> Path:
     """Write report.md, report.html, runs.csv and forest.png, into `FOLDER/report` if `out` is empty.
@@ -93,7 +98,7 @@ def write_report(folder: str, out: str = "") -> Path:
         figure = _forests(tasks)
         if figure is not None:
             figure.savefig(target / "forest.png", dpi=120)
-    page = _page(folder, runs, tasks, figure is not None)
+    page = _page(folder, runs, tasks)
     write_text(target / "runs.csv", csv_table(runs.drop(columns=["sign", "scale"])))
     write_text(target / "report.md", page)
     write_text(target / "report.html", _html(page, target))
@@ -137,17 +142,16 @@ def verdict(found: TaskReport) -> str:
     """One sentence: what beat plain LoRA, by how much and how surely."""
     if found.baseline is None:
         return markdown(found.why_none)
-    known = [one for one in found.compared if one.difference.n]
-    if not known:
+    if not found.known:
         return "No other method shares a finished seed with plain LoRA, so there is nothing to compare."
-    surely = [one for one in known if one.p_holm <= ALPHA]
+    surely = [one for one in found.known if one.p_holm <= ALPHA]
     better = [one for one in surely if one.difference.mean > 0]
     worse = [one for one in surely if one.difference.mean < 0]
     harm = f" Worse than plain LoRA: {', '.join(_in_numbers(found, one) for one in worse)}." if worse else ""
     if better:
         return f"Better than plain LoRA: {'; '.join(_in_numbers(found, one) for one in better)}.{harm}"
-    few = " With one seed nothing can be told from chance." if known[0].difference.n == 1 else ""
-    return f"**Nothing beat plain LoRA** beyond chance; the best was {_in_numbers(found, known[0])}.{few}{harm}"
+    few = " With one seed nothing can be told from chance." if found.known[0].difference.n == 1 else ""
+    return f"**Nothing beat plain LoRA** beyond chance; the best was {_in_numbers(found, found.known[0])}.{few}{harm}"
 
 
 def _in_numbers(found: TaskReport, one: Comparison) -> str:
@@ -174,15 +178,15 @@ def forest(labels: Sequence[str], found: Sequence[Difference], title: str, axes:
 
 
 def _forests(tasks: Sequence[TaskReport]) -> Figure | None:
-    shown = [(one, known) for one in tasks if (known := [c for c in one.compared if c.difference.n])]
+    shown = [one for one in tasks if one.known]
     if not shown:
         return None
-    heights = [len(known) + 2 for _, known in shown]
+    heights = [len(one.known) + 2 for one in shown]
     figure = Figure(figsize=(7, 0.35 * sum(heights) + 0.3), layout="constrained")
     grid = figure.subplots(len(shown), squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (one, known) in zip(grid, shown, strict=True):
+    for axes, one in zip(grid, shown, strict=True):
         title = f"{one.metric}: difference to plain LoRA, right is better"
-        forest([c.method for c in known], [c.difference for c in known], title, axes)
+        forest([c.method for c in one.known], [c.difference for c in one.known], title, axes)
         axes.set_title(shorten(one_line(one.task), 80) if len(shown) > 1 else "")
     return figure
 
@@ -217,22 +221,20 @@ def _absent(runs: pd.DataFrame) -> Iterator[str]:
     counts = runs.groupby(GROUP).size()
     for (task, method), own in runs.groupby(["task", "method"], sort=False):
         planned = max(own["trials"].max(), 1)
-        for condition, seed in (
-            runs[runs["task"] == task][["condition", "seed"]].drop_duplicates().itertuples(index=False)
-        ):
+        for condition, seed in runs[runs["task"] == task].groupby(["condition", "seed"], sort=False).groups:
             there = counts.get((task, method, condition, seed), 0)
             if there < planned:
                 where = f"{task}, {condition}" if condition else task
                 yield f"missing: {planned - there} of {planned} of {method}, seed {seed}, {where}"
 
 
-def _page(folder: str, runs: pd.DataFrame, tasks: Sequence[TaskReport], drawn: bool) -> str:
+def _page(folder: str, runs: pd.DataFrame, tasks: Sequence[TaskReport]) -> str:
     parts = [MARK, f"# Runs of {markdown(folder)}"]
     for found in tasks:
         own = runs[runs["task"] == found.task]
         size = f"{len(own)} runs, {own['method'].nunique()} methods, {own['seed'].nunique()} seeds."
         parts += [f"## {markdown(found.task)}", verdict(found), size, markdown_table(_table(own, found))]
-    if drawn:
+    if any(found.known for found in tasks):
         parts.append("![Differences to plain LoRA with 95 % intervals](forest.png)")
     if lost := list(_absent(runs)):
         parts += ["## Failed and missing runs", "\n".join(f"- {markdown(one)}" for one in lost)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -63,20 +63,13 @@ def paired_difference(differences: Sequence[float]) -> Difference:
         return Difference(n, float(found[0]), 0.0, p=flips, p_flip=flips)
     mean, sd = float(found.mean()), float(found.std(ddof=1))
     test = stats.ttest_1samp(found, 0.0)
-    interval = test.confidence_interval(LEVEL)
-    low, high = _bootstrap(found) if n > 2 else (math.nan, math.nan)
-    return Difference(
-        n,
-        mean,
-        sd,
-        float(interval.low),
-        float(interval.high),
-        low,
-        high,
-        p=float(test.pvalue),
-        p_flip=flips,
-        hedges=mean / sd * (1 - 3 / (4 * (n - 1) - 1)) if n > 2 else math.nan,
-    )
+    low, high = map(float, test.confidence_interval(LEVEL))
+    student = Difference(n, mean, sd, low, high, p=float(test.pvalue), p_flip=flips)
+    if n == 2:
+        return student
+    from_below, to_above = _bootstrap(found)
+    hedges = mean / sd * (1 - 3 / (4 * (n - 1) - 1))
+    return replace(student, bootstrap_low=from_below, bootstrap_high=to_above, hedges=hedges)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -90,25 +83,16 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def _bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    found = stats.bootstrap(
-        (differences,),
-        np.mean,
-        confidence_level=LEVEL,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(_SEED),
-    )
-    low, high = (float(end) for end in found.confidence_interval)
+    rng = np.random.default_rng(_SEED)
+    found = stats.bootstrap((differences,), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES, rng=rng)
+    low, high = map(float, found.confidence_interval)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (math.nan, math.nan)
 
 
 def _sign_flips(differences: np.ndarray) -> float:
+    # Of one sample, exchanged with nothing but its negative.
+    rng = np.random.default_rng(_SEED)
     found = stats.permutation_test(
-        (differences, np.zeros_like(differences)),
-        lambda first, second, axis: np.mean(first - second, axis=axis),
-        permutation_type="samples",
-        n_resamples=RESAMPLES,
-        vectorized=True,
-        rng=np.random.default_rng(_SEED),
+        (differences,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=rng
     )
     return float(found.pvalue)

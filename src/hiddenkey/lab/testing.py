@@ -32,9 +32,6 @@ def final_scores(trainer: Any, rows: Dataset, steps: dict[Keep, int], keep: Keep
     found: dict[int, dict[str, float]] = {}
     for step in sorted(set(steps.values()), key=lambda step: step == steps[keep]):
         load_weights(trainer, step)
-        found[step] = _metrics(trainer.predict(rows, metric_key_prefix="test").metrics)
+        metrics = trainer.predict(rows, metric_key_prefix="test").metrics
+        found[step] = {name[len("test_") :]: value for name, value in metrics.items() if not name.endswith(TIMES)}
     return {name: dict(found[step]) for name, step in steps.items()}
-
-
-def _metrics(found: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("test_"): value for name, value in found.items() if not name.endswith(TIMES)}
