@@ -254,7 +254,7 @@ def test_regression_on_words_is_an_error(sentences: Path):
 def test_broken_file_says_where(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text')
-    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read.*JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: it is no JSON, Unterminated .* line 2"):
         load(path)
 
 

@@ -102,41 +102,18 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
         blank = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if not any(str(t).strip() for t in row)]
         _refuse(part, f"no text in column {' or '.join(map(repr, texts))}", blank)
     labels = values(rows, columns.label)
-    if not written:
-        _refuse_dates(rows.features[columns.label], columns.label, part)
-        _refuse_mixed(labels, columns.label, part)
     hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
     what = "completion" if columns.task == "causal-lm" else "label"
     unlabelled = [i for i, value in enumerate(labels) if _is_missing(value, hidden)]
     _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
 
 
-def _refuse_mixed(labels: list[Any], name: str, part: str) -> None:
-    """Raises DataError where a label is true or false in some rows, and something else in others: 1 is not true."""
-    if len({isinstance(label, bool) for label in labels if label is not None}) > 1:
-        shown = ", ".join(sorted({json.dumps(label) for label in labels if label is not None})[:_SHOWN_ROWS])
-        raise DataError(
-            f"Column {name!r} of the {part} mixes true and false with other labels: {shown}. Use one kind."
-        )
-
-
 def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
     """Texts, or lists of them; a number is one too."""
     inner = feature.feature if lists and isinstance(feature, (List, LargeList)) else feature
-    _refuse_dates(inner, name, part)
     dtype = getattr(inner, "dtype", None)
     if not isinstance(inner, (Value, ClassLabel)) or "binary" in str(dtype):
         raise DataError(f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.")
-
-
-def _refuse_dates(feature: Any, name: str, part: str) -> None:
-    """Raises DataError where the reader of JSON made dates of texts: they are no longer what stood in the file."""
-    dtype = str(getattr(feature, "dtype", ""))
-    if re.match("timestamp|date|time|duration", dtype):
-        raise DataError(
-            f"Column {name!r} of the {part} was read as {dtype}, not as texts. Save the file as .csv, whose texts "
-            "stay as they are."
-        )
 
 
 def _has_none(value: Any) -> bool:
