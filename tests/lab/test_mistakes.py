@@ -213,13 +213,6 @@ def test_the_usual_name_as_it_is_written_wins(config: TrainConfig, tmp_path: Pat
     assert "yes" in load(config, tmp_path, "d.csv", rows).train["first"][0]
 
 
-def test_scores_under_a_name_in_capitals(config: TrainConfig, tmp_path: Path):  # noqa: F811
-    assert (
-        load(config, tmp_path, "d.csv", ROWS.replace("text,label", "Text,Score").replace(",1", ",1.5")).task
-        == "regression"
-    )
-
-
 def test_quoted_texts_of_several_lines(config: TrainConfig, tmp_path: Path):  # noqa: F811
     """Commas and doubled quotes included, and a quote in the middle of a field that has none around it."""
     texts = ['of, two\nlines, and "quotes"', "a\n\nb, c\nd, e", '"', "C:\\", "\n,\n", 'a "b', "1, 2\n3, or 4"] * 2
@@ -431,20 +424,6 @@ class TestYaml:
         path.write_text("run: {seed: 1, seed: 2}")
         with pytest.raises(ConfigError, match="'seed' stands twice"):
             read_yaml(path)
-
-    def test_a_date_that_there_is_not(self, tmp_path: Path):
-        (tmp_path / "run.yaml").write_text("out: 2025-02-30")
-        with pytest.raises(ConfigError, match=r"run\.yaml.*day is out of range"):
-            read_fields(tmp_path / "run.yaml")
-
-    @pytest.mark.parametrize(
-        ("name", "meant"), (("learning_rat", ". Did you mean 'learning_rate'?"), ("zzz", ". Known"))
-    )
-    def test_only_a_near_name_is_guessed(self, tmp_path: Path, name: str, meant: str):
-        (tmp_path / "run.yaml").write_text(f"{name}: 1")
-        with pytest.raises(ConfigError) as caught:
-            read_fields(tmp_path / "run.yaml")
-        assert meant in str(caught.value)
 
 
 def test_a_separator_from_a_shell():

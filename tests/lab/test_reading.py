@@ -96,20 +96,6 @@ def test_dates_are_texts(tmp_path: Path, kind: str):
     assert {row["first"] for row in (*examples.train, *examples.validation)} == {row["text"] for row in rows}
 
 
-@pytest.mark.parametrize("completion", ("", "  ", ["a", None]))
-def test_a_completion_that_is_missing_or_blank(tmp_path: Path, completion: Any):
-    whole = ["a", "b"] if isinstance(completion, list) else "a"
-    rows = [{"prompt": f"p{i}", "completion": completion if i == 1 else whole} for i in range(4)]
-    with pytest.raises(DataError, match="no completion in column 'completion' in 1 rows: 2 "):
-        load(write_jsonl(tmp_path / "rows.jsonl", rows))
-
-
-def test_a_blank_label(tmp_path: Path):
-    rows = [{"text": f"t{i}", "label": " " if i == 2 else "ab"[i % 2]} for i in range(6)]
-    with pytest.raises(DataError, match="no label in column 'label' in 1 rows: 3 "):
-        load(write_jsonl(tmp_path / "rows.jsonl", rows))
-
-
 @pytest.mark.parametrize(
     ("names", "kind"),
     [

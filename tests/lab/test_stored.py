@@ -158,9 +158,3 @@ def test_aliases_of_a_usual_size_are_read(tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text("target_modules: &names [query, value]\ntext_columns: *names\n")
     assert read_fields(path) == {"target_modules": ("query", "value"), "text_columns": ("query", "value")}
-
-
-def test_a_loop_of_links_is_told(tmp_path: Path):
-    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
-    with pytest.raises(OSError, match=r"loop\.yaml"):
-        read_fields(tmp_path / "loop.yaml")

@@ -97,15 +97,15 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
         raise DataError(f"Column {columns.label!r} of the {part} holds lists; a row has one label here, not several.")
     texts = {name: values(rows, name) for name in columns.texts}
     for name, found in texts.items():
-        _refuse(part, f"no text in column {name!r}", [i for i, text in enumerate(found) if _has_none(text)])
+        _refuse(part, f"no text in column {name!r}", [_is_missing(text, blank=False) for text in found])
     if not written:  # of a pair one text may be empty, and a prompt may be
-        blank = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if not any(str(t).strip() for t in row)]
+        blank = [all(_is_missing(text) for text in row) for row in zip(*texts.values(), strict=True)]
         _refuse(part, f"no text in column {' or '.join(map(repr, texts))}", blank)
     labels = values(rows, columns.label)
-    hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
-    what = "completion" if columns.task == "causal-lm" else "label"
-    unlabelled = [i for i, value in enumerate(labels) if _is_missing(value, hidden)]
-    _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
+    if isinstance(rows.features[columns.label], ClassLabel):  # the hub hides the labels of a test part so
+        labels = [None if label == -1 else label for label in labels]
+    what = "completion" if written else "label"
+    _refuse(part, f"no {what} in column {columns.label!r}", list(map(_is_missing, labels)))
 
 
 def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
@@ -116,27 +116,22 @@ def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
         raise DataError(f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.")
 
 
-def _has_none(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and None in value)
-
-
-def _is_missing(value: Any, hidden: int | None) -> bool:
+def _is_missing(value: Any, blank: bool = True) -> bool:
+    """Nothing, NaN, or, if `blank` counts too, a text of spaces; of a list any item."""
     if isinstance(value, list):
-        return any(_is_missing(item, hidden) for item in value)
-    if value is None or (hidden is not None and value == hidden):
-        return True
-    return (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
+        return any(_is_missing(item, blank) for item in value)
+    return value is None or value != value or (blank and isinstance(value, str) and not value.strip())
 
 
-def _refuse(part: str, fault: str, rows: list[int]) -> None:
-    if not rows:
-        return
-    shown = ", ".join(str(row + 1) for row in rows[:_SHOWN_ROWS])
-    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-    raise DataError(
-        f"The {part} has {fault} in {len(rows)} rows: {shown}{more} (counted from 1, without a header). "
-        "Fill these rows or take them out."
-    )
+def _refuse(part: str, fault: str, found: list[bool]) -> None:
+    rows = [str(place) for place, wrong in enumerate(found, 1) if wrong]
+    if rows:
+        shown = ", ".join(rows[:_SHOWN_ROWS])
+        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+        raise DataError(
+            f"The {part} has {fault} in {len(rows)} rows: {shown}{more} (counted from 1, without a header). "
+            "Fill these rows or take them out."
+        )
 
 
 def _split(rows: Dataset, columns: Columns, config: TrainConfig) -> tuple[Dataset, Dataset]:
