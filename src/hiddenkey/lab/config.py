@@ -224,8 +224,9 @@ def convert(name: str, value: Any) -> Any:
 def _adapter(name: str) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, Field, TypeAdapter
 
-    hint = Annotated[FIELD_TYPES[name], Field(**_LIMITS.get(name, {}))]
-    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
+    hint: Any = FIELD_TYPES[name]
+    limited = Annotated[hint, Field(**_LIMITS.get(name, {}))]
+    return TypeAdapter(limited, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def fault(error: ValidationError) -> tuple[str, str]:

@@ -59,15 +59,14 @@ def load_examples(config: TrainConfig) -> Examples:
         DataError: missing columns, rows without text or label, a label unknown to training, too few rows.
         OSError: the data cannot be read.
     """
-    source = read_source(config)
-    columns = find_columns(config, source.train)
-    train, validation = source.train, source.validation
-    for rows, part in ((train, "training"), (validation, "validation"), (source.test, "test")):
+    train, validation, test = read_source(config)
+    columns, names_there = find_columns(config, train), train.column_names
+    for rows, part in ((train, "training"), (validation, "validation"), (test, "test")):
         if rows is not None:
             require_columns(rows, [*columns.texts, columns.label], f"{part} data")
             _check_rows(rows, columns, f"{part} data")
     names = _label_names(train, columns.label) if columns.task == "classification" else ()
-    train, validation, test = map(_placed, (train, validation, source.test))
+    train, validation, test = map(_placed, (train, validation, test))
     if validation is None:
         train, validation = _split(train, columns, config)
     train = _subset(train, config.train_size, config.data_seed, "train_size")
@@ -79,7 +78,7 @@ def load_examples(config: TrainConfig) -> Examples:
         test=None if test is None else _test_part(test, columns, names, config.test_size),
         label_names=names,
         columns=columns,
-        unread=tuple(name for name in source.train.column_names if name not in (*columns.texts, columns.label, SEEN)),
+        unread=tuple(name for name in names_there if name not in (*columns.texts, columns.label, SEEN)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .columns import NUMBER
 from .errors import DataError
@@ -15,15 +15,8 @@ csv.field_size_limit(2**31 - 1)  # a text may have more than the 131,072 charact
 _WAYS_OUT = "A quote inside a quoted text is written twice; or save the rows as .jsonl or .parquet."
 
 
-class Record(NamedTuple):
-    """One row of a file, and the number of its last line."""
-
-    fields: list[str]
-    line: int
-
-
-def read_records(file: Path) -> list[Record]:
-    """The rows with all their fields as texts, the header line too; blank lines are left out.
+def read_records(file: Path) -> list[tuple[int, list[str]]]:
+    """The number of its last line and the fields, all texts, of every row; blank lines are left out.
 
     Raises:
         DataError: a quoted text that does not end before a comma or a line break, or one that holds other rows.
@@ -34,7 +27,7 @@ def read_records(file: Path) -> list[Record]:
     tab = file.suffix.lower() == ".tsv"
     kind: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {"strict": True}
     reader = csv.reader(lines, **kind)
-    found: list[Record] = []
+    found: list[tuple[int, list[str]]] = []
     several: dict[int, list[list[str]]] = {}  # the fields of each line of a row of several, by its first line
     known: dict[int, set[str]] = defaultdict(set)
     end = 0
@@ -42,7 +35,7 @@ def read_records(file: Path) -> list[Record]:
         for fields in reader:
             start, end = end, reader.line_num
             if fields:
-                found.append(Record(fields, end))
+                found.append((end, fields))
             if end > start + 1:
                 several[start] = list(filter(None, csv.reader(lines[start:end], quoting=csv.QUOTE_NONE)))
             else:

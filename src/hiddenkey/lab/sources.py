@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,15 @@ from .config import TrainConfig
 from .errors import DataError
 from .hub import GLUE_SET
 from .parts import Places, choose_parts, local_parts, require_files
-from .quotes import Record, read_records
+from .quotes import read_records
 
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Rows as they were read: the training part, and the validation and test parts where there are such."""
-
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
-
-
-def read_source(config: TrainConfig) -> Source:
-    """Read `config.data`, and `config.validation` and `config.test` where they are given.
+def read_source(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """The rows of the training part, and of the validation and test parts where there are such.
 
     Raises:
         DataError: a format that is not known, a part that is missing, or one that would be used twice.
@@ -50,9 +40,8 @@ def read_source(config: TrainConfig) -> Source:
     def read(places: Places) -> Dataset:
         return hub[places[0]] if places[0] in hub else _read_files(places, config)
 
-    train = read(parts.train)
-    return Source(
-        train,
+    return (
+        read(parts.train),
         read(parts.validation) if parts.validation else None,
         read(parts.test) if parts.test else None,
     )
@@ -98,17 +87,17 @@ def _json_rows(file: Path, _: TrainConfig) -> list[dict[str, Any]]:
 
 def _table_rows(file: Path, config: TrainConfig) -> list[dict[str, str]]:
     """Texts stay as they are: 007 and 7.50 are no numbers, and NA is a text."""
-    header, *rows = records = read_records(file) or [Record([], 1)]
+    header, *rows = records = read_records(file) or [(1, [])]
     names = config.column_names
-    if not names and file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(header.fields)):
+    if not names and file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(header[1])):
         names = _COLA_COLUMNS
-    if names and [name.strip().lower() for name in header.fields] == [name.lower() for name in names]:
+    if names and [name.strip().lower() for name in header[1]] == [name.lower() for name in names]:
         raise DataError(f"{file} has a header line, {', '.join(names)}; leave out column_names.")
-    rows, names = (records, names) if names else (rows, tuple(header.fields))
+    rows, names = (records, names) if names else (rows, tuple(header[1]))
     twice = sorted({name for name in names if names.count(name) > 1 and name.strip()})
     if twice:
         raise DataError(f"{file} has two columns named {', '.join(map(repr, twice))}; rename one of them.")
-    for fields, line in rows:
+    for line, fields in rows:
         if len(fields) > len(names):
             raise DataError(
                 f"{file} has {len(names)} column names ({', '.join(names)}), but {len(fields)} fields in line {line}:"
@@ -116,7 +105,7 @@ def _table_rows(file: Path, config: TrainConfig) -> list[dict[str, str]]:
             )
     # A table program leaves out empty fields at the end of a line.
     return [
-        {name: text for name, text in zip_longest(names, row.fields, fillvalue="") if name.strip()} for row in rows
+        {name: text for name, text in zip_longest(names, fields, fillvalue="") if name.strip()} for _, fields in rows
     ]
 
 
