@@ -250,11 +250,8 @@ def test_labels_beside_alpacas_columns(config: TrainConfig, tmp_path: Path):  # 
     assert load(config, tmp_path, "d.json", json.dumps(rows)).task == "classification"
     with pytest.raises(DataError, match="'input' holds text"):
         load(config, tmp_path, "d.json", json.dumps(rows), task="causal-lm")
-
-
-def test_alpaca_without_inputs(config: TrainConfig, tmp_path: Path):  # noqa: F811
-    rows = json.dumps([row | {"input": ""} for row in ALPACA])
-    assert load(config, tmp_path, "d.json", rows).task == "causal-lm"
+    rows = [row | {"input": ""} for row in ALPACA]
+    assert load(config, tmp_path, "d.json", json.dumps(rows)).task == "causal-lm"
 
 
 def test_what_is_learnt_is_said(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # noqa: F811

@@ -60,14 +60,11 @@ GOOD = TrainConfig(model="m", data="d", out="o").to_dict()
 DAMAGED = {
     "a configuration that is a list": ({"config": []}, "config"),
     "a seed that is a text": ({"config": GOOD | {"seed": "1"}}, "config: seed"),
-    "a seed that is null": ({"config": GOOD | {"seed": None}}, "config: seed"),
     "an unknown option": ({"config": GOOD | {"sed": 1}}, "sed"),
     "a missing model": ({"config": {}}, "model"),
     "a metric that is NaN": ({"last": {"validation_loss": float("nan")}}, "last.validation_loss"),
     "a metric that is a text": ({"best": {"validation_loss": "0.5"}}, "best.validation_loss"),
-    "a metric in the history": ({"history": [{}, {"loss": float("inf")}]}, "history.1.loss"),
     "a number of parameters that is a text": ({"trainable_parameters": "1"}, "trainable_parameters"),
-    "a status that there is not": ({"status": "done"}, "status"),
     "a field of another version": ({"colour": "red"}, "colour"),
     "labels of numbers": ({"label_names": [1, 2]}, "label_names.0"),
 }

@@ -55,7 +55,7 @@ def _read_files(places: Places, config: TrainConfig) -> Dataset:
         raise _names_itself(places[0])
     try:
         if suffix == ".parquet":
-            return Dataset(read_table(list(places)))
+            return Dataset(read_table(list(places), partitioning=None))
         read = _table_rows if tables else _json_rows
         rows = [row for place in places for row in read(Path(place), config)]
         columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
