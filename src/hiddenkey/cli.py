@@ -108,7 +108,6 @@ def run_plan(command: PlanCommand) -> None:
 def run_doctor(command: DoctorCommand) -> None:
     """Print the findings; exits with 1 where one is red."""
     config = _doctors_config(command)
-    config.check()
     _require_model(config.model)
     hiddenkey.parse(config.recipe)
     from .lab.doctor import examine, show

@@ -136,14 +136,6 @@ def test_named_prompt_and_completion_columns_win(tmp_path: Path):
     assert set(named.train["completion"]) == {"y"}
 
 
-def test_subset_is_a_function_of_the_seed(sentences: Path):
-    def rows(seed: int) -> list[Any]:
-        return load(sentences, train_size=10, data_seed=seed).train.to_list()
-
-    assert rows(1) == rows(1)
-    assert rows(1) != rows(2)
-
-
 def test_subset_larger_than_the_data_is_an_error(sentences: Path):
     with pytest.raises(DataError, match="36 or fewer"):
         load(sentences, train_size=37)
@@ -201,8 +193,6 @@ def test_glue_name_reaches_its_hub_set_and_keeps_class_names(monkeypatch: pytest
     assert asked == [("nyu-mll/glue", "rte")]
     assert examples.label_names == ("yes", "no")
     assert examples.train["label"][:] == [0, 1, 1, 0]
-    with pytest.raises(DataError, match=r"'rte2'.*rte"):
-        load("glue/rte2")
     with pytest.raises(DataError, match="'dev2'; it has train, validation"):
         load("glue/rte", validation="dev2")
 
@@ -221,15 +211,6 @@ def test_too_few_rows(tmp_path: Path, text: str, said: str):
     path.write_text(text)
     with pytest.raises(DataError, match=said):
         load(path)
-
-
-def test_one_class_or_a_class_per_row_is_an_error(tmp_path: Path):
-    one = tiny.write_csv(tmp_path / "one.csv", [{"text": "a", "label": "x"}] * 9)
-    many = tiny.write_csv(tmp_path / "many.csv", [{"text": "a", "label": str(i)} for i in range(50)])
-    with pytest.raises(DataError, match="one label only"):
-        load(one)
-    with pytest.raises(DataError, match="--task regression"):
-        load(many)
 
 
 def test_a_rare_label_is_a_class_whichever_part_it_falls_into(tmp_path: Path):
@@ -254,13 +235,8 @@ def test_regression_on_words_is_an_error(sentences: Path):
 def test_broken_file_says_where(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a", "label": 1}\n{"text')
-    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read.*JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: it is no JSON, Unterminated .* line 2"):
         load(path)
-
-
-def test_missing_file_is_an_os_error(tmp_path: Path):
-    with pytest.raises(OSError, match=r"gone\.csv"):
-        load(tmp_path / "gone.csv")
 
 
 def test_classes_that_are_called_like_no_number_have_an_order(tmp_path: Path):

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from hiddenkey.lab import metrics
 from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.metrics import bleu, has_java, measure, nist, ter, tokenise
-from hiddenkey.lab.tasks import lower_is_better
+from hiddenkey.lab.tasks_completion import Completion
 from hiddenkey.lab.tasks_sequence import Classification, Regression
 
 needs_java = pytest.mark.skipif(not has_java(), reason="METEOR, ROUGE-L and CIDEr need Java")
@@ -122,6 +122,6 @@ def test_f1_of_more_than_two_classes_weighs_them_alike():
 
 
 def test_which_way_is_better():
-    assert [lower_is_better("causal-lm", name) for name in ("nll", "loss", "token_accuracy")] == [True, True, False]
-    assert [lower_is_better("classification", name) for name in ("loss", "accuracy")] == [True, False]
-    assert [lower_is_better("regression", name) for name in ("loss", "pearson")] == [True, False]
+    names = ("loss", "nll", "token_accuracy", "accuracy", "pearson")
+    for kind, lower in ((Completion, {"loss", "nll"}), (Classification, {"loss"}), (Regression, {"loss"})):
+        assert {name for name in names if name in kind.lower_is_better} == lower

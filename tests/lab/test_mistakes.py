@@ -153,24 +153,21 @@ ALPACA = [{"instruction": f"do {i}", "input": "with it" * (i % 2), "output": "do
 QUESTIONS = "".join(json.dumps({"question": f"q{i}", "answer": "a"}) + "\n" for i in range(12))
 MESSAGES = "".join(json.dumps({"messages": [{"role": "user", "content": f"q{i}"}]}) + "\n" for i in range(12))
 JOINED = ROWS + '"the film was fine,1\nthe film was dull,0\nthe film was warm"%s,1\nthe film was cold,0\n'
-DATES = [{"text": "the film", "label": f"202{i % 2}-01-01"} for i in range(12)]
 MIXED = [{"text": "the film", "label": (True, 1, False, 0)[i % 4]} for i in range(12)]
 MISTAKES = {
-    "a stray quote that ends a field": ("d.csv", JOINED % "", {}, "line 26: .* to line 28 and takes 3 rows"),
-    "a stray quote within a field": ("d.csv", JOINED % " or not", {}, "line 26: .* ends in line 28, in the middle"),
-    "a stray quote that stays open": ("d.csv", JOINED.replace('"%s', ""), {}, "line 26: .* is never closed"),
+    "a stray quote that ends a field": ("d.csv", JOINED % "", {}, "line 26: .* takes 3 rows"),
+    "a stray quote within a field": ("d.csv", JOINED % " or not", {}, "line 26: .* line 28: .* expected"),
+    "a stray quote that stays open": ("d.csv", JOINED.replace('"%s', ""), {}, "line 26: .* line 29: unexpected"),
     "a label before its text": (
         "d.csv",
         'label,text\n0,a\n1,b\n0,"c\n1,d\n0,e"\n',
         {},
-        "line 4: .* to line 6 and takes 3 rows",
+        "line 4: .* takes 3 rows",
     ),
     "a backslash before a quote": ("d.csv", ROWS + '"a \\"fine\\" film",1\n', {}, r"line 26: .*written twice"),
-    "dates as labels": ("d.json", json.dumps(DATES), {}, "'label' .* read as timestamp.*Save the file as .csv"),
-    "true and 1": ("d.json", json.dumps(MIXED), {}, "mixes true and false with other labels: 0, 1, false, true"),
+    "true and 1": ("d.json", json.dumps(MIXED), {}, "Could not convert 1 .* A column has values of one type"),
     "two columns of one name": ("d.csv", ROWS.replace("text,label", "label,label"), {}, "two columns named 'label'"),
     "names for a file that has them": ("d.csv", ROWS, {"column_names": ("text", "label")}, "has a header line"),
-    "more names than fields": ("d.csv", ROWS[11:], {"column_names": ("text", "label", "x")}, "3 names, .* 2 fields"),
     "names for JSON": ("d.jsonl", '{"text": "a", "label": 0}', {"column_names": ("a", "b")}, "for .csv and .tsv"),
     "Alpaca's third column": ("d.json", json.dumps(ALPACA), {}, "'input' holds text in 6 rows"),
     "lists as texts": ("d.json", json.dumps(SENTENCES), {}, "not as texts"),
@@ -229,13 +226,6 @@ def test_the_usual_name_as_it_is_written_wins(config: TrainConfig, tmp_path: Pat
     assert "yes" in load(config, tmp_path, "d.csv", rows).train["first"][0]
 
 
-def test_scores_under_a_name_in_capitals(config: TrainConfig, tmp_path: Path):  # noqa: F811
-    assert (
-        load(config, tmp_path, "d.csv", ROWS.replace("text,label", "Text,Score").replace(",1", ",1.5")).task
-        == "regression"
-    )
-
-
 def test_quoted_texts_of_several_lines(config: TrainConfig, tmp_path: Path):  # noqa: F811
     """Commas and doubled quotes included, and a quote in the middle of a field that has none around it."""
     texts = ['of, two\nlines, and "quotes"', "a\n\nb, c\nd, e", '"', "C:\\", "\n,\n", 'a "b', "1, 2\n3, or 4"] * 2
@@ -273,11 +263,8 @@ def test_labels_beside_alpacas_columns(config: TrainConfig, tmp_path: Path):  # 
     assert load(config, tmp_path, "d.json", json.dumps(rows)).task == "classification"
     with pytest.raises(DataError, match="'input' holds text"):
         load(config, tmp_path, "d.json", json.dumps(rows), task="causal-lm")
-
-
-def test_alpaca_without_inputs(config: TrainConfig, tmp_path: Path):  # noqa: F811
-    rows = json.dumps([row | {"input": ""} for row in ALPACA])
-    assert load(config, tmp_path, "d.json", rows).task == "causal-lm"
+    rows = [row | {"input": ""} for row in ALPACA]
+    assert load(config, tmp_path, "d.json", json.dumps(rows)).task == "causal-lm"
 
 
 def test_what_is_learnt_is_said(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):  # noqa: F811
@@ -525,20 +512,6 @@ class TestYaml:
         path.write_text("run: {seed: 1, seed: 2}")
         with pytest.raises(ConfigError, match="'seed' stands twice"):
             read_yaml(path)
-
-    def test_a_date_that_there_is_not(self, tmp_path: Path):
-        (tmp_path / "run.yaml").write_text("out: 2025-02-30")
-        with pytest.raises(ConfigError, match=r"run\.yaml.*day is out of range"):
-            read_fields(tmp_path / "run.yaml")
-
-    @pytest.mark.parametrize(
-        ("name", "meant"), (("learning_rat", ". Did you mean 'learning_rate'?"), ("zzz", ". Known"))
-    )
-    def test_only_a_near_name_is_guessed(self, tmp_path: Path, name: str, meant: str):
-        (tmp_path / "run.yaml").write_text(f"{name}: 1")
-        with pytest.raises(ConfigError) as caught:
-            read_fields(tmp_path / "run.yaml")
-        assert meant in str(caught.value)
 
 
 def test_a_separator_from_a_shell():

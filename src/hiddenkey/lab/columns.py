@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +38,7 @@ _WRITTEN = ("prompts and completions", "such as prompt and completion", "--promp
 # Up to so many different values may be classes: numbers that a table program has given a ".0", or texts of a column
 # without a usual name.
 _FEW_CLASSES = 20
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 FRACTION = re.compile(r"[+-]?\d*\.\d*(e[+-]?\d+)?", re.IGNORECASE)
 _CHATS = {"messages", "conversations", "conversation"}
 # Says of a row of WebNLG's test part whether training had its category.
@@ -74,13 +76,13 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
     if config.prompt_column:
         return Columns("causal-lm", (config.prompt_column,), config.completion_column)
     labelled = bool(config.text_columns or config.label_column)
-    pair = None if labelled else _first(PROMPT_COMPLETION, rows)
+    pair = None if labelled else _first(PROMPT_COMPLETION, rows.column_names)
     if config.task == "causal-lm":
         if pair is None:
             raise _not_found([_WRITTEN], rows, config)
         return _written(pair, rows)
-    texts = config.text_columns or _first(TEXTS, rows)
-    label = config.label_column or usual_label(rows)
+    texts = config.text_columns or _first(TEXTS, rows.column_names)
+    label = config.label_column or usual_label(rows.column_names)
     if texts and label in texts:
         raise DataError(
             f"Column {label!r} would be text and label; name the others with --text-columns or --label-column."
@@ -99,7 +101,7 @@ def find_columns(config: TrainConfig, rows: Dataset) -> Columns:
 
 def _written(pair: tuple[str, ...], rows: Dataset) -> Columns:
     # Alpaca's third column is a part of the prompt in the rows that have one.
-    third = _first((("instruction", "input"),), rows)
+    third = _first((("instruction", "input"),), rows.column_names)
     filled = sum(map(bool, values(rows, third[1]))) if third and third[0] == pair[0] else 0
     if third and filled:
         raise DataError(
@@ -117,16 +119,15 @@ def require_columns(rows: Dataset, names: list[str], part: str) -> None:
         raise DataError(f"The {part} has no column {', '.join(map(repr, missing))}; its columns are: {has}.")
 
 
-def _first(candidates: tuple[tuple[str, ...], ...], rows: Dataset) -> tuple[str, ...] | None:
-    names = rows.column_names
+def _first(candidates: tuple[tuple[str, ...], ...], names: Sequence[str]) -> tuple[str, ...] | None:
     there = {name.strip().lower(): name for name in names} | {name: name for name in names}
-    usual = next((names for names in candidates if set(names) <= set(there)), None)
+    usual = next((found for found in candidates if set(found) <= set(there)), None)
     return usual and tuple(there[name] for name in usual)
 
 
-def usual_label(rows: Dataset) -> str:
+def usual_label(names: Sequence[str]) -> str:
     """The column of a usual name for labels; empty where there is none."""
-    found = _first(tuple((name,) for name in LABELS), rows)
+    found = _first(tuple((name,) for name in LABELS), names)
     return found[0] if found else ""
 
 

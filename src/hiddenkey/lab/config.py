@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
-import types
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from .errors import ConfigError
-from .metrics import OF_CAPTIONS, OF_NGRAMS
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter, ValidationError
 
 Task = Literal["auto", "classification", "regression", "causal-lm"]
 Scheduler = Literal["linear", "cosine", "constant", "polynomial", "inverse_sqrt"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Keep = Literal["best", "last"]
+TextMetric = Literal["bleu", "nist", "ter", "meteor", "rouge_l", "cider"]
 
 OF_A_TASK = (
     *("model", "data", "data_config", "task", "validation", "validation_fraction", "test", "text_columns"),
@@ -24,8 +27,6 @@ OF_A_TASK = (
     "max_new_tokens",
 )
 """Fields that say what is learnt and how it is judged: runs that differ in them are not of one table."""
-
-GENERATION_METRICS = (*OF_NGRAMS, *OF_CAPTIONS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of the new weights, the order of the data and the drops."""
 
-    generation_metrics: tuple[str, ...] = ()
+    generation_metrics: tuple[TextMetric, ...] = ()
     """Metrics of texts generated for the test prompts: bleu, nist, ter, and with Java meteor, rouge_l, cider."""
     num_beams: int = 10
     """Beams of the search; 1 = greedy."""
@@ -158,30 +159,22 @@ class TrainConfig:
             object.__setattr__(self, "separator", self.separator.replace("\\n", "\n").replace("\\t", "\t"))
 
     def check(self) -> None:
-        """Check every value on its own.
+        """Check every value on its own, and those that go together.
 
         Raises:
             ConfigError: a value of the wrong type or out of its range.
         """
-        for name, hint in FIELD_TYPES.items():
-            value = getattr(self, name)
-            if hint is float and isinstance(value, str):
-                raise ConfigError(f"{name} = {value!r} is not allowed: it is a number, here a text.")
-            convert(name, hint, value)
-        for name, (holds, allowed) in _RULES.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ConfigError(f"{name} = {value!r} is not allowed: {allowed}.")
+        for name in FIELD_TYPES:
+            convert(name, getattr(self, name))
         if bool(self.prompt_column) != bool(self.completion_column):
             raise ConfigError("prompt_column and completion_column come together: give both or neither.")
         if self.prompt_column and (self.text_columns or self.label_column):
             raise ConfigError("give text_columns and label_column, or prompt_column and completion_column, not both.")
-        if self.test_size and not self.test:
-            raise ConfigError(f"test_size = {self.test_size} needs a test part: name it with test.")
-        if self.generation_metrics and not self.test:
-            raise ConfigError("generation_metrics need the prompts of a test part: name it with test.")
         if self.prompt_column and self.task in ("classification", "regression"):
             raise ConfigError(f"task {self.task!r} has text_columns and label_column, not prompt_column.")
+        for name in ("test_size", "generation_metrics"):
+            if getattr(self, name) and not self.test:
+                raise ConfigError(f"{name} = {getattr(self, name)!r} needs a test part: name it with test.")
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or YAML."""
@@ -213,88 +206,56 @@ def complete(earlier: Mapping[str, Any]) -> dict[str, Any]:
     return DEFAULTS | dict(earlier)
 
 
-def convert(name: str, hint: Any, value: Any) -> Any:
-    """`value` as the type of the field `name`; a list becomes a tuple, "1e-4" and 1 become floats.
+def convert(name: str, value: Any) -> Any:
+    """`value` as the field `name` wants it: a list becomes a tuple, and 1 a float.
 
     Raises:
-        ConfigError: the value has another type.
+        ConfigError: the value has another type, or is out of its range.
     """
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(f"{name} = {value!r} is not allowed: it is one of {', '.join(get_args(hint))}.")
-        return value
-    if isinstance(hint, types.GenericAlias):
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(convert(name, str, item) for item in value)
-        raise ConfigError(f"{name} = {value!r} is not allowed: it is a list of names, such as [a, b].")
-    if hint is float:
-        return _as_float(name, value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        kind = {int: "a whole number", str: "a text", bool: "true or false"}[hint]
-        raise ConfigError(f"{name} = {value!r} is not allowed: it is {kind}.")
-    if hint is str and _UNFIT.search(value):
-        raise ConfigError(f"{name} = {value!r} is not allowed: a text has no NUL and no half of a surrogate pair.")
-    if hint is int and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{name} = {value!r} is not allowed: a whole number has 64 bits.")
-    return value
+    from pydantic import ValidationError  # in the extra, which `plan` and `doctor` do without
 
-
-def _as_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.")
     try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"{name} = {value!r} is not allowed: it is a number.") from None
+        return _adapter(name).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{name} = {reprlib.repr(value)} is not allowed: {fault(error)[1]}.") from None
 
 
-def _filled(value: str) -> bool:
-    return bool(value.strip())
+@cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, Field, TypeAdapter
+
+    hint: Any = FIELD_TYPES[name]
+    limited = Annotated[hint, Field(**_LIMITS.get(name, {}))]
+    return TypeAdapter(limited, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _at_least_one(value: float) -> bool:
-    return value >= 1
+def fault(error: ValidationError) -> tuple[str, str]:
+    """Where the first fault of a checked value lies (empty for the value itself), and what would be right."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "it should")
 
 
-def _not_negative(value: float) -> bool:
-    return 0 <= value < float("inf")
+_COUNTS = ("lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation")
+_SIZES = ("train_size", "eval_size", "test_size", "train_eval_size", "max_steps", "patience", "save_steps")
 
-
-def _positive(value: float) -> bool:
-    return 0 < value < float("inf")
-
-
-def _share(value: float) -> bool:
-    return 0 <= value < 1
-
-
-_UNFIT = re.compile("[\0\ud800-\udfff]")
-_METRICS_ALLOWED = f"they are of {', '.join(GENERATION_METRICS)}"
-
-_RULES: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("model", "data", "out", "recipe"), (_filled, "it needs a value")),
-    **dict.fromkeys(
+_LIMITS: dict[str, dict[str, Any]] = {
+    name: limits
+    for names, limits in (
+        (("model", "data", "out", "recipe"), {"min_length": 1}),
+        ((*_COUNTS, "log_steps", "num_beams", "max_new_tokens"), {"ge": 1, "lt": 2**63}),
+        ((*_SIZES, "no_repeat_ngram"), {"ge": 0, "lt": 2**63}),
+        (("max_length",), {"ge": 2, "lt": 2**63}),
+        (("weight_decay", "warmup", "neftune_alpha"), {"ge": 0}),
+        (("learning_rate", "max_grad_norm"), {"gt": 0}),
+        (("lora_dropout", "label_smoothing"), {"ge": 0, "lt": 1}),
+        (("validation_fraction",), {"gt": 0, "lt": 1}),
         (
-            *("lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size", "gradient_accumulation"),
-            *("log_steps", "num_beams", "max_new_tokens"),
-        ),
-        (_at_least_one, "it is a whole number of 1 or more"),
-    ),
-    **dict.fromkeys(
-        (
-            *("train_size", "eval_size", "test_size", "train_eval_size"),
-            *("max_steps", "patience", "save_steps", "no_repeat_ngram"),
-        ),
-        (_not_negative, "it is a whole number of 0 or more"),
-    ),
-    **dict.fromkeys(("weight_decay", "warmup", "neftune_alpha"), (_not_negative, "it is 0 or more")),
-    **dict.fromkeys(("learning_rate", "max_grad_norm"), (_positive, "it is more than 0")),
-    # numpy's generator, which the Trainer seeds too, takes 32 bits
-    **dict.fromkeys(("seed", "data_seed"), (lambda value: 0 <= value < 2**32, "it is from 0 to 2**32 - 1")),
-    "length_penalty": (lambda value: -float("inf") < value < float("inf"), "it is a finite number"),
-    "generation_metrics": (lambda value: set(value) <= set(GENERATION_METRICS), _METRICS_ALLOWED),
-    **dict.fromkeys(("lora_dropout", "label_smoothing"), (_share, "it is from 0 to below 1")),
-    "max_length": (lambda value: value >= 2, "it is 2 tokens or more"),
-    "validation_fraction": (lambda value: 0 < value < 1, "it is between 0 and 1, both excluded"),
-    "text_columns": (lambda value: len(value) <= 2, "a model reads one or two texts"),
+            ("seed", "data_seed"),
+            {"ge": 0, "lt": 2**32},
+        ),  # numpy's generator, which the Trainer seeds too, has 32 bits
+        (("target_modules", "column_names", "generation_metrics"), {"strict": False}),  # a list of YAML too
+        (("text_columns",), {"strict": False, "max_length": 2}),
+    )
+    for name in names
 }
+"""Arguments of pydantic's Field."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,56 +37,43 @@ OTHER_NAMES = {
 }
 """What transformers and others call our fields."""
 
-_MERGE = "tag:yaml.org,2002:merge"
 
+class _Loader(yaml.SafeLoader):
+    """Takes no key twice, and 1e-4 as a number, as YAML 1.2 does."""
 
-_MOST_VALUES = 10_000
-
-
-def _check(node: Any, sizes: dict[int, int | None]) -> int:
-    """The number of values in a node, with what its aliases stand for.
-
-    Raises ConstructorError where a key stands twice in a mapping, before `<<` merges others in, and where aliases
-    make more of a file than anybody writes by hand.
-    """
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    if id(node) in sizes:
-        return sizes[id(node)] or _MOST_VALUES + 1  # it holds itself
-    sizes[id(node)] = None
-    size = 1
-    keys: set[tuple[str, str]] = set()
-    for entry in node.value:
-        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
-        if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-            if (key.tag, key.value) in keys:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            keys.add((key.tag, key.value))
-        size += _check(value, sizes)
-        if size > _MOST_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, f"more than {_MOST_VALUES:,} values", node.start_mark)
-    sizes[id(node)] = size
-    return size
+            keys.add(str(key.value))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; raises YAMLError or ValueError."""
+    return yaml.load(text, _Loader)
 
 
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds.
 
     Raises:
-        ConfigError: it is not YAML, a key stands twice in it, or it holds more values than anybody writes.
+        ConfigError: it is not YAML, or a key stands twice in it.
         OSError: the file cannot be read.
     """
     if not Path(path).is_file():
         kind = "is a folder" if Path(path).is_dir() else "is not there"
         raise FileNotFoundError(f"{path} {kind}; a YAML file is wanted here, and all else stands behind its flag.")
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        _check(node, {})
-        return None if node is None else loader.construct_document(node)
-    except RecursionError:
-        raise ConfigError(f"{path} is not YAML: it is nested too deeply.") from None
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+        return parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
 
 
@@ -93,7 +81,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     """The fields a YAML file sets, in the types of `TrainConfig`.
 
     Raises:
-        ConfigError: not a mapping of known names to values of their types.
+        ConfigError: not a mapping of known names to values that are allowed.
         OSError: the file cannot be read.
     """
     given = read_yaml(path)
@@ -105,6 +93,6 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         if name not in FIELD_TYPES:
             raise ConfigError(f"{path}: {unknown('name', str(name), FIELD_TYPES)}")
     try:
-        return {name: convert(name, FIELD_TYPES[name], value) for name, value in given.items()}
+        return {name: convert(name, value) for name, value in given.items()}
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -59,15 +59,14 @@ def load_examples(config: TrainConfig) -> Examples:
         DataError: missing columns, rows without text or label, a label unknown to training, too few rows.
         OSError: the data cannot be read.
     """
-    source = read_source(config)
-    columns = find_columns(config, source.train)
-    train, validation = source.train, source.validation
-    for rows, part in ((train, "training"), (validation, "validation"), (source.test, "test")):
+    train, validation, test = read_source(config)
+    columns, names_there = find_columns(config, train), train.column_names
+    for rows, part in ((train, "training"), (validation, "validation"), (test, "test")):
         if rows is not None:
             require_columns(rows, [*columns.texts, columns.label], f"{part} data")
             _check_rows(rows, columns, f"{part} data")
     names = _label_names(train, columns.label) if columns.task == "classification" else ()
-    train, validation, test = map(_placed, (train, validation, source.test))
+    train, validation, test = map(_placed, (train, validation, test))
     if validation is None:
         train, validation = _split(train, columns, config)
     train = _subset(train, config.train_size, config.data_seed, "train_size")
@@ -79,7 +78,7 @@ def load_examples(config: TrainConfig) -> Examples:
         test=None if test is None else _test_part(test, columns, names, config.test_size),
         label_names=names,
         columns=columns,
-        unread=tuple(name for name in source.train.column_names if name not in (*columns.texts, columns.label, SEEN)),
+        unread=tuple(name for name in names_there if name not in (*columns.texts, columns.label, SEEN)),
     )
 
 
@@ -97,69 +96,41 @@ def _check_rows(rows: Dataset, columns: Columns, part: str) -> None:
         raise DataError(f"Column {columns.label!r} of the {part} holds lists; a row has one label here, not several.")
     texts = {name: values(rows, name) for name in columns.texts}
     for name, found in texts.items():
-        _refuse(part, f"no text in column {name!r}", [i for i, text in enumerate(found) if _has_none(text)])
+        _refuse(part, f"no text in column {name!r}", [_is_missing(text, blank=False) for text in found])
     if not written:  # of a pair one text may be empty, and a prompt may be
-        blank = [i for i, row in enumerate(zip(*texts.values(), strict=True)) if not any(str(t).strip() for t in row)]
+        blank = [all(_is_missing(text) for text in row) for row in zip(*texts.values(), strict=True)]
         _refuse(part, f"no text in column {' or '.join(map(repr, texts))}", blank)
     labels = values(rows, columns.label)
-    if not written:
-        _refuse_dates(rows.features[columns.label], columns.label, part)
-        _refuse_mixed(labels, columns.label, part)
-    hidden = -1 if isinstance(rows.features[columns.label], ClassLabel) else None
-    what = "completion" if columns.task == "causal-lm" else "label"
-    unlabelled = [i for i, value in enumerate(labels) if _is_missing(value, hidden)]
-    _refuse(part, f"no {what} in column {columns.label!r}", unlabelled)
-
-
-def _refuse_mixed(labels: list[Any], name: str, part: str) -> None:
-    """Raises DataError where a label is true or false in some rows, and something else in others: 1 is not true."""
-    if len({isinstance(label, bool) for label in labels if label is not None}) > 1:
-        shown = ", ".join(sorted({json.dumps(label) for label in labels if label is not None})[:_SHOWN_ROWS])
-        raise DataError(
-            f"Column {name!r} of the {part} mixes true and false with other labels: {shown}. Use one kind."
-        )
+    if isinstance(rows.features[columns.label], ClassLabel):  # the hub hides the labels of a test part so
+        labels = [None if label == -1 else label for label in labels]
+    what = "completion" if written else "label"
+    _refuse(part, f"no {what} in column {columns.label!r}", list(map(_is_missing, labels)))
 
 
 def _require_texts(feature: Any, name: str, part: str, lists: bool) -> None:
     """Texts, or lists of them; a number is one too."""
     inner = feature.feature if lists and isinstance(feature, (List, LargeList)) else feature
-    _refuse_dates(inner, name, part)
     dtype = getattr(inner, "dtype", None)
     if not isinstance(inner, (Value, ClassLabel)) or "binary" in str(dtype):
         raise DataError(f"Column {name!r} of the {part} was read as {dtype or type(inner).__name__}, not as texts.")
 
 
-def _refuse_dates(feature: Any, name: str, part: str) -> None:
-    """Raises DataError where the reader of JSON made dates of texts: they are no longer what stood in the file."""
-    dtype = str(getattr(feature, "dtype", ""))
-    if re.match("timestamp|date|time|duration", dtype):
-        raise DataError(
-            f"Column {name!r} of the {part} was read as {dtype}, not as texts. Save the file as .csv, whose texts "
-            "stay as they are."
-        )
-
-
-def _has_none(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and None in value)
-
-
-def _is_missing(value: Any, hidden: int | None) -> bool:
+def _is_missing(value: Any, blank: bool = True) -> bool:
+    """Nothing, NaN, or, if `blank` counts too, a text of spaces; of a list any item."""
     if isinstance(value, list):
-        return any(_is_missing(item, hidden) for item in value)
-    if value is None or (hidden is not None and value == hidden):
-        return True
-    return (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and math.isnan(value))
+        return any(_is_missing(item, blank) for item in value)
+    return value is None or value != value or (blank and isinstance(value, str) and not value.strip())
 
 
-def _refuse(part: str, fault: str, rows: list[int]) -> None:
-    if not rows:
-        return
-    shown = ", ".join(str(row + 1) for row in rows[:_SHOWN_ROWS])
-    more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
-    raise DataError(
-        f"The {part} has {fault} in {len(rows)} rows: {shown}{more} (counted from 1, without a header). "
-        "Fill these rows or take them out."
-    )
+def _refuse(part: str, fault: str, found: list[bool]) -> None:
+    rows = [str(place) for place, wrong in enumerate(found, 1) if wrong]
+    if rows:
+        shown = ", ".join(rows[:_SHOWN_ROWS])
+        more = f" and {len(rows) - _SHOWN_ROWS} more" if len(rows) > _SHOWN_ROWS else ""
+        raise DataError(
+            f"The {part} has {fault} in {len(rows)} rows: {shown}{more} (counted from 1, without a header). "
+            "Fill these rows or take them out."
+        )
 
 
 def _split(rows: Dataset, columns: Columns, config: TrainConfig) -> tuple[Dataset, Dataset]:

@@ -104,18 +104,17 @@ def choose_parts(there: dict[str, Places], config: TrainConfig) -> Parts:
     else:
         found = _of_kind("validation", there, config.data)
         validation = () if set(found) & set(test) else found
-    _refuse_both("test", config.test, test, "training", train, config.data)
-    _refuse_both("test", config.test, test, "validation", validation, config.data)
-    _refuse_both("validation", config.validation, validation, "training", train, config.data)
+    for field, places, other, others in (
+        ("test", test, "training", train),
+        ("test", test, "validation", validation),
+        ("validation", validation, "training", train),
+    ):
+        if set(places) & set(others):
+            raise DataError(
+                f"{field} = {getattr(config, field)!r} is the {other} part of {config.data} too; what is learnt from "
+                "or chosen by tells nothing about new data. Give another part or file."
+            )
     return Parts(train, validation, test)
-
-
-def _refuse_both(field: str, name: str, places: Places, other: str, others: Places, data: str) -> None:
-    if set(places) & set(others):
-        raise DataError(
-            f"{field} = {name!r} is the {other} part of {data} too; what is learnt from or chosen by tells nothing "
-            "about new data. Give another part or file."
-        )
 
 
 def _find(name: str, there: dict[str, Places], data: str) -> Places:

@@ -1,46 +1,31 @@
-"""Where rows come from: files, folders and the hub, all read by the `datasets` library."""
+"""Where rows come from: files, folders and the hub."""
 
 from __future__ import annotations
 
-import csv
-import glob
+import json
 import re
-import tempfile
-from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from datasets.config import HF_DATASETS_CACHE
-from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
+from pyarrow.parquet import read_table
 
-from .columns import FRACTION, SEEN, usual_label, values
+from .columns import FRACTION, NUMBER, usual_label
 from .config import TrainConfig
 from .errors import DataError
 from .hub import GLUE_SET
-from .parts import FORMATS, Places, choose_parts, local_parts, require_files
-from .quotes import require_closed_quotes
+from .parts import Places, choose_parts, local_parts, require_files
+from .quotes import read_records
 
 # GLUE's CoLA files have no header line.
 _COLA = re.compile(r"\w+\t[01]\t\*?\t[^\t]+")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _COLA_COLUMNS = ("source", "label", "star", "sentence")
 
-GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
 
-
-@dataclass(frozen=True)
-class Source:
-    """Rows as they were read: the training part, and the validation and test parts where there are such."""
-
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
-
-
-def read_source(config: TrainConfig) -> Source:
-    """Read `config.data`, and `config.validation` and `config.test` where they are given.
+def read_source(config: TrainConfig) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """The rows of the training part, and of the validation and test parts where there are such.
 
     Raises:
         DataError: a format that is not known, a part that is missing, or one that would be used twice.
@@ -55,9 +40,8 @@ def read_source(config: TrainConfig) -> Source:
     def read(places: Places) -> Dataset:
         return hub[places[0]] if places[0] in hub else _read_files(places, config)
 
-    train = read(parts.train)
-    return Source(
-        train,
+    return (
+        read(parts.train),
         read(parts.validation) if parts.validation else None,
         read(parts.test) if parts.test else None,
     )
@@ -65,91 +49,74 @@ def read_source(config: TrainConfig) -> Source:
 
 def _read_files(places: Places, config: TrainConfig) -> Dataset:
     require_files(places)
-    files = [Path(place) for place in places]
-    suffix = files[0].suffix.lower()
-    options: dict[str, Any] = {}
-    for file in files if FORMATS[suffix] == "csv" else ():
-        options = _csv_options(file, config)
-    names = [str(file.resolve()) for file in files]
-    if config.column_names and FORMATS[suffix] != "csv":
-        raise _names_itself(names[0])
-    patterns = {"train": [glob.escape(name) for name in names]}
+    suffix = Path(places[0]).suffix.lower()
+    tables = suffix in (".csv", ".tsv")
+    if config.column_names and not tables:
+        raise _names_itself(places[0])
     try:
-        # `datasets` would give out what it read before from a file of this name and time, whatever stands in it now.
-        Path(HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=HF_DATASETS_CACHE, ignore_cleanup_errors=True) as cache:
-            reader: dict[str, Any] = {"split": "train", "cache_dir": cache, "keep_in_memory": True}
-            rows = load_dataset(FORMATS[suffix], data_files=patterns, **reader, **options)
-    except (DatasetGenerationError, ValueError) as error:
-        # `datasets` says so of a file with a header and no rows as well.
-        cause = error.__cause__ or error
-        way_out = " Save it as UTF-8." if isinstance(cause, UnicodeError) else ""
-        raise DataError(f"{', '.join(names)} cannot be read, or has no rows: {cause}{way_out}") from error
-    return _with_scores(rows, config) if FORMATS[suffix] == "csv" and config.task == "auto" else rows
+        if suffix == ".parquet":
+            return Dataset(read_table(list(places), partitioning=None))
+        read = _table_rows if tables else _json_rows
+        rows = [row for place in places for row in read(Path(place), config)]
+        columns = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
+        found = Dataset.from_dict(_with_scores(columns, config) if tables and config.task == "auto" else columns)
+    except DataError:
+        raise
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        ways_out = {UnicodeDecodeError: "Save it as UTF-8.", ArrowException: "A column has values of one type."}
+        way_out = next((way for kind, way in ways_out.items() if isinstance(error, kind)), "")
+        raise DataError(f"{', '.join(places)} cannot be read: {error} {way_out}".rstrip()) from error
+    if not rows:
+        raise DataError(f"{', '.join(places)} has no rows.")
+    return found
 
 
-def _with_scores(rows: Dataset, config: TrainConfig) -> Dataset:
-    """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
-    name = config.label_column or usual_label(rows)
-    if name in rows.column_names and name not in (*config.text_columns, config.completion_column):
-        texts = [text.strip() for text in values(rows, name)]
-        if any(map(FRACTION.fullmatch, texts)) and all(_NUMBER.fullmatch(text) for text in texts if text):
-            scores = [float(text) if text else None for text in texts]
-            rows = rows.remove_columns(name).add_column(name, scores)
+def _json_rows(file: Path, _: TrainConfig) -> list[dict[str, Any]]:
+    """One object a line, or a list of objects."""
+    text = file.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    try:
+        rows: list[dict[str, Any]] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} cannot be read: it is no JSON, {error}.") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file} cannot be read: a row of JSON is an object, {{...}}.")
     return rows
 
 
-def _csv_options(file: Path, config: TrainConfig) -> dict[str, Any]:
-    # Words such as "null" and "NA" are texts; an empty field stays an empty text.
-    options: dict[str, Any] = {"keep_default_na": False}
-    if file.suffix.lower() == ".tsv":
-        options |= {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    else:
-        require_closed_quotes(file)
-    first = _row(file, 0, options)
+def _table_rows(file: Path, config: TrainConfig) -> list[dict[str, str]]:
+    """Texts stay as they are: 007 and 7.50 are no numbers, and NA is a text."""
+    header, *rows = records = read_records(file) or [(1, [])]
     names = config.column_names
-    if file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(first)):
-        names = names or _COLA_COLUMNS
-    if names:
-        _require_no_header(file, names, first)
-        options["names"] = list(names)
-    _require_names(file, names or tuple(first), first if names else _row(file, 1, options))
-    # Texts stay as they are: 007 and 7.50 are no numbers, in a label neither.
-    typed = {SEEN} - {config.prompt_column, config.completion_column, *config.text_columns}
-    return options | {"converters": {name: str for name in names or first if name not in typed}}
-
-
-def _row(file: Path, number: int, options: dict[str, Any]) -> list[str]:
-    """One row of a file, blank lines not counted; empty where there is none."""
-    limit = csv.field_size_limit(2**31 - 1)
-    try:
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-            theirs = {name: options[name] for name in ("delimiter", "quoting") if name in options}
-            return next(islice(filter(None, csv.reader(lines, **theirs)), number, None), [])
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _require_no_header(file: Path, names: tuple[str, ...], first: list[str]) -> None:
-    if [name.strip().lower() for name in first] == [name.lower() for name in names]:
-        raise DataError(f"{file} has a header line, {', '.join(first)}; leave out column_names.")
-    if len(names) > len(first):
-        raise DataError(
-            f"column_names holds {len(names)} names, but the first row of {file} has {len(first)} fields: "
-            f"{', '.join(map(repr, first))}."
-        )
-
-
-def _require_names(file: Path, names: tuple[str, ...], row: list[str]) -> None:
+    if not names and file.suffix.lower() == ".tsv" and _COLA.fullmatch("\t".join(header[1])):
+        names = _COLA_COLUMNS
+    if names and [name.strip().lower() for name in header[1]] == [name.lower() for name in names]:
+        raise DataError(f"{file} has a header line, {', '.join(names)}; leave out column_names.")
+    rows, names = (records, names) if names else (rows, tuple(header[1]))
     twice = sorted({name for name in names if names.count(name) > 1 and name.strip()})
     if twice:
         raise DataError(f"{file} has two columns named {', '.join(map(repr, twice))}; rename one of them.")
-    # pandas would take the first column for numbers of rows, and shift all others.
-    if len(row) > len(names):
-        raise DataError(
-            f"{file} has {len(names)} column names ({', '.join(names)}), but {len(row)} fields in its first row: "
-            f"{', '.join(map(repr, row))}. Name every column, with --column-names where there is no header line."
-        )
+    for line, fields in rows:
+        if len(fields) > len(names):
+            raise DataError(
+                f"{file} has {len(names)} column names ({', '.join(names)}), but {len(fields)} fields in line {line}:"
+                f" {', '.join(map(repr, fields))}. Name every column; --column-names, where no header line does."
+            )
+    # A table program leaves out empty fields at the end of a line.
+    return [
+        {name: text for name, text in zip_longest(names, fields, fillvalue="") if name.strip()} for _, fields in rows
+    ]
+
+
+def _with_scores(columns: dict[str, list[Any]], config: TrainConfig) -> dict[str, list[Any]]:
+    """A .csv says no types: labels that are all numbers, and not all whole ones, are scores; others stay texts."""
+    name = config.label_column or usual_label(tuple(columns))
+    if name in columns and name not in (*config.text_columns, config.completion_column):
+        texts = [(text or "").strip() for text in columns[name]]
+        if any(map(FRACTION.fullmatch, texts)) and all(NUMBER.fullmatch(text) for text in texts if text):
+            return columns | {name: [float(text) if text else None for text in texts]}
+    return columns
 
 
 def _names_itself(data: str) -> DataError:
@@ -166,8 +133,6 @@ def _load_hub(config: TrainConfig) -> DatasetDict:
                 f"data_config = {name!r}, but {config.data} names its configuration already; leave it out."
             )
         path, name = GLUE_SET, config.data.removeprefix("glue/")
-        if name not in GLUE:
-            raise DataError(f"GLUE has no task {name!r}; it has {', '.join(GLUE)}.")
     try:
         return load_dataset(path, name)
     except ValueError as error:  # of several configurations none is named, or one that is not there

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from .config import fault
 from .errors import DamagedFileError
 
 T = TypeVar("T")
@@ -22,6 +23,5 @@ def read_json(path: Path, kind: type[T]) -> T:
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DamagedFileError(f"{path} is damaged: {where + ': ' if where else ''}{first['msg']}") from None
+        where, wrong = fault(error)
+        raise DamagedFileError(f"{path} is damaged: {where + ': ' if where else ''}{wrong}") from None

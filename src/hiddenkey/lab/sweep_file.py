@@ -14,7 +14,7 @@ import yaml
 
 from ..registry import nearest, unknown
 from .config import FIELD_TYPES, OF_A_TASK, PATHS, convert, expanded
-from .config_file import read_yaml
+from .config_file import parse_yaml, read_yaml
 from .errors import ConfigError
 
 Search = Literal["grid", "random", "tpe"]
@@ -158,7 +158,7 @@ def _value(where: str, name: str, given: Any) -> Any:
     """A value in the type of the field `name`; a name that is no field is a number or a text for the recipe."""
     if name in FIELD_TYPES:
         try:
-            return convert(name, FIELD_TYPES[name], given)
+            return convert(name, given)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     if isinstance(given, str):
@@ -186,7 +186,7 @@ def _sets(sets: Iterable[str]) -> Values:
         if name in values:
             raise ConfigError(f"--set gives {name} twice; give it once.")
         try:
-            values[name] = yaml.safe_load(value)
+            values[name] = parse_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from error
     return _fields("--set", values)
