@@ -15,9 +15,8 @@ import tyro
 import hiddenkey
 
 from .lab.artifacts import is_begun
-from .lab.config import FIELD_TYPES, TrainConfig
+from .lab.config import FIELD_TYPES, SweepConfig, TrainConfig
 from .lab.errors import ConfigError
-from .lab.sweep_file import SweepConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
