@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 DATABASE = "sweep.db"
 ERRORS, DEATHS = 3, 20
-"""How often a worker tries a run that fails, and workers that die in a row before a run is done are replaced."""
+"""In a row, after which a worker gives up its work, and the process above the workers the sweep."""
 _PAUSE, _PATIENCE, _HELD = 0.5, 30.0, 10.0
 _FOUND_WRONG = 2
 
@@ -213,10 +213,10 @@ def work(queue: Queue, console: Console, *, replaced: bool = False) -> None:
         UserError: a run cannot be made, and why.
         SystemExit: after such an error.
     """
-    failures: Counter[int] = Counter()
+    failed, in_a_row = set[int](), 0
     while slots := queue.open():
         heed()  # what came while a run failed
-        claim = queue.take(sorted(slots, key=lambda slot: failures[slot.index]))
+        claim = queue.take(sorted(slots, key=lambda slot: slot.index in failed))
         if claim is None:
             time.sleep(_PAUSE)
             continue
@@ -226,19 +226,20 @@ def work(queue: Queue, console: Console, *, replaced: bool = False) -> None:
         try:
             with _heartbeats(queue, trial, console):
                 value = _made(slot.run, console)
-            state = TrialState.COMPLETE
+            state, in_a_row = TrialState.COMPLETE, 0
         except Exception as error:
             say(console, "".join(traceback.format_exception(error)))
             foreseen = isinstance(error, (hiddenkey.UserError, OSError))
-            failures[slot.index] += 1
+            failed.add(slot.index)
+            in_a_row += 1
             pause = _HELD if isinstance(error, BusyError) else 0.0  # its last worker hangs, until it is ended
             if isinstance(error, hiddenkey.UserError) and not isinstance(error, RunError):
                 raise
             if replaced and not foreseen:
                 sys.exit(1)
-            if failures[slot.index] == ERRORS:
+            if in_a_row == ERRORS:
                 said = f"{error}" if foreseen else f"{type(error).__name__}: {error}"
-                raise RunError(f"{slot.run.id} failed {ERRORS} times, the last time so: {said}") from error
+                raise RunError(f"{ERRORS} tries failed in a row, the last one of {slot.run.id}: {said}") from error
         finally:
             queue.end(trial, state, value)
         time.sleep(pause)

@@ -212,10 +212,12 @@ def test_a_folder_that_a_stopped_process_holds_is_told_in_the_end(
 
     tried = train(busy)
     monkeypatch.setattr("hiddenkey.lab.sweep._HELD", 0.1)
-    with pytest.raises(RunError, match=rf"{held} failed 3 times.*Another process is training"):
+    with pytest.raises(
+        RunError, match=rf"3 tries failed in a row, the last one of {held}: Another process is training"
+    ):
         work_here(tmp_path / "sweep.yaml")
     assert len(results_in(tmp_path / "out")) == 7, "the others are made meanwhile"
-    assert tried.count(held) == 3
+    assert tried.count(held) == 4
     assert tried[-1] == held
 
 
@@ -229,9 +231,9 @@ def test_an_error_is_tried_again_and_then_stops_the_sweep(base: dict[str, Any], 
     work_here(path)
     assert len(tried) == 10
     for error, said in (
-        (OSError(28, "No space left"), r"failed 3 times(?s:.*)No space left"),
+        (OSError(28, "No space left"), r"3 tries failed in a row(?s:.*)No space left"),
         (DataError("odd"), "odd"),
-        (ValueError("unforeseen"), r"failed 3 times(?s:.*)ValueError: unforeseen"),
+        (ValueError("unforeseen"), r"3 tries failed in a row(?s:.*)ValueError: unforeseen"),
     ):
 
         def fail(config: Any, count: int, error: Exception = error) -> None:
