@@ -15,8 +15,7 @@ import tyro
 import hiddenkey
 
 if TYPE_CHECKING:
-    from .lab.config import TrainConfig
-    from .lab.sweep_file import SweepConfig
+    from .lab.config import SweepConfig, TrainConfig
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -207,8 +206,7 @@ def _parse(arguments: list[str]) -> Any:
     name = next(iter(arguments), "")
     if name in COMMANDS:
         return tyro.cli(COMMANDS[name], prog=f"hiddenkey {name}", args=arguments[1:], config=config)
-    from .lab.config import TrainConfig
-    from .lab.sweep_file import SweepConfig
+    from .lab.config import SweepConfig, TrainConfig
 
     if name == "train":
         _refuse_other_names(arguments[1:])

@@ -20,8 +20,7 @@ import pytest
 from hiddenkey import cli
 from hiddenkey.cli import LAB_EXTRA, main
 from hiddenkey.lab.artifacts import RESULT, RunResult
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.sweep_file import SweepConfig
+from hiddenkey.lab.config import SweepConfig, TrainConfig
 from tests.core.test_registry import PLUGIN, install
 
 from . import tiny

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
+import tyro
+
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -179,6 +181,37 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or YAML."""
         return {key: plain(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Run every method, trial and seed that a sweep file asks for; the same command continues after any stop."""
+
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
+    """The sweep file, in YAML; docs/sweeps.md describes it."""
+    workers: int = 1
+    """Processes on this machine, each with one run at a time."""
+    worker: bool = False
+    """Be one worker; start any number of them, on any number of machines."""
+    storage: str = ""
+    """Database URL that all machines share, such as postgresql+psycopg://user@host/db; default: a file in `out`."""
+    grace: int = 120
+    """Seconds without a heartbeat after which a run is given to another worker; the same for all workers."""
+    dry_run: bool = False
+    """Check the file, its recipes, data and models, print the plan, and run nothing."""
+    out: str = ""
+    """Used instead of the file's `out`."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A field of the file's `base`, such as --set model=./tiny; may be given several times."""
+
+    def check(self) -> None:
+        """Raises ConfigError for a value out of its range, or flags that exclude one another."""
+        if self.workers < 1:
+            raise ConfigError(f"workers = {self.workers} is not allowed: it is a whole number of 1 or more.")
+        if self.grace < 4:
+            raise ConfigError(f"grace = {self.grace} is not allowed: it is 4 seconds or more.")
+        if self.worker and (self.workers > 1 or self.dry_run):
+            raise ConfigError("--worker is one process that works; give it without --workers and --dry-run.")
 
 
 def plain(value: Any) -> Any:

@@ -1,89 +1,214 @@
-"""The sweep file: YAML to a checked `SweepFile`; and the flags of `hiddenkey sweep`."""
+"""The sweep file: YAML, checked, to the runs it asks for; and the checks before the first of them."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
+import re
 import string
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import tyro
+import optuna
 import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import hiddenkey
 
 from ..registry import nearest, unknown
-from .config import FIELD_TYPES, OF_A_TASK, PATHS, convert, expanded
-from .config_file import parse_yaml, read_yaml
-from .errors import ConfigError
+from .artifacts import NOT_OF_THE_RUN, RESULT, read_result
+from .config import DEFAULTS, FIELD_TYPES, OF_A_TASK, PATHS, TrainConfig, convert, expanded, plain
+from .config_file import read_yaml
+from .errors import ConfigError, RunError
 
-Search = Literal["grid", "random", "tpe"]
 Values = dict[str, Any]
-Space = dict[str, Any]
-"""Name of what is varied: a tuple of values, or Optuna's distribution of a range."""
 
-_KEYS = ("name", "out", "base", "methods", "axes", "search", "trials")
-_NOT_SHARED = ("out", "overwrite", "recipe")
-_SHARED = tuple(name for name in FIELD_TYPES if name not in _NOT_SHARED)
+_SHARED = tuple(name for name in FIELD_TYPES if name not in ("out", "overwrite", "recipe"))
 _SAME_FOR_ALL = (*OF_A_TASK, "seed", "data_seed")
-_OF_GENERATION = ("num_beams", "length_penalty", "no_repeat_ngram", "max_new_tokens")
-_MOST_TRIALS = 1000
-_SHOWN = 200
+_CHECKED = (
+    *OF_A_TASK,
+    *("data_seed", "target_modules", "attn_implementation", "trust_remote_code", "dtype", "label_smoothing"),
+)
+"""Fields on which data, structure and their checks depend."""
+_SHOWN, _LONGEST_SLUG, _MOST_RUNS, _MOST_DRAWS = 200, 100, 100_000, 100_000
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", "Choices for a categorical distribution")  # lists of names; nothing stores them
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """Run every method, trial and seed that a sweep file asks for; the same command continues after any stop."""
-
-    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
-    """The sweep file, in YAML; docs/sweeps.md describes it."""
-    workers: int = 1
-    """Processes on this machine, each with one run at a time."""
-    worker: bool = False
-    """Be one worker; start any number of them, on any number of machines."""
-    storage: str = ""
-    """Database URL that all machines share, such as postgresql+psycopg://user@host/db; default: a file in `out`."""
-    grace: int = 120
-    """Seconds without a heartbeat after which a run is given to another worker; the same for all workers."""
-    dry_run: bool = False
-    """Check the file, its recipes, data and models, print the plan, and run nothing."""
-    out: str = ""
-    """Used instead of the file's `out`."""
-    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A field of the file's `base`, such as --set model=./tiny; may be given several times."""
-
-    def check(self) -> None:
-        """Raises ConfigError for a value out of its range, or flags that exclude one another."""
-        if self.workers < 1:
-            raise ConfigError(f"workers = {self.workers} is not allowed: it is a whole number of 1 or more.")
-        if self.grace < 4:
-            raise ConfigError(f"grace = {self.grace} is not allowed: it is 4 seconds or more.")
-        if self.worker and (self.workers > 1 or self.dry_run):
-            raise ConfigError("--worker is one process that works; give it without --workers and --dry-run.")
+def _value(name: str, given: Any) -> Any:
+    """A value in the type of the field `name`; a name that is no field is a number or a text for the recipe."""
+    if name in FIELD_TYPES:
+        value = convert(name, given)
+        # Absolute from ~, or the ids of runs would not say which model and data they are of.
+        return expanded(value) if name in PATHS else value
+    if isinstance(given, str):  # YAML reads 1e-4 as a text
+        return float(given) if re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", given) else given
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+        raise ConfigError(f"{name} = {given!r} is not allowed: it is a number or a text where it stands in a recipe.")
+    return given
 
 
-@dataclass(frozen=True)
-class Method:
+def _fields(given: Values) -> Values:
+    for name in given:
+        if name not in _SHARED:
+            raise ConfigError(unknown("name", name, _SHARED))
+    return {name: _value(name, value) for name, value in given.items()}
+
+
+def _each_once(name: str, values: list[Any]) -> list[Any]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"{name}: {value!r} stands in it twice; give every value once.")
+    return values
+
+
+def _distributions(grid: Values) -> Values:
+    return {name: _distribution(name, given) for name, given in grid.items()}
+
+
+def _distribution(name: str, given: Any) -> BaseDistribution:
+    way = "a list of one or more values, or {low: 0.01, high: 0.3, log: true}, where log may be left out"
+    try:
+        if isinstance(given, dict) and given.keys() <= {"low", "high", "log"}:
+            ends = {end: value if end == "log" else _value(name, value) for end, value in given.items()}
+            whole = all(isinstance(ends.get(end), int) for end in ("low", "high"))
+            return IntDistribution(**ends) if whole else FloatDistribution(**ends)
+        if isinstance(given, list) and given:
+            return CategoricalDistribution(_each_once(name, [_value(name, value) for value in given]))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:  # Optuna's, of ends that are none
+        way = f"{way} ({error})"
+    raise ConfigError(f"{name} = {given!r} is not allowed: it is {way}.")
+
+
+def _points(axes: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    points = {}
+    for key, entries in axes.items():
+        names = [name.strip() for name in key.split(",")]
+        rows = entries if len(names) > 1 else [[entry] for entry in entries]
+        if not rows or not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+            kind = "values" if len(names) == 1 else f"lists of {len(names)} values"
+            raise ConfigError(f"{key} = {entries!r} is not allowed: it is a list of one or more {kind}.")
+        points[key] = _each_once(key, [_fields(dict(zip(names, row, strict=True))) for row in rows])
+    return points
+
+
+Text = Annotated[str, Field(max_length=_SHOWN, pattern=r"\S")]
+Name = Annotated[str, Field(max_length=_LONGEST_SLUG - 20, pattern=r"[A-Za-z0-9]")]
+Fields = Annotated[Values, AfterValidator(_fields)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Method(_Part):
     """A recipe, perhaps with {names} to fill, fields of its own, and what its trials vary."""
 
-    name: str
-    recipe: str
-    fields: Values = field(default_factory=dict)
-    space: Space = field(default_factory=dict)
+    recipe: Text
+    set: Fields = {}
+    grid: Annotated[Values, AfterValidator(_distributions)] = {}
+    """Optuna's distributions by name."""
+
+    @property
+    def size(self) -> float:
+        """How many different settings it has; infinite where a range holds real numbers."""
+        return math.prod((_size(distribution) for distribution in self.grid.values()), start=1.0)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Method:
+        try:
+            named = {str(name) for _, name, _, _ in string.Formatter().parse(self.recipe) if name is not None}
+        except ValueError as error:
+            raise ConfigError(f"{self.recipe!r}: {error}; write {{p}} where the value of p goes.") from None
+        for name in sorted(named - set(self.grid)):
+            raise ConfigError(f"the recipe has {{{name}}}, but grid has no {name}; give its values there.")
+        for name in self.grid:
+            if (name in named) == (name in FIELD_TYPES) or name in ("out", "overwrite", "recipe"):
+                raise ConfigError(
+                    f"grid: {name[:_SHOWN]} is neither a field that can be varied nor a name of your own in the "
+                    f"recipe, as {{{name[:_SHOWN]}}}.{nearest(name[:_SHOWN], [*_SHARED, *named])}"
+                )
+        return self
 
 
-@dataclass(frozen=True)
-class SweepFile:
+def _size(distribution: BaseDistribution) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    return distribution.high - distribution.low + 1 if isinstance(distribution, IntDistribution) else math.inf
+
+
+class SweepFile(_Part):
     """A sweep as its file gives it, every value in the type of its field."""
 
-    name: str
-    out: str
-    base: Values
-    methods: tuple[Method, ...]
-    axes: tuple[tuple[Values, ...], ...]
-    search: Search
-    trials: int
-    """Trials of every method on each combination of axes; 0 for a grid, which has as many as it has points."""
+    name: Text
+    out: Annotated[Text, AfterValidator(expanded)]
+    base: Fields
+    methods: Annotated[dict[Name, Method], Field(min_length=1)]
+    axes: Annotated[dict[str, list[Any]], AfterValidator(_points)] = {}
+    """For each line of the file: what it sets, a value after another."""
+    search: Literal["grid", "random", "tpe"] = "grid"
+    trials: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Trials of every method on each combination of axes; a grid has as many as it has points."""
+
+    @model_validator(mode="after")
+    def _check_places(self) -> SweepFile:
+        """A field has one place, except that a method may give another value than the base."""
+        in_axes = [name.strip() for key in self.axes for name in key.split(",")]
+        for name in in_axes:
+            if in_axes.count(name) > 1 or name in self.base:
+                raise ConfigError(f"{name} stands twice in base and axes; give it once.")
+            if name in ("task", "metric"):
+                raise ConfigError(f"axes: {name} cannot be one: a sweep's runs are judged alike; write one for each.")
+        for name in ("model", "data"):
+            if name not in (*self.base, *in_axes):
+                raise ConfigError(f"base: {name} is missing; every run needs a model and data.")
+        for title, method in self.methods.items():
+            for name in (*method.set, *method.grid):
+                if name in in_axes or name in _SAME_FOR_ALL:
+                    raise ConfigError(f"methods.{title}: {name} is the same for all; give it in base or in axes.")
+                if name in method.set and name in method.grid:
+                    raise ConfigError(f"methods.{title}: {name} stands in set and in grid; give it in one of them.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> SweepFile:
+        if (self.trials is None) != (self.search == "grid"):
+            raise ConfigError(f"trials = {self.trials}: random and tpe need them; a grid has one for each point.")
+        titles: dict[str, str] = {}
+        for title, method in self.methods.items():
+            other = titles.setdefault(re.sub("[^a-z0-9]+", " ", title.lower()).strip(), title)
+            if other != title:
+                raise ConfigError(f"methods: {other!r} and {title!r} are one name to a reader; rename one.")
+            if method.size == math.inf and self.search == "grid":
+                raise ConfigError(f"methods.{title}.grid: a range needs search: random or tpe; a grid lists values.")
+            if self.trials and method.size < self.trials:
+                raise ConfigError(
+                    f"methods.{title}: grid has {method.size:g} different settings, but trials = {self.trials}; give "
+                    "it more values or ranges, or ask for fewer trials."
+                )
+        counts = {title: self.trials or method.size for title, method in self.methods.items()}
+        if len(set(counts.values())) > 1:
+            said = ", ".join(f"{title} {count:g}" for title, count in counts.items())
+            raise ConfigError(
+                f"methods have unequal numbers of trials, so that the one with more would win by chance: {said}. "
+                "Give every grid as many points."
+            )
+        total = sum(counts.values()) * math.prod(map(len, self.axes.values()))
+        if total > _MOST_RUNS:
+            raise ConfigError(f"the file asks for {total:g} runs; a sweep has at most {_MOST_RUNS}. Split it.")
+        return self
 
 
 def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> SweepFile:
@@ -94,224 +219,245 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
         OSError: the file cannot be read.
     """
     given = read_yaml(path)
-    try:
-        _known("the file", given, _KEYS, required=("name", "out", "base", "methods"))
-        search = given.get("search", "grid")
-        if search not in get_args(Search):
-            raise _wrong("search", search, f"one of {', '.join(get_args(Search))}")
-        sweep = SweepFile(
-            name=_text("name", given["name"]),
-            out=expanded(out or _text("out", given["out"])),
-            base=_fields("base", given["base"]) | _sets(sets),
-            methods=_methods(given["methods"], search),
-            axes=_axes(given.get("axes", {})),
-            search=search,
-            trials=_trials(given, search),
-        )
-        _check_places(sweep)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return sweep
-
-
-def number_of_points(space: Space) -> float:
-    """How many different settings a space has; infinite where it holds a range of real numbers."""
-    sizes = (len(values) if isinstance(values, tuple) else _steps(values) for values in space.values())
-    return math.prod(sizes, start=1.0)
-
-
-def _steps(distribution: Any) -> float:
-    return distribution.high - distribution.low + 1 if isinstance(distribution.high, int) else math.inf
-
-
-def _wrong(where: str, given: Any, allowed: str) -> ConfigError:
-    shown = repr(given)
-    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-    return ConfigError(f"{where} = {shown} is not allowed: it is {allowed}.")
-
-
-def _known(where: str, given: Any, allowed: tuple[str, ...], required: tuple[str, ...] = ()) -> None:
-    if not isinstance(given, Mapping):
-        raise _wrong(where, given, f"a mapping of {', '.join(allowed)}")
-    for name in given:
-        if name not in allowed:
-            raise ConfigError(f"{where}: {unknown('name', str(name)[:_SHOWN], allowed)}")
-    missing = [name for name in required if name not in given]
-    if missing:
-        raise ConfigError(f"{where}: {', '.join(missing)} is missing; it needs {', '.join(required)}.")
-
-
-def _text(where: str, given: Any) -> str:
-    if not isinstance(given, str) or not given.strip() or len(given) > _SHOWN:
-        raise _wrong(where, given, f"a text of 1 to {_SHOWN} letters")
-    return given
-
-
-def _fields(where: str, given: Any) -> Values:
-    _known(where, given, _SHARED)
-    # Paths are made absolute from ~, or the ids of runs would not say which model and data they are of.
-    values = {name: _value(where, name, value) for name, value in given.items()}
-    return {name: expanded(value) if name in PATHS else value for name, value in values.items()}
-
-
-def _value(where: str, name: str, given: Any) -> Any:
-    """A value in the type of the field `name`; a name that is no field is a number or a text for the recipe."""
-    if name in FIELD_TYPES:
-        try:
-            return convert(name, given)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-    if isinstance(given, str):
-        return _number(given)
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
-        raise _wrong(where, given, "a number or a text where it stands in a recipe")
-    return given
-
-
-def _number(text: str) -> float | str:
-    # YAML reads 1e-4 as a text; what is a whole number was quoted on purpose, and Python reads 1_0 as ten.
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return text if "_" in text or text.lstrip("+-").isdigit() or not math.isfinite(number) else number
-
-
-def _sets(sets: Iterable[str]) -> Values:
-    values = {}
+    if isinstance(given, dict):
+        given |= {"out": out} if out else {}
     for text in sets:
         name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text} is not allowed: write --set field=value, such as --set model=./tiny.")
-        if name in values:
-            raise ConfigError(f"--set gives {name} twice; give it once.")
         try:
-            values[name] = parse_yaml(value)
+            if not equals:
+                raise ValueError("write --set field=value, such as --set model=./tiny")
+            if isinstance(given, dict) and isinstance(given.get("base"), dict):
+                given["base"][name] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--set {text}: {value!r} is not YAML: {error}") from error
-    return _fields("--set", values)
-
-
-def _methods(given: Any, search: Search) -> tuple[Method, ...]:
-    if not isinstance(given, Mapping) or not given:
-        raise _wrong("methods", given, "a mapping of one or more names to methods")
-    methods = []
-    for name, entry in given.items():
-        where = f"methods.{_text('the name of a method', name)}"
-        _known(where, entry, ("recipe", "set", "grid"), required=("recipe",))
-        grid = entry.get("grid", {})
-        if not isinstance(grid, Mapping):
-            raise _wrong(f"{where}.grid", grid, "a mapping of names to lists of values")
-        space = {str(of): _dimension(f"{where}.grid.{of}", str(of), values, search) for of, values in grid.items()}
-        recipe = _text(f"{where}.recipe", entry["recipe"])
-        methods.append(Method(name, recipe, _fields(f"{where}.set", entry.get("set", {})), space))
-    return tuple(methods)
-
-
-def _dimension(where: str, name: str, given: Any, search: Search) -> Any:
-    if isinstance(given, Mapping) and search != "grid":
-        return _range(where, name, given)
-    if not isinstance(given, list) or not given:
-        more = (
-            "; a range needs search: random or tpe" if search == "grid" else ", or {low: 0.01, high: 0.3, log: true}"
-        )
-        raise _wrong(where, given, f"a list of one or more values{more}")
-    return _each_once(where, [_value(where, name, item) for item in given])
-
-
-def _range(where: str, name: str, given: Mapping[Any, Any]) -> Any:
-    from optuna.distributions import FloatDistribution, IntDistribution  # takes half a second
-
-    _known(where, given, ("low", "high", "log"), required=("low", "high"))
-    low, high = (_value(where, name, given[key]) for key in ("low", "high"))
-    log = given.get("log", False)
-    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high))
-    if not numbers or not isinstance(log, bool) or not low < high or (log and low <= 0):
-        allowed = "two numbers with low below high, and above 0 where log is true"
-        raise _wrong(where, dict(given), allowed)
-    whole = isinstance(low, int) and isinstance(high, int)
-    return IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
-
-
-def _each_once(where: str, values: list[Any]) -> tuple[Any, ...]:
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise ConfigError(f"{where}: {value!r} stands in it twice; give every value once.")
-    return tuple(values)
-
-
-def _axes(given: Any) -> tuple[tuple[Values, ...], ...]:
-    if not isinstance(given, Mapping):
-        raise _wrong("axes", given, "a mapping of fields to lists of values")
-    axes = []
-    for key, entries in given.items():
-        where, names = f"axes.{key}", [name.strip() for name in str(key).split(",")]
-        if not isinstance(entries, list) or not entries:
-            raise _wrong(where, entries, "a list of one or more values")
-        rows = entries if len(names) > 1 else [[entry] for entry in entries]
-        if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
-            raise _wrong(where, entries, f"a list of lists of {len(names)} values")
-        _each_once(f"axes: {key}", names)
-        axes.append(_each_once(where, [_fields(where, dict(zip(names, row, strict=True))) for row in rows]))
-    return tuple(axes)
-
-
-def _trials(given: Mapping[str, Any], search: Search) -> int:
-    trials = given.get("trials", 0)
-    if search == "grid":
-        if "trials" in given:
-            raise ConfigError("trials is for search: random or tpe; a grid has as many trials as it has points.")
-        return 0
-    if isinstance(trials, bool) or not isinstance(trials, int) or not 1 <= trials <= _MOST_TRIALS:
-        raise _wrong(f"search: {search}, trials", trials, f"a whole number from 1 to {_MOST_TRIALS}")
-    return trials
-
-
-def _check_places(sweep: SweepFile) -> None:
-    """A field has one place, except that a method may give another value than the base."""
-    in_axes = [name for axis in sweep.axes for name in axis[0]]
-    for name in in_axes:
-        if in_axes.count(name) > 1:
-            raise ConfigError(f"axes: {name} stands in two axes; give it in one.")
-        if name in _OF_GENERATION and not sweep.base.get("generation_metrics"):
-            raise ConfigError(f"axes: {name} changes nothing without generation_metrics in base.")
-        if name in ("task", "metric"):
-            raise ConfigError(f"axes: {name} cannot be one: a sweep's runs are judged alike; write a sweep for each.")
-        if name in sweep.base:
-            raise ConfigError(f"{name} stands in base and in axes; give it in one of them.")
-    for name in ("model", "data"):
-        if name not in (*sweep.base, *in_axes):
-            raise ConfigError(f"base: {name} is missing; every run needs a model and data.")
-    for method in sweep.methods:
-        where = f"methods.{method.name}"
-        for name in (*method.fields, *method.space):
-            if name in in_axes:
-                raise ConfigError(f"{where}: {name} is an axis; an axis is the same for all methods.")
-            if name in _SAME_FOR_ALL:
-                raise ConfigError(f"{where}: {name} is the same for all methods; give it in base or in axes.")
-            if name in method.space and name in method.fields:
-                raise ConfigError(f"{where}: {name} stands in set and in grid; give it in one of them.")
-        _check_names(where, method)
-
-
-def _check_names(where: str, method: Method) -> None:
+            raise ConfigError(f"--set {text} is not allowed: {error}") from None
     try:
-        parts = [part[1:] for part in string.Formatter().parse(method.recipe) if part[1] is not None]
-        if any(form or conversion or not str(name).isidentifier() for name, form, conversion in parts):
-            raise ValueError("only a name stands in braces")
-    except ValueError as error:
-        raise ConfigError(f"{where}: {method.recipe!r}: {error}; write {{p}} where the value of p goes.") from error
-    in_recipe = {str(name) for name, _, _ in parts}
-    for name in sorted(in_recipe - set(method.space)):
-        raise ConfigError(f"{where}: the recipe has {{{name}}}, but grid has no {name}; give its values there.")
-    for name in method.space:
-        if name in in_recipe and name in FIELD_TYPES:
-            raise ConfigError(
-                f"{where}.grid: {name} is a field of `hiddenkey train`; name what is in braces otherwise."
+        return SweepFile.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_message(error)}") from None
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part)[:_SHOWN] for part in first["loc"])
+    if first["type"] == "value_error":  # one of ours
+        return f"{where}: {first['ctx']['error']}".removeprefix(": ")
+    if first["type"] == "missing":
+        return f"{where} is missing."
+    if first["type"] == "extra_forbidden":
+        known = SweepFile.model_fields if len(first["loc"]) == 1 else Method.model_fields
+        return f"{where}: {unknown('name', str(first['loc'][-1])[:_SHOWN], known)}"
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+    return f"{where} = {shown} is not allowed: {first['msg']}.".removeprefix(" = ")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its id, which names its folder, its configuration, and what `RunResult.sweep` says of it."""
+
+    id: str
+    config: TrainConfig
+    sweep: Values
+
+
+@dataclass(frozen=True)
+class Group:
+    """A method on one combination of axes: the trials among which one is chosen by validation."""
+
+    file: SweepFile
+    title: str
+    axes: Values
+
+    @property
+    def method(self) -> Method:
+        """What its trials are of."""
+        return self.file.methods[self.title]
+
+    @cached_property
+    def name(self) -> str:
+        """It seeds what random search and TPE draw, so it changes with all that the trials share."""
+        shared = [self.file.base | self.method.set, self.method.recipe, self.file.search, repr(self.method.grid)]
+        axes = " ".join(f"{name}={plain(value)}" for name, value in self.axes.items())
+        return " / ".join(filter(None, (self.file.name, self.title, axes, _digest(shared))))
+
+    @property
+    def trials(self) -> int:
+        """How many trials it has when all are done."""
+        return self.file.trials or int(self.method.size)
+
+    def settings(self) -> Generator[Values, float | None, None]:
+        """The settings of its trials; TPE is sent the value of each (lower is better) before it gives the next.
+
+        No setting comes twice. Seeds are fixed, so the same values give the same settings.
+        """
+        grid = self.method.grid
+        if self.file.search == "grid":
+            for values in itertools.product(*(distribution.choices for distribution in grid.values())):
+                yield dict(zip(grid, values, strict=True))
+            return
+        seed = int(_digest(self.name), 16)
+        chance: BaseSampler = RandomSampler(seed)
+        sampler = TPESampler(seed=seed, n_startup_trials=5) if self.file.search == "tpe" else chance
+        study, taken = optuna.create_study(), list[Values]()
+        for _ in range(self.trials):
+            study.sampler = sampler
+            for _ in range(_MOST_DRAWS):
+                trial = study.ask(grid)
+                # Machines may differ in the last digits of a logarithm; their runs must not.
+                setting = {
+                    name: min(max(float(f"{value:.6g}"), grid[name].low), grid[name].high)
+                    if isinstance(grid[name], FloatDistribution)
+                    else value
+                    for name, value in trial.params.items()
+                }
+                if setting not in taken:
+                    break
+                study.tell(trial, state=TrialState.FAIL)
+                study.sampler = chance  # where TPE would only repeat itself, as in a space of few values
+            taken.append(setting)
+            study.tell(trial, (yield setting) or 0.0)
+
+    def run(self, trial: int, params: Values) -> Run:
+        """The run of these parameters. Raises ConfigError or RecipeError for what is not allowed."""
+        fields = {name: value for name, value in params.items() if name in FIELD_TYPES}
+        # repr, as str would round nothing but write texts the same
+        texts = {name: value if isinstance(value, str) else repr(value) for name, value in params.items()}
+        try:
+            recipe = self.method.recipe.format(**texts)
+            config = TrainConfig(
+                **(self.file.base | self.axes | self.method.set | fields), recipe=recipe, out=self.file.out
             )
-        if name not in in_recipe and name not in _SHARED:
-            hint = nearest(name, [*_SHARED, *in_recipe])
-            raise ConfigError(
-                f"{where}.grid: {name[:_SHOWN]} is neither a field that can be varied nor in the recipe.{hint} Write "
-                f"{{{name[:_SHOWN]}}} where the recipe needs its value."
+            config.check()
+            name = _run_id(self.title, params | self.axes, config)
+        except (ValueError, LookupError, AttributeError) as error:  # the last two of braces that hold no name
+            said = ", ".join(f"{name} = {plain(value)!r}" for name, value in (params | self.axes).items())
+            kind = type(error) if isinstance(error, hiddenkey.UserError) else ConfigError
+            raise kind(f"methods.{self.title}, {said}: {error}") from None
+        sweep = {
+            "name": self.file.name,
+            "method": self.title,
+            "params": {name: plain(value) for name, value in params.items()},
+            "axes": {name: plain(value) for name, value in self.axes.items()},
+            "trial": trial,
+            "trials": self.trials,
+        }
+        return Run(name, replace(config, out=str(Path(self.file.out) / name)), sweep)
+
+    def corners(self) -> list[Run]:
+        """Runs that show whether every value of the space is allowed: each one's ends, the others at their first."""
+        ends = {
+            name: each.choices if isinstance(each, CategoricalDistribution) else (each.low, each.high)
+            for name, each in self.method.grid.items()
+        }
+        first = {name: values[0] for name, values in ends.items()}
+        settings = [first | {name: value} for name, values in ends.items() for value in values]
+        return [self.run(0, setting) for setting in settings or [first]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one trial of a group; its run is None until TPE chooses it."""
+
+    index: int
+    group: Group
+    trial: int
+    run: Run | None = None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """For every combination of axes, every method, and of each all trials."""
+
+    file: SweepFile
+    slots: tuple[Slot, ...]
+    known_runs: tuple[Run, ...]
+    """Its runs; of a search by TPE those at the corners."""
+
+    @cached_property
+    def name(self) -> str:
+        """Its name in a storage that holds many sweeps; another file makes another name."""
+        return f"{self.file.name} / {_digest([[slot.group.name, slot.trial] for slot in self.slots])}"
+
+    @property
+    def folder(self) -> Path:
+        """Where runs, logs and the database lie."""
+        return Path(self.file.out)
+
+
+def make_plan(file: SweepFile) -> SweepPlan:
+    """Expand a sweep; every configuration and recipe is checked.
+
+    Raises:
+        ConfigError: two equal runs, a value that is not allowed.
+        RecipeError: a recipe that does not parse.
+    """
+    slots: list[Slot] = []
+    corners: list[Run] = []
+    for parts in itertools.product(*file.axes.values()):
+        axes = {name: value for part in parts for name, value in part.items()}
+        for group in (Group(file, title, axes) for title in file.methods):
+            corners += group.corners() if file.search != "grid" else []
+            settings = itertools.repeat(None, group.trials) if file.search == "tpe" else group.settings()
+            for trial, setting in enumerate(settings, 1):
+                run = None if setting is None else group.run(trial, setting)
+                slots.append(Slot(len(slots), group, trial, run))
+    runs = [slot.run for slot in slots if slot.run is not None]
+    seen: set[tuple[str, str]] = set()
+    for run in runs:
+        of = (str(run.sweep["method"]), run.id.rpartition("-")[2])
+        if of in seen:
+            raise ConfigError(f"{run.id} stands for two runs that are equal; take one of them out.")
+        seen.add(of)
+    return SweepPlan(file, tuple(slots), tuple(corners if file.search == "tpe" else runs))
+
+
+def _run_id(method: str, values: Values, config: TrainConfig) -> str:
+    """Method and values, and a hash of all fields that differ from their defaults: a new field changes no id."""
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_THE_RUN}
+    made_of = {name: value for name, value in fields.items() if name not in DEFAULTS or value != DEFAULTS[name]}
+    made_of["recipe"] = str(hiddenkey.parse(config.recipe))
+    slug = "-".join(map(_slug, (method, *(f"{name}{_short(value)}" for name, value in values.items()))))
+    return f"{slug[:_LONGEST_SLUG].strip('-.')}-{_digest(made_of)}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-.")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "-".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def check_plan(plan: SweepPlan) -> None:
+    """Check data, metrics, model, LoRA's targets, tokenizer, prompts and recipes, each combination once.
+
+    Raises:
+        RunError: the data have changed since some runs were made.
+        UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
+    """
+    from .checked import check_run, check_structure
+    from .models import require_dtype
+    from .quiet import quieten
+
+    quieten()
+    kinds: dict[str, list[TrainConfig]] = {}
+    for run in plan.known_runs:
+        kind = json.dumps([plain(getattr(run.config, name)) for name in _CHECKED])
+        kinds.setdefault(kind, []).append(run.config)
+    for configs in kinds.values():
+        require_dtype(configs[0].dtype)
+        checked = check_run(configs[0], hiddenkey.parse(configs[0].recipe))
+        check_structure(configs[0], checked.examples, checked.task, dict.fromkeys(each.recipe for each in configs))
+        made = next((Path(config.out) for config in configs if (Path(config.out) / RESULT).exists()), None)
+        found = read_result(made) if made else None
+        if found is not None and found.data_digest not in ("", checked.examples.digest):
+            raise RunError(
+                f"the rows of {configs[0].data} with data_seed = {configs[0].data_seed} are no longer those of "
+                f"{made}, which is made already. Bring the old ones back, or give another --out."
             )

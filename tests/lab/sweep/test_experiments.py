@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, RobertaConfig
 
+from hiddenkey.lab.config import SweepConfig
 from hiddenkey.lab.sweep import sweep
-from hiddenkey.lab.sweep_file import SweepConfig, read_sweep
-from hiddenkey.lab.sweep_plan import make_plan
+from hiddenkey.lab.sweep_file import make_plan, read_sweep
 
 from .. import tiny
 

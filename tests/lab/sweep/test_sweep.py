@@ -26,14 +26,13 @@ from rich.console import Console
 from hiddenkey.errors import UserError
 from hiddenkey.lab import run as run_module
 from hiddenkey.lab.artifacts import RunResult, read_result
-from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.config import SweepConfig, TrainConfig
 from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
 from hiddenkey.lab.interrupts import postponed
 from hiddenkey.lab.lock import hold
 from hiddenkey.lab.metrics import measure
 from hiddenkey.lab.sweep import Queue, sweep, work
-from hiddenkey.lab.sweep_file import SweepConfig, read_sweep
-from hiddenkey.lab.sweep_plan import make_plan
+from hiddenkey.lab.sweep_file import make_plan, read_sweep
 
 from .. import tiny
 from ..signals import heed_interrupts
@@ -92,8 +91,7 @@ def work_here(path: Path) -> Queue:
 
 def pids(queue: Queue) -> list[int]:
     """Processes of the workers that are at a run."""
-    trials = [trial for found in queue.by_slot().values() for trial in found if trial.state == TrialState.RUNNING]
-    workers = [trial.user_attrs.get("worker") for trial in trials]
+    workers = [trial.user_attrs.get("worker") for trial in queue.trials(TrialState.RUNNING)]
     return [int(name.split()[1]) for name in workers if name]
 
 
@@ -123,7 +121,7 @@ def kill_at_random(path: Path, kills: int) -> None:
     """Make a sweep by four processes of the command; workers and the command are killed, stopped and interrupted."""
     plan = make_plan(read_sweep(path))
     queue, generator, done = queue_of(plan, "watch"), random.Random(0), 0
-    while not queue.finished():
+    while queue.open():
         with command(path, "--workers", "4") as process:
             while process.poll() is None:
                 time.sleep(generator.uniform(0.5, 3))
@@ -170,7 +168,7 @@ def test_ctrl_c_gives_the_runs_back_and_says_how_to_go_on(base: dict[str, Any], 
         until(lambda: len(pids(queue)) == 2 and len(results_in(tmp_path / "out")) == 2)
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 130
-    states = [trial.state for trials in queue.by_slot().values() for trial in trials]
+    states = [trial.state for trial in queue.trials(*TrialState)]
     assert states == [TrialState.WAITING] * 2
     assert "The same command continues" in (tmp_path / "said").read_text()
 
@@ -213,12 +211,14 @@ def test_a_folder_that_a_stopped_process_holds_is_told_in_the_end(
             raise BusyError(f"Another process is training in {config.out}.")
 
     tried = train(busy)
-    monkeypatch.setattr("hiddenkey.lab.sweep._HELD", 0.5)
-    monkeypatch.setattr("hiddenkey.lab.sweep._PATIENCE", 0.0)
-    with pytest.raises(RunError, match=rf"{held}.*end that process, and the same command continues"):
+    monkeypatch.setattr("hiddenkey.lab.sweep._HELD", 0.1)
+    with pytest.raises(
+        RunError, match=rf"3 tries failed in a row, the last one of {held}: Another process is training"
+    ):
         work_here(tmp_path / "sweep.yaml")
     assert len(results_in(tmp_path / "out")) == 7, "the others are made meanwhile"
-    assert tried.count(held) > 1
+    assert tried.count(held) == 4
+    assert tried[-1] == held
 
 
 def test_an_error_is_tried_again_and_then_stops_the_sweep(base: dict[str, Any], tmp_path: Path, train: Any):
@@ -231,9 +231,9 @@ def test_an_error_is_tried_again_and_then_stops_the_sweep(base: dict[str, Any], 
     work_here(path)
     assert len(tried) == 10
     for error, said in (
-        (OSError(28, "No space left"), r"failed 3 times(?s:.*)No space left"),
+        (OSError(28, "No space left"), r"3 tries failed in a row(?s:.*)No space left"),
         (DataError("odd"), "odd"),
-        (ValueError("unforeseen"), r"failed 3 times(?s:.*)ValueError: unforeseen"),
+        (ValueError("unforeseen"), r"3 tries failed in a row(?s:.*)ValueError: unforeseen"),
     ):
 
         def fail(config: Any, count: int, error: Exception = error) -> None:
@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_is_a_result(base: dict[str, Any], tmp_path: P
     good, bad = sorted(results_in(tmp_path / "out").values(), key=lambda result: result.sweep["trial"])
     assert (good.status, bad.status) == ("finished", "failed")
     assert "learning rate 1e+38" in bad.failure
-    assert [value for _, value in queue.values.values()] == [-good.best["validation_accuracy"], float("inf")]
+    assert [*queue.values.values()] == [-good.best["validation_accuracy"], float("inf")]
     assert (good.preset, good.task_key, good.is_decoder, good.lower_is_better) == (
         "baseline",
         "sentences",
@@ -345,9 +345,8 @@ def test_a_file_that_grows_keeps_its_runs_and_counts_their_trials_anew(
 def test_data_that_changed_since_a_run_was_made_are_told(base: dict[str, Any], tmp_path: Path):
     path = write_sweep(tmp_path, base=base, methods=ONE)
     queue = queue_of(make_plan(read_sweep(path)))
-    claim = queue.take(set())
-    assert claim
-    run_module.train(claim[2].config, QUIET, claim[2].sweep)
+    run = runs_of(queue.plan)[0]
+    run_module.train(run.config, QUIET, run.sweep)
     sweep(SweepConfig(str(path), dry_run=True), QUIET)
     tiny.write_csv(Path(base["data"]), tiny.labelled_rows(41))
     with pytest.raises(RunError, match=r"data_seed = 0 are no longer those of"):

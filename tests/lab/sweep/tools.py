@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from hiddenkey.lab.artifacts import RunResult, read_result
+from hiddenkey.lab.config import SweepConfig
 from hiddenkey.lab.sweep import Queue
-from hiddenkey.lab.sweep_file import SweepConfig, read_sweep
-from hiddenkey.lab.sweep_plan import Run, SweepPlan, make_plan
+from hiddenkey.lab.sweep_file import Run, SweepPlan, make_plan, read_sweep
 
 GRACE = 4
 
@@ -48,10 +48,10 @@ def runs_of(plan: SweepPlan) -> list[Run]:
     return [slot.run for slot in plan.slots if slot.run is not None]
 
 
-def queue_of(plan: SweepPlan, worker: str = "one", storage: str = "") -> Queue:
+def queue_of(plan: SweepPlan, mark: str = "one", storage: str = "") -> Queue:
     """A worker's view of it."""
     plan.folder.mkdir(exist_ok=True)
-    return Queue(plan, SweepConfig("sweep.yaml", grace=GRACE, storage=storage), worker)
+    return Queue(plan, SweepConfig("sweep.yaml", grace=GRACE, storage=storage), mark)
 
 
 def results_in(folder: Path) -> dict[str, RunResult]:
