@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,12 +19,12 @@ import pytest
 
 from hiddenkey import cli
 from hiddenkey.cli import LAB_EXTRA, main
-from hiddenkey.lab.artifacts import RESULT, RunResult
 from hiddenkey.lab.config import SweepConfig, TrainConfig
 from tests.core.test_registry import PLUGIN, install
 
 from . import tiny
 from .signals import heed_interrupts
+from .test_stored import result_in, written
 
 PROGRAM = [sys.executable, "-c", "from hiddenkey.cli import main; main()"]
 
@@ -349,8 +349,7 @@ def test_ctrl_c_does_not_advise_to_delete(
 ):
     config = TrainConfig("m", "d", str(tmp_path))
     if begun is not None:
-        names = dict.fromkeys(field.name for field in fields(RunResult))
-        (tmp_path / RESULT).write_text(json.dumps(names | {"config": replace(config, **begun).to_dict()}))
+        written(tmp_path, config=replace(config, **begun).to_dict())
 
     def stop(config: TrainConfig) -> None:
         raise KeyboardInterrupt
@@ -381,8 +380,8 @@ def test_a_number_that_is_not_finite_is_printed_again(
 ):
     """A finished run is shown once more from its `result.json`, which has null there."""
     values = {"validation_nll": 800.0, "validation_perplexity": None}
-    result = RunResult(**dict.fromkeys(field.name for field in fields(RunResult)) | {"last": values, "best": values})
-    result = replace(result, folder=str(tmp_path), metric="nll", test={})
+    result = result_in(tmp_path, last=values, best=values, metric="nll")
     monkeypatch.setattr("hiddenkey.lab.run.train", lambda config: result)
+    monkeypatch.setattr(cli, "_require_found", lambda config: None)
     main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path)])
     assert "validation_nll 800  validation_perplexity -" in capsys.readouterr().out
