@@ -404,10 +404,10 @@ def make_plan(file: SweepFile) -> SweepPlan:
     runs = [slot.run for slot in slots if slot.run is not None]
     seen: set[tuple[str, str]] = set()
     for run in runs:
-        setting = (run.sweep["method"], run.id.rpartition("-")[2])
-        if setting in seen:
+        of = (str(run.sweep["method"]), run.id.rpartition("-")[2])
+        if of in seen:
             raise ConfigError(f"{run.id} stands for two runs that are equal; take one of them out.")
-        seen.add(setting)
+        seen.add(of)
     return SweepPlan(file, tuple(slots), tuple(corners if file.search == "tpe" else runs))
 
 
