@@ -119,6 +119,7 @@ class Queue:
             if place.index in self.values or place.group.name in found:
                 continue
             slot = place if place.run else self._choose(place)
+            assert slot.run is not None
             # Another machine may hold the folder, where they share a database alone.
             there = place.index in complete and (self.config.storage or (Path(slot.run.config.out) / RESULT).exists())
             if there:
@@ -221,11 +222,13 @@ def work(queue: Queue, console: Console, *, replaced: bool = False) -> None:
             time.sleep(_PAUSE)
             continue
         trial, slot = claim
-        say(console, f"{time.strftime('%H:%M:%S')} {slot.run.id}")
+        run = slot.run
+        assert run is not None
+        say(console, f"{time.strftime('%H:%M:%S')} {run.id}")
         state, value, pause = TrialState.WAITING, None, 0.0  # given back, unless it is done
         try:
             with _heartbeats(queue, trial, console):
-                value = _made(slot.run, console)
+                value = _made(run, console)
             state, in_a_row = TrialState.COMPLETE, 0
         except Exception as error:
             say(console, "".join(traceback.format_exception(error)))
@@ -239,7 +242,7 @@ def work(queue: Queue, console: Console, *, replaced: bool = False) -> None:
                 sys.exit(1)
             if in_a_row == ERRORS:
                 said = f"{error}" if foreseen else f"{type(error).__name__}: {error}"
-                raise RunError(f"{ERRORS} tries failed in a row, the last one of {slot.run.id}: {said}") from error
+                raise RunError(f"{ERRORS} tries failed in a row, the last one of {run.id}: {said}") from error
         finally:
             queue.end(trial, state, value)
         time.sleep(pause)
