@@ -16,8 +16,8 @@ from report import draw_curves, table, write_report
 from rich.console import Console
 
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.quiet import quieten
-from hiddenkey.lab.run import train
+from hiddenkey.lab.console import quieten
+from hiddenkey.lab.train import train
 
 OUT = HERE / "out"
 RATE = 0.15

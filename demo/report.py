@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab.run_folder import RunResult
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -11,8 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hiddenkey.lab.escaping import PLAIN_TEXT
-from hiddenkey.lab.report import forest
+from hiddenkey.lab.report import PLAIN_TEXT, forest
 
 from .comparisons import compare, mean_over, paper_gap, rank_conditions
 from .paper import BASELINE, METHODS, PATTERNS, RIVALS

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from hiddenkey.lab.artifacts import NOT_OF_THE_RUN
 from hiddenkey.lab.config import OF_A_TASK, complete
-from hiddenkey.lab.run_table import seed_name
+from hiddenkey.lab.report import seed_name
+from hiddenkey.lab.run_folder import NOT_OF_THE_RUN
 
 from .paper import BASELINE, METHODS, PRINTED_METRICS, RIVALS, TASK_LABELS, method_order, paper_task
 

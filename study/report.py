@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from hiddenkey.lab.escaping import csv_table, latex_table, markdown, markdown_table
+from hiddenkey.lab.report import csv_table, latex_table, markdown, markdown_table
 from hiddenkey.lab.statistics import holm, paired_difference
 
 from . import tables

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from hiddenkey.lab.artifacts import read_result
+from hiddenkey.lab.run_folder import read_result
 
 from .lab import tiny
 

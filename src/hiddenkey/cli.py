@@ -76,14 +76,14 @@ class ReportCommand:
 
 def run_train(config: TrainConfig) -> None:
     """Train and say where the results are."""
-    from .lab.artifacts import is_begun
+    from .lab.run_folder import is_begun
 
     config.check()
     if not is_begun(config):
         _require_found(config)
     hiddenkey.parse(config.recipe)  # imports torch; what follows imports transformers too
-    from .lab.quiet import quieten
-    from .lab.run import train
+    from .lab.console import quieten
+    from .lab.train import train
 
     quieten()
     result = train(config)
@@ -98,7 +98,8 @@ def run_plan(command: PlanCommand) -> None:
     """Print the plan."""
     _require_model(command.model)
     recipe = hiddenkey.parse(command.recipe)
-    from .lab.skeleton import MODEL_CLASSES, build_skeleton
+    from .lab.config import MODEL_CLASSES
+    from .lab.model import build_skeleton
 
     skeleton = build_skeleton(command.model, MODEL_CLASSES[command.task], command.trust_remote_code)
     print(hiddenkey.plan(skeleton, recipe))
@@ -109,7 +110,7 @@ def run_doctor(command: DoctorCommand) -> None:
     config = _doctors_config(command)
     _require_model(config.model)
     hiddenkey.parse(config.recipe)
-    from .lab.doctor import examine, show
+    from .lab.doctor_command import examine, show
 
     task = config.task if command.task == "auto" else command.task
     diagnosis = examine(config, task, rounds=command.rounds, size=command.size, length=command.length)
@@ -119,8 +120,7 @@ def run_doctor(command: DoctorCommand) -> None:
 
 
 def _doctors_config(command: DoctorCommand) -> TrainConfig:
-    from .lab.config import TrainConfig
-    from .lab.config_file import read_fields
+    from .lab.config import TrainConfig, read_fields
 
     given = read_fields(command.train_args) if command.train_args else {}
     named = {"model": command.model, "recipe": command.recipe}
@@ -130,8 +130,8 @@ def _doctors_config(command: DoctorCommand) -> TrainConfig:
 
 def _require_found(config: TrainConfig) -> None:
     """Raises what says that the model or the data are not there, before the slow imports."""
+    from .lab.data_splits import local_parts
     from .lab.hub import GLUE_SET, ask_hub
-    from .lab.parts import local_parts
 
     parts = local_parts(config)
     _require_model(config.model)
@@ -212,7 +212,7 @@ def _parse(arguments: list[str]) -> Any:
         _refuse_other_names(arguments[1:])
     defaults: dict[str, Any] = dict.fromkeys(("model", "data", "out"), tyro.MISSING)
     if name == "train" and arguments[1:] and not arguments[1].startswith("-"):
-        from .lab.config_file import read_fields
+        from .lab.config import read_fields
 
         defaults |= read_fields(arguments.pop(1))
     elif name == "train":
@@ -243,8 +243,8 @@ def _end_with_the_reader() -> None:
 
 
 def _refuse_other_names(arguments: list[str]) -> None:
-    from .lab.config_file import OTHER_NAMES
-    from .lab.errors import ConfigError
+    from .errors import ConfigError
+    from .lab.config import OTHER_NAMES
 
     for word in arguments:
         flag = word.partition("=")[0]
@@ -254,8 +254,8 @@ def _refuse_other_names(arguments: list[str]) -> None:
 
 
 def _require_file_first(arguments: list[str]) -> None:
+    from .errors import ConfigError
     from .lab.config import FIELD_TYPES
-    from .lab.errors import ConfigError
 
     switches = {f"--{name.replace('_', '-')}" for name, kind in FIELD_TYPES.items() if kind is bool}
     for before, word in pairwise(arguments):
@@ -268,7 +268,7 @@ def _way_on(name: str, command: Any) -> str:
         return ""
     if name == "sweep":
         return "" if command.dry_run else " The same command continues from the last checkpoints."
-    from .lab.artifacts import is_begun
+    from .lab.run_folder import is_begun
 
     without = " without --overwrite" if command.overwrite else ""
     if is_begun(command):

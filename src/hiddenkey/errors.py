@@ -1,5 +1,7 @@
 """The errors a user can mend: each says what was given, what is allowed, and the way out."""
 
+from __future__ import annotations
+
 import re
 
 _LONGEST_WORD, _LONGEST_MESSAGE = 1_000, 8_000
@@ -42,3 +44,35 @@ class AttachError(UserError):
 
 class SavedRecipeError(UserError):
     """A saved recipe that is damaged, of a newer format, or not the one that is wanted."""
+
+
+class LabError(UserError):
+    """A mistake in what a person gave, told in one message; the command line shows it without a traceback."""
+
+
+class ConfigError(LabError):
+    """An unknown name or a value out of its range in a configuration."""
+
+
+class DataError(LabError):
+    """Data that cannot be trained on as it is: a missing column, rows without a label, nothing left."""
+
+
+class RunError(LabError):
+    """What stands in the way of a run or a report: a folder, a device, a storage, a worker, or records."""
+
+
+class BusyError(RunError):
+    """A folder in which another process is at work."""
+
+
+class DamagedFileError(RunError):
+    """A file that holds something else than what hiddenkey writes into it."""
+
+
+class UnfitFolderError(RunError):
+    """What lies in a run's folder is not what that run can go on from."""
+
+
+class NonFiniteLossError(LabError):
+    """The loss became NaN or infinite, so training stopped."""

@@ -781,6 +781,10 @@ def test_what_is_said_of_a_fault(fault, monkeypatch, heard, caplog):
     plain = attachment.model
     assert hiddenkey.find_attachment(plain) is None
     assert not any(hasattr(module, "hiddenkey_drops") for module in plain.modules())
+    assert not plain._forward_hooks
+    assert not plain._forward_pre_hooks
+    if fault.backward == MISSED:
+        plain.train()(**inputs).loss.backward()
     if fault.error is not None:
         with hiddenkey.attach(plain.train(), "logits[:]:column@0.3") as again:
             plain(**inputs)

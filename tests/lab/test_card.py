@@ -11,9 +11,9 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from hiddenkey.lab import run
-from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
+from hiddenkey.lab.run_folder import RunResult
 
 from ..models.shrink import shrink
 from . import tiny

@@ -381,7 +381,7 @@ def test_a_number_that_is_not_finite_is_printed_again(
     """A finished run is shown once more from its `result.json`, which has null there."""
     values = {"validation_nll": 800.0, "validation_perplexity": None}
     result = result_in(tmp_path, last=values, best=values, metric="nll")
-    monkeypatch.setattr("hiddenkey.lab.run.train", lambda config: result)
+    monkeypatch.setattr("hiddenkey.lab.train.train", lambda config: result)
     monkeypatch.setattr(cli, "_require_found", lambda config: None)
     main(["train", "--model", "m", "--data", "d", "--out", str(tmp_path)])
     assert "validation_nll 800  validation_perplexity -" in capsys.readouterr().out

@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hiddenkey.lab.config import FIELD_TYPES, TextMetric, TrainConfig
-from hiddenkey.lab.config_file import OTHER_NAMES, read_fields
-from hiddenkey.lab.errors import ConfigError
+from hiddenkey.errors import ConfigError
+from hiddenkey.lab.config import FIELD_TYPES, OTHER_NAMES, TextMetric, TrainConfig, read_fields
 from hiddenkey.lab.metrics import OF_CAPTIONS, OF_NGRAMS
-from hiddenkey.lab.settings import training_arguments
-from hiddenkey.lab.tasks_sequence import Regression
+from hiddenkey.lab.tasks import Regression
+from hiddenkey.lab.trainer_settings import training_arguments
 
 GOOD = TrainConfig(model="m", data="d", out="o")
 

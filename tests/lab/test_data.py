@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hiddenkey.lab import sources
-from hiddenkey.lab.columns import PLACE
+from hiddenkey.errors import DataError
+from hiddenkey.lab import data_files as sources
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
-from hiddenkey.lab.errors import DataError
+from hiddenkey.lab.data_files import PLACE
 
 from . import tiny
 

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hiddenkey.cli import _parse, main
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.doctor import load
+from hiddenkey.lab.doctor_command import load
 from hiddenkey.patterns import PATTERNS, register_pattern
 
 QUICK = ["--rounds", "1", "--size", "3", "--length", "12"]

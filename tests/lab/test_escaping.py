@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hiddenkey.lab.escaping import PLAIN_TEXT, csv_table, latex_table, markdown, markdown_table
+from hiddenkey.lab.report import PLAIN_TEXT, csv_table, latex_table, markdown, markdown_table
 
 NAMES = [
     "$\\frac$",

@@ -22,14 +22,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from hiddenkey.lab import run
-from hiddenkey.lab.artifacts import read_result, write_text
+from hiddenkey.errors import ConfigError, DataError, RunError
+from hiddenkey.lab import train as run
 from hiddenkey.lab.callbacks import StepClock
 from hiddenkey.lab.checkpoints import last_checkpoint
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.config_file import read_fields
+from hiddenkey.lab.config import TrainConfig, read_fields
 from hiddenkey.lab.data import load_examples
-from hiddenkey.lab.errors import ConfigError, DataError, RunError
+from hiddenkey.lab.run_folder import read_result, write_text
 
 from .signals import heed_interrupts
 from .test_run import config, same  # noqa: F401
@@ -237,7 +236,7 @@ def test_a_second_process_waits_until_the_first_is_gone_even_killed(config: Trai
     Path(config.out).mkdir()
     code = (
         "import sys, time; from pathlib import Path; from rich.console import Console; "
-        "from hiddenkey.lab.lock import hold\n"
+        "from hiddenkey.lab.run_folder import hold\n"
         "with hold(Path(sys.argv[1]), Console()): print('in', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, config.out], stdout=subprocess.PIPE, text=True)

@@ -17,15 +17,16 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hiddenkey.lab import metrics, run
-from hiddenkey.lab.columns import PLACE
+from hiddenkey.errors import ConfigError, DataError
+from hiddenkey.lab import metrics
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
-from hiddenkey.lab.errors import ConfigError, DataError
+from hiddenkey.lab.data_files import PLACE
 from hiddenkey.lab.generation import Prompt, Written, collect_prompts, generate
 from hiddenkey.lab.generation import _NoRepeat as NoRepeat
 from hiddenkey.lab.metrics import ter
-from hiddenkey.lab.tasks_completion import Completion, prompt_ids
+from hiddenkey.lab.tasks import Completion, prompt_ids
 
 from . import tiny
 from .test_data import write_jsonl

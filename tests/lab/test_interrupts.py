@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from hiddenkey.lab import generation, run
-from hiddenkey.lab.callbacks import StepClock
+from hiddenkey.lab import generation
+from hiddenkey.lab import train as run
+from hiddenkey.lab.callbacks import StepClock, heed, postponed
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.interrupts import heed, postponed
 from hiddenkey.lab.sweep import _terminated as terminated
 
 from .test_generation import config as generating  # noqa: F401

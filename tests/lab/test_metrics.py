@@ -9,11 +9,10 @@ import pytest
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from transformers import EvalPrediction
 
+from hiddenkey.errors import ConfigError
 from hiddenkey.lab import metrics
-from hiddenkey.lab.errors import ConfigError
 from hiddenkey.lab.metrics import bleu, has_java, measure, nist, ter, tokenise
-from hiddenkey.lab.tasks_completion import Completion
-from hiddenkey.lab.tasks_sequence import Classification, Regression
+from hiddenkey.lab.tasks import Classification, Completion, Regression
 
 needs_java = pytest.mark.skipif(not has_java(), reason="METEOR, ROUGE-L and CIDEr need Java")
 

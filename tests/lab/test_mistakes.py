@@ -26,17 +26,16 @@ from transformers import (
 )
 
 import hiddenkey
-from hiddenkey.lab import checked, run
-from hiddenkey.lab.artifacts import read_result
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.config_file import read_fields, read_yaml
+from hiddenkey.errors import ConfigError, DataError, RunError
+from hiddenkey.lab import preflight as checked
+from hiddenkey.lab import train as run
+from hiddenkey.lab.config import TrainConfig, read_fields, read_yaml
 from hiddenkey.lab.data import load_examples
-from hiddenkey.lab.errors import ConfigError, DataError, RunError
 from hiddenkey.lab.generation import collect_prompts
-from hiddenkey.lab.models import add_lora, find_targets, load_tokenizer
-from hiddenkey.lab.skeleton import build_skeleton
+from hiddenkey.lab.model import add_lora, build_skeleton, find_targets, load_tokenizer
+from hiddenkey.lab.preflight import describe
+from hiddenkey.lab.run_folder import read_result
 from hiddenkey.lab.tasks import make_task
-from hiddenkey.lab.told import describe
 
 from ..models.shrink import shrink
 from . import tiny

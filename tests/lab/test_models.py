@@ -7,11 +7,12 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hiddenkey.lab import doctor, models
+from hiddenkey.errors import ConfigError
+from hiddenkey.lab import doctor_command as doctor
+from hiddenkey.lab import model as models
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.run import train
-from hiddenkey.lab.skeleton import build_skeleton
+from hiddenkey.lab.model import build_skeleton
+from hiddenkey.lab.train import train
 
 from ..models.shrink import shrink
 from . import tiny

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import hiddenkey
-from hiddenkey.lab import run
-from hiddenkey.lab.checked import check_run
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.order import ByLength
+from hiddenkey.lab.preflight import check_run
+from hiddenkey.lab.trainer_settings import ByLength
 
 from .test_run import config  # noqa: F401
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from hiddenkey.lab.columns import PLACE
+from hiddenkey.errors import ConfigError, DataError
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
-from hiddenkey.lab.errors import ConfigError, DataError
+from hiddenkey.lab.data_files import PLACE
 from hiddenkey.lab.tasks import choose_metric, make_task
 
 RTE = (

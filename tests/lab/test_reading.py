@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hiddenkey.lab.errors import DataError
+from hiddenkey.errors import DataError
 
 from . import tiny
 from .test_data import load, write_jsonl

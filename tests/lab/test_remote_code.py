@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from hiddenkey import cli
-from hiddenkey.lab import run
+from hiddenkey.errors import ConfigError
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import ConfigError
-from hiddenkey.lab.models import load_tokenizer
-from hiddenkey.lab.skeleton import build_skeleton
+from hiddenkey.lab.model import build_skeleton, load_tokenizer
 
 from .test_run import config  # noqa: F401
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from hiddenkey.cli import main
+from hiddenkey.errors import RunError
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.errors import RunError
 from hiddenkey.lab.report import write_report
 
 from .test_stored import result_in

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 import hiddenkey
-from hiddenkey.lab import run
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
 
 from .test_run import config, same  # noqa: F401

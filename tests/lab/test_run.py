@@ -17,13 +17,16 @@ from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import hiddenkey
-from hiddenkey.lab import artifacts, callbacks, models, run
-from hiddenkey.lab.artifacts import RunResult, read_result
+from hiddenkey.errors import ConfigError, DataError, NonFiniteLossError, RunError
+from hiddenkey.lab import callbacks
+from hiddenkey.lab import model as models
+from hiddenkey.lab import run_folder as artifacts
+from hiddenkey.lab import train as run
 from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import load_examples
-from hiddenkey.lab.errors import ConfigError, DataError, NonFiniteLossError, RunError
-from hiddenkey.lab.skeleton import build_skeleton, load_config
+from hiddenkey.lab.model import build_skeleton, load_config
+from hiddenkey.lab.run_folder import RunResult, read_result
 
 from . import tiny
 
@@ -263,7 +266,7 @@ _KILLED_RUN = """
 import json, os, signal, sys
 import torch
 from transformers import TrainerCallback
-from hiddenkey.lab import callbacks, run
+from hiddenkey.lab import (callbacks, train as run)
 from hiddenkey.lab.config import TrainConfig
 
 torch.set_num_threads(1)

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 import hiddenkey
-from hiddenkey.lab.artifacts import RunResult, open_folder, read_result
+from hiddenkey.errors import ConfigError, UnfitFolderError
 from hiddenkey.lab.checkpoints import last_checkpoint, mark_complete
-from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.config_file import read_fields
-from hiddenkey.lab.errors import ConfigError, UnfitFolderError
+from hiddenkey.lab.config import TrainConfig, read_fields
+from hiddenkey.lab.run_folder import RunResult, open_folder, read_result
 
 DEEP = "[" * 200_000 + "]" * 200_000
 

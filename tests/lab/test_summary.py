@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hiddenkey.lab import summary
+from hiddenkey.lab import callbacks as summary
 
 LOG = [
     {"epoch": 0.5, "step": 1, "loss": 1.0, "drop_rate/logits": 0.1},

@@ -14,11 +14,12 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from hiddenkey.lab import run, sources
-from hiddenkey.lab.artifacts import RunResult, read_result
+from hiddenkey.errors import ConfigError, DataError
+from hiddenkey.lab import data_files as sources
+from hiddenkey.lab import train as run
 from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.data import Examples, load_examples
-from hiddenkey.lab.errors import ConfigError, DataError
+from hiddenkey.lab.run_folder import RunResult, read_result
 
 from . import tiny
 from .test_faults import kill_at

@@ -12,13 +12,12 @@ from rich.console import Console
 from transformers import TrainerState
 
 import hiddenkey
-from hiddenkey.lab import run
-from hiddenkey.lab.artifacts import RunResult
+from hiddenkey.lab import train as run
 from hiddenkey.lab.callbacks import ProgressBar
-from hiddenkey.lab.checked import check_run
 from hiddenkey.lab.config import TrainConfig
-from hiddenkey.lab.say import say
-from hiddenkey.lab.told import doubts, is_idle
+from hiddenkey.lab.console import say
+from hiddenkey.lab.preflight import check_run, doubts, is_idle
+from hiddenkey.lab.run_folder import RunResult
 
 from . import tiny
 from .test_run import config  # noqa: F401

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hiddenkey.lab.escaping import csv_table
+from hiddenkey.lab.report import csv_table
 from study.__main__ import RECORDS, RESULTS
 from study.claims import findings
 from study.records import Study

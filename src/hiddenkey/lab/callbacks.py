@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,11 +20,9 @@ from rich.table import Column
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..errors import NonFiniteLossError
 from .checkpoints import mark_complete
-from .errors import NonFiniteLossError
-from .interrupts import heed
-from .say import say
-from .summary import TIMES
+from .console import say
 
 _LOSSES = ("loss", "task_loss", "consistency_loss")
 
@@ -146,3 +150,94 @@ class ProgressBar(TrainerCallback):
 def _numbers(values: dict[str, float]) -> str:
     named = ((name.removeprefix("eval_").removeprefix("drop_rate/"), value) for name, value in values.items())
     return "  ".join(f"{name} {value:.4g}" for name, value in named)
+
+
+_Handler = Callable[[int, FrameType | None], Any]
+
+_waiting: dict[int, _Handler] = {}
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Within, the first Ctrl-C or SIGTERM waits for `heed`, or for the end; one more is acted on at once.
+
+    An error that ends it goes first: what waited then waits on, for the next `heed` of whoever catches the error.
+
+    Signals that are ignored, or left to the system, stay so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    handlers = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {number: handler for number, handler in handlers.items() if callable(handler)}
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if number in _waiting:
+            earlier[number](number, frame)
+        _waiting[number] = earlier[number]
+
+    for number in earlier:
+        signal.signal(number, wait)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _waiting.clear()
+        raise
+    finally:
+        for number, handler in earlier.items():
+            if signal.getsignal(number) is wait:
+                signal.signal(number, handler)
+    heed()
+
+
+def heed() -> None:
+    """Act now on what was postponed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C waited, or SIGTERM in a worker of a sweep.
+    """
+    while _waiting:
+        number, handler = _waiting.popitem()
+        handler(number, None)
+
+
+Log = list[dict[str, float]]
+
+TIMES = ("_runtime", "_per_second", "_preparation_time")
+"""Endings of what the Trainer logs beside metrics."""
+
+
+def epochs_of(history: Log) -> Log:
+    """One row per evaluated epoch: epoch, step, train_loss, validation_loss, validation_accuracy, …"""
+    rows: dict[float, dict[str, float]] = {}
+    for entry in history:
+        found = {name.removeprefix("eval_"): value for name, value in entry.items() if _is_metric(name)}
+        if found:
+            rows.setdefault(entry["step"], {"epoch": entry["epoch"], "step": entry["step"]}).update(found)
+    return list(rows.values())
+
+
+def best_of(epochs: Log, metric: str, lower_is_better: bool) -> dict[str, float]:
+    """The row with the best validation metric; of equals the first."""
+    choose = min if lower_is_better else max
+    return choose(epochs, key=lambda row: row[f"validation_{metric}"])
+
+
+def drop_rates(history: Log) -> dict[str, float | None]:
+    """Realised rate per position: of all draws that the last log entry knows of, as each is over those before it."""
+    return {
+        name.removeprefix("drop_rate/"): value
+        for entry in history
+        for name, value in entry.items()
+        if name.startswith("drop_rate/") and math.isfinite(value)
+    }
+
+
+def step_seconds(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the optimiser steps, and their number; the number alone where it is 0."""
+    shares = {"median": 0.5, "p20": 0.2, "p80": 0.8} if seconds else {}
+    return {name: float(np.quantile(seconds, share)) for name, share in shares.items()} | {"steps": len(seconds)}
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith(("eval_validation_", "eval_train_")) and not name.endswith(TIMES)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import TrainerState
 
-from .artifacts import CHECKPOINT, write_text
-from .errors import DamagedFileError, UnfitFolderError
+from ..errors import DamagedFileError, UnfitFolderError
+from .run_folder import CHECKPOINT, write_text
 from .stored import read_json
 
 _MARK = "complete"

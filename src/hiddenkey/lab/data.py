@@ -12,10 +12,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from .columns import PLACE, SEEN, Columns, TaskName, find_columns, require_columns, values
+from ..errors import DataError
 from .config import TrainConfig
-from .errors import DataError
-from .sources import read_source
+from .data_files import PLACE, SEEN, Columns, TaskName, find_columns, read_source, require_columns, values
 
 _SHOWN_ROWS = 10
 _MANY_CLASSES = 5

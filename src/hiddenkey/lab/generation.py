@@ -12,15 +12,15 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from .artifacts import GENERATIONS, write_text
-from .columns import SEEN, values
+from ..errors import ConfigError
+from .callbacks import heed
 from .config import TrainConfig
-from .errors import ConfigError
-from .interrupts import heed
+from .console import say
+from .data_files import SEEN, values
 from .metrics import measure, require_tools
-from .models import positions
-from .say import say
-from .tasks_completion import prompt_ids
+from .model import positions
+from .run_folder import GENERATIONS, write_text
+from .tasks import prompt_ids
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from huggingface_hub import HfApi, constants, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 _SECONDS = 5.0
 GLUE_SET = "nyu-mll/glue"

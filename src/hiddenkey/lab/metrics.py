@@ -16,7 +16,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 Scorer = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 

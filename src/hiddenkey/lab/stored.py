@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..errors import DamagedFileError
 from .config import fault
-from .errors import DamagedFileError
 
 T = TypeVar("T")
 

@@ -37,12 +37,11 @@ from rich.progress import Progress
 
 import hiddenkey
 
-from .artifacts import CHECKPOINTS, RESULT, make_folder, write_result
+from ..errors import BusyError, ConfigError, NonFiniteLossError, RunError, UnfitFolderError
+from .callbacks import heed, postponed
 from .config import SweepConfig
-from .errors import BusyError, ConfigError, NonFiniteLossError, RunError, UnfitFolderError
-from .interrupts import heed, postponed
-from .lock import hold
-from .say import say
+from .console import say
+from .run_folder import CHECKPOINTS, RESULT, hold, make_folder, write_result
 from .sweep_file import Run, Slot, SweepPlan, Values, check_plan, make_plan, read_sweep
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ def sweep(config: SweepConfig, console: Console | None = None) -> SweepPlan:
     queue = Queue(plan, config)
     with nullcontext() if config.worker else hold(plan.folder, console, "running a sweep"):
         if config.worker:
-            from .settings import require_one_device
+            from .trainer_settings import require_one_device
 
             require_one_device()
         if not queue.open():
@@ -250,7 +249,7 @@ def work(queue: Queue, console: Console, *, replaced: bool = False) -> None:
 
 def _made(run: Run, console: Console) -> float:
     """What a search minimises of a run, once its result is in its folder."""
-    from .run import train
+    from .train import train
 
     folder = Path(run.config.out)
     try:
@@ -361,7 +360,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.accelerator.current_accelerator() is not None:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hiddenkey.lab.run", "hiddenkey.lab.sweep"])
+    context.set_forkserver_preload(["hiddenkey.lab.train", "hiddenkey.lab.sweep"])
     return context
 
 
@@ -370,7 +369,7 @@ def _child(config: SweepConfig, plan: SweepPlan, number: int, log: Path, mark: s
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the process above stops us
     import torch
 
-    from .quiet import quieten
+    from .console import quieten
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")

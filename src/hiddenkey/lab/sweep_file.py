@@ -24,11 +24,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 import hiddenkey
 
+from ..errors import ConfigError, RunError
 from ..registry import nearest, unknown
-from .artifacts import NOT_OF_THE_RUN, RESULT, read_result
-from .config import DEFAULTS, FIELD_TYPES, OF_A_TASK, PATHS, TrainConfig, convert, expanded, plain
-from .config_file import read_yaml
-from .errors import ConfigError, RunError
+from .config import DEFAULTS, FIELD_TYPES, OF_A_TASK, PATHS, TrainConfig, convert, expanded, plain, read_yaml
+from .run_folder import NOT_OF_THE_RUN, RESULT, read_result
 
 Values = dict[str, Any]
 
@@ -439,11 +438,11 @@ def check_plan(plan: SweepPlan) -> None:
 
     Raises:
         RunError: the data have changed since some runs were made.
-        UserError, OSError: as `hiddenkey.lab.run.train` before it reads the weights.
+        UserError, OSError: as `hiddenkey.lab.train.train` before it reads the weights.
     """
-    from .checked import check_run, check_structure
-    from .models import require_dtype
-    from .quiet import quieten
+    from .console import quieten
+    from .model import require_dtype
+    from .preflight import check_run, check_structure
 
     quieten()
     kinds: dict[str, list[TrainConfig]] = {}

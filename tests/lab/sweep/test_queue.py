@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from hiddenkey.errors import ConfigError, RunError
 from hiddenkey.lab import sweep as sweep_module
-from hiddenkey.lab.errors import ConfigError, RunError
 from hiddenkey.lab.sweep import Queue
 from hiddenkey.lab.sweep_file import SweepPlan
 

@@ -23,14 +23,12 @@ import torch
 from optuna.trial import TrialState
 from rich.console import Console
 
-from hiddenkey.errors import UserError
-from hiddenkey.lab import run as run_module
-from hiddenkey.lab.artifacts import RunResult, read_result
+from hiddenkey.errors import BusyError, ConfigError, DataError, RunError, UserError
+from hiddenkey.lab import train as run_module
+from hiddenkey.lab.callbacks import postponed
 from hiddenkey.lab.config import SweepConfig, TrainConfig
-from hiddenkey.lab.errors import BusyError, ConfigError, DataError, RunError
-from hiddenkey.lab.interrupts import postponed
-from hiddenkey.lab.lock import hold
 from hiddenkey.lab.metrics import measure
+from hiddenkey.lab.run_folder import RunResult, hold, read_result
 from hiddenkey.lab.sweep import Queue, sweep, work
 from hiddenkey.lab.sweep_file import make_plan, read_sweep
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from hiddenkey.errors import RecipeError, UserError
-from hiddenkey.lab.errors import ConfigError
+from hiddenkey.errors import ConfigError, RecipeError, UserError
 from hiddenkey.lab.sweep_file import Values, make_plan, read_sweep
 
 from .tools import plan_of, runs_of, sweep_values, write_sweep

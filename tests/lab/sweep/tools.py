@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from hiddenkey.lab.artifacts import RunResult, read_result
 from hiddenkey.lab.config import SweepConfig
+from hiddenkey.lab.run_folder import RunResult, read_result
 from hiddenkey.lab.sweep import Queue
 from hiddenkey.lab.sweep_file import Run, SweepPlan, make_plan, read_sweep
 

@@ -16,11 +16,11 @@ from ..attach import attach
 from ..attachment import find_attachment
 from ..compared_outputs import named, uncached
 from ..preserve import RandomState
-from ..structure import find_transformer, require_model
+from ..structure import require_model
 from .effect import check_effect
 from .findings import Diagnosis, Finding
 from .gradients import check_consistency, check_reach, check_recompute
-from .made_up_batches import make_batches, taken
+from .made_up_batches import make_batches
 from .model_under_test import ModelUnderTest, fresh_counts, preserved
 from .outputs import check_causality, check_evaluation
 from .rates import check_rates
@@ -87,7 +87,7 @@ def doctor(
         stack.enter_context(fresh_counts(attachment))
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # they repeat what the findings say
         if batches is None:
-            batches = [taken(model, batch) for batch in make_batches(find_transformer(model)[1], 2, size, length)]
+            batches = make_batches(model, 2, size, length)
         if isinstance(batches, Mapping):
             raise UserError("batches is a list of batches, here one batch; give [batch]")
         if not batches:

@@ -11,37 +11,32 @@ from transformers import PreTrainedModel
 from ...errors import UserError
 from ..outer_forward import arguments, is_own, outermost
 from ..source_reading import parameters
+from ..structure import find_transformer
 
 Batch = dict[str, Any]
 LONGEST_AUDIO = 16000
 
 
-def make_batches(model: PreTrainedModel, count: int, size: int, length: int) -> list[Batch]:
+def make_batches(model: nn.Module, count: int, size: int, length: int) -> list[Batch]:
     """`count` batches of `size` examples: texts of up to `length` tokens (the last one padded), images, or sounds.
 
-    Random content, on the model's device, with labels where the model has a loss. Raises UserError for a model
-    whose inputs can't be made from its configuration.
+    Random content, on the model's device, with labels where the model has a loss; what of it the user's module around
+    a transformers model takes. Raises UserError for a model whose inputs can't be made from its configuration.
     """
-    return [_batch(model, size, length) for _ in range(count)]
-
-
-def taken(model: nn.Module, batch: Batch) -> Batch:
-    """What of a batch for a transformers model the user's module around it takes; all where there is none.
-
-    Raises UserError where that module needs more.
-    """
+    transformer = find_transformer(model)[1]
+    batches = [_batch(transformer, size, length) for _ in range(count)]
     if not is_own(model):
-        return batch
-    batch = {name: value for name, value in batch.items() if name in arguments(model)}
+        return batches
     asked = parameters(outermost(model)).values()
     needed = [p.name for p in asked if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    missing = [name for name in needed if name not in batch]
+    batches = [{name: value for name, value in batch.items() if name in arguments(model)} for batch in batches]
+    missing = [name for name in needed if name not in batches[0]]
     if missing:
         raise UserError(
             f"{type(outermost(model)).__name__} needs {', '.join(missing)}, for which nothing can be made up here; "
             "give batches of your own: hiddenkey.doctor(model, recipe, batches=[…])"
         )
-    return batch
+    return batches
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -51,7 +46,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def _batch(model: PreTrainedModel, size: int, length: int) -> Batch:
-    name = model.main_input_name
+    config, name = model.config, model.main_input_name
     if name == "input_ids":
         batch = _text(model, size, length)
     elif name == "pixel_values":
@@ -59,7 +54,8 @@ def _batch(model: PreTrainedModel, size: int, length: int) -> Batch:
     elif name == "input_values":
         batch = {name: _noise(model, size, LONGEST_AUDIO)}
     elif name == "input_features":
-        batch = {name: _noise(model, size, *_mel_shape(model))}
+        frames = 2 * getattr(config, "max_source_positions", 500)
+        batch = {name: _noise(model, size, config.num_mel_bins, frames)}
     else:
         raise UserError(
             f"{type(model).__name__} takes {name!r}, for which no batch can be made up here; give some of your own: "
@@ -106,11 +102,6 @@ def _image(model: PreTrainedModel, size: int) -> Tensor:
     side = getattr(config, "image_size", 224)
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     return _noise(model, size, getattr(config, "num_channels", 3), height, width)
-
-
-def _mel_shape(model: PreTrainedModel) -> tuple[int, int]:
-    config = model.config
-    return config.num_mel_bins, 2 * getattr(config, "max_source_positions", 500)
 
 
 def _noise(model: PreTrainedModel, *shape: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,16 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
+import hiddenkey
+
+from ..errors import ConfigError
 from .config import Dtype, TrainConfig
-from .errors import ConfigError
-from .skeleton import reason
+from .hub import require_model
+from .run_folder import ADAPTER, Metrics, RunResult
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -249,3 +254,182 @@ def _new_modules(new: set[str]) -> list[str] | None:
     first = {name: name.split(".")[0] for name in modules}
     heads = {first[name] if first[name] in HEADS else name for name in modules}
     return sorted(heads) or None
+
+
+def build_skeleton(name: str, model_class: str, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """The structure of a model without weights, in no time and no memory.
+
+    `model_class` is an Auto class of transformers; empty, the class the model was published as, or a sequence
+    classifier where that has no head.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: the model cannot be built with that head or attention, or wants to run code of its own.
+    """
+    config = load_config(name, trust_remote_code, **options)
+    auto = getattr(transformers, model_class or published_class(config))
+    with torch.device("meta"):
+        try:
+            if hasattr(auto, "from_config"):  # which asks on the terminal where it is not told
+                return auto.from_config(config, trust_remote_code=trust_remote_code)
+            return auto._from_config(config)
+        except Exception as error:  # whatever a wrong value in the configuration runs into
+            raise ConfigError(f"{name} ({config.model_type}) cannot be a {auto.__name__}: {reason(error)}") from error
+
+
+def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: a wrong value, a kind of model that transformers does not know, or code of its own that may not
+            run.
+    """
+    require_model(name)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # whatever a wrong value in the file runs into
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise OSError(f"model = {name!r}: here is no folder of that name, and from the hub: {error}") from error
+        own = any(word in str(error) for word in ("trust_remote_code", "model type"))
+        option = " Here that option is --trust-remote-code." if own else ""
+        raise ConfigError(f"The config.json of {name} cannot be read: {reason(error)}{option}") from error
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says in one line, with its type, without which `KeyError: 'x'` reads as `'x'`."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def published_class(config: Any) -> str:
+    """The class a model was published as, or a sequence classifier where that has no head.
+
+    Raises ConfigError where config.json names something of transformers that is no model.
+    """
+    published = str((config.architectures or [""])[0])
+    found = getattr(transformers, published, None)
+    if found is None or published.endswith("Model"):
+        return "AutoModelForSequenceClassification"
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ConfigError(
+            f"The config.json of {config.name_or_path} has architectures = {config.architectures!r}, and "
+            f"transformers.{published} is no model; name the model's class there, for instance "
+            "LlamaForCausalLM."
+        )
+    return published
+
+
+_CARD = """---
+base_model: {model}
+library_name: peft
+tags:
+- lora
+- hiddenkey
+---
+
+# {name}
+
+A LoRA adapter for `{model}`, trained on `{data}` ({task}, {rows} rows) with hiddenkey {version}.
+
+- dropout recipe: `{recipe}`
+- rank {r}, alpha {alpha}, learning rate {learning_rate}, {epochs} epochs, batch size {batch}, seed {seed}
+- the adapter is that of the {keep} epoch
+{classes}{chat}
+{tables}
+
+The adapter needs PEFT alone; the recipe works in training only and changes nothing here.
+
+```python
+from peft import {auto_class}
+from transformers import AutoTokenizer
+
+folder = "path/of/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+model = {auto_class}.from_pretrained(folder{options})
+# As in training: the model may have been published with another token for padding, or with none.
+for config in (model.config, model.config.get_text_config()):
+    config.pad_token_id = tokenizer.pad_token_id
+```
+"""
+
+_NO_TEMPLATE = (
+    "- prompts were read as they stand in the data, without the tokenizer's chat template: ask in the same form\n"
+)
+
+
+def save_adapter(model: Any, tokenizer: Any, result: RunResult) -> None:
+    """Write `adapter/` beside `result.json`: first under another name, then moved into place.
+
+    Raises:
+        OSError: the disk.
+    """
+    target = Path(result.folder) / ADAPTER
+    part = target.with_name(f".{ADAPTER}.part")
+    for folder in (part, target):
+        if folder.exists():
+            shutil.rmtree(folder)
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    hiddenkey.save_recipe(part, hiddenkey.parse(result.recipe))
+    plain_prompts = bool(tokenizer.chat_template) and result.task == "causal-lm"
+    (part / "README.md").write_text(_card(result, _NO_TEMPLATE if plain_prompts else ""), encoding="utf-8")
+    part.replace(target)
+
+
+def _card(result: RunResult, chat: str) -> str:
+    config = result.config
+    causal = result.task == "causal-lm"
+    options = {
+        "classification": f", id2label={dict(enumerate(result.label_names))}",
+        "regression": ", num_labels=1",
+        "causal-lm": "",
+    }
+    trust = ", trust_remote_code=True" if config["trust_remote_code"] else ""
+    return _CARD.format(
+        name=Path(result.folder).name,
+        model=config["model"],
+        data=config["data"],
+        task=result.task,
+        rows=result.data_rows["train"],
+        version=result.versions["hiddenkey"],
+        recipe=result.recipe,
+        r=config["lora_r"],
+        alpha=config["lora_alpha"],
+        learning_rate=config["learning_rate"],
+        epochs=f"{result.last['epoch']:g}",
+        batch=config["batch_size"],
+        seed=config["seed"],
+        keep=config["keep"],
+        classes=_classes(result),
+        chat=chat,
+        tables="\n\n".join(_tables(result)),
+        auto_class="AutoPeftModelForCausalLM" if causal else "AutoPeftModelForSequenceClassification",
+        trust=trust,
+        options=options[result.task] + trust,
+    )
+
+
+def _classes(result: RunResult) -> str:
+    if not result.label_names:
+        return ""
+    return f"- outputs, in this order: {', '.join(f'`{name}`' for name in result.label_names)}\n"
+
+
+def _tables(result: RunResult) -> Iterator[str]:
+    validation = [
+        {name.removeprefix("validation_"): value for name, value in row.items() if name.startswith("validation_")}
+        for row in (result.last, result.best)
+    ]
+    yield _table("validation", result.metric, *validation)
+    if result.test:
+        yield _table("test", result.metric, result.test["last"], result.test["best"])
+
+
+def _table(part: str, metric: str, last: Metrics, best: Metrics) -> str:
+    head = [f"| {part} | last epoch | best epoch by {metric} |", "|---|---|---|"]
+    rows = [f"| {name} | {_number(last, name)} | {_number(best, name)} |" for name in {**last, **best}]
+    return "\n".join([*head, *rows])
+
+
+def _number(metrics: Metrics, name: str) -> str:
+    return f"{metrics[name]:.4g}" if name in metrics else ""

@@ -12,10 +12,18 @@ from torch import nn
 
 import hiddenkey
 
-from .config import TrainConfig
-from .models import add_lora, find_targets, read_weights, require_dtype, require_quantizer
-from .quiet import quieten
-from .skeleton import MODEL_CLASSES, build_skeleton, load_config, published_class
+from .config import MODEL_CLASSES, TrainConfig
+from .console import quieten
+from .model import (
+    add_lora,
+    build_skeleton,
+    find_targets,
+    load_config,
+    published_class,
+    read_weights,
+    require_dtype,
+    require_quantizer,
+)
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",

@@ -6,14 +6,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, ClassVar, Literal
 
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ..errors import BusyError, ConfigError, DamagedFileError, RunError, UnfitFolderError
 from .config import TrainConfig, complete
-from .errors import ConfigError, DamagedFileError, RunError, UnfitFolderError
+from .console import say
 
 RESULT = "result.json"
 ADAPTER = "adapter"
@@ -114,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_result(result: RunResult) -> None:
     """Write `result.json`; NaN and infinities become null."""
-    from pydantic import TypeAdapter  # it is in the extra
+    from pydantic import TypeAdapter
 
     write_text(Path(result.folder) / RESULT, TypeAdapter(RunResult).dump_json(result, indent=1).decode() + "\n")
 
@@ -139,7 +144,7 @@ def stored_result(path: Path) -> RunResult:
     Raises:
         DamagedFileError: it is damaged, or this version did not write it; the message names the file and the field.
     """
-    from .stored import read_json  # its library is in the extra
+    from .stored import read_json
 
     found = replace(read_json(path, RunResult), folder=str(path.parent))
     try:
@@ -250,3 +255,28 @@ def require_same_data(earlier: RunResult, digest: str) -> None:
             f"the data of {earlier.folder} have changed since that run began, and it cannot go on with others. "
             + _WAYS_OUT
         )
+
+
+_LOCK = ".lock"
+
+
+@contextmanager
+def hold(folder: Path, console: Console, doing: str = "training") -> Iterator[None]:
+    """Keep other processes out of an existing folder.
+
+    Raises:
+        BusyError: another process is in it, `doing` the same.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BusyError(
+            f"Another process is {doing} in {folder}. Wait until it ends, or give another folder with --out."
+        ) from None
+    except NotImplementedError:
+        say(console, f"The file system of {folder} has no locks; do not start this run twice.")
+    try:
+        yield
+    finally:
+        lock.release()

@@ -13,40 +13,49 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState, set_seed
 
 import hiddenkey
 
+from ..errors import LabError, RunError
 from ..hf.structure import read
 from ..presets import PRESETS
-from . import provenance, summary
-from .adapter import save_adapter
-from .artifacts import (
+from . import provenance
+from .callbacks import (
+    TIMES,
+    EarlyStopping,
+    Interrupts,
+    LossGuard,
+    ProgressBar,
+    Schedule,
+    StepClock,
+    best_of,
+    drop_rates,
+    epochs_of,
+    postponed,
+    step_seconds,
+)
+from .checkpoints import is_last, last_checkpoint, require_whole, unmark
+from .config import Keep, TrainConfig
+from .console import say
+from .generation import generation_scores
+from .model import load_model, save_adapter
+from .preflight import Checked, check_run, tell
+from .run_folder import (
     CHECKPOINTS,
     RunResult,
     clear,
+    hold,
     make_folder,
     open_folder,
     require_same_data,
     require_space,
     write_result,
 )
-from .callbacks import EarlyStopping, Interrupts, LossGuard, ProgressBar, Schedule, StepClock
-from .checked import Checked, check_run
-from .checkpoints import is_last, last_checkpoint, unmark
-from .config import Keep, TrainConfig
-from .errors import LabError, RunError
-from .generation import generation_scores
-from .interrupts import postponed
-from .lock import hold
-from .models import load_model
-from .order import ByLength
-from .say import say
-from .settings import require_one_device, training_arguments
-from .testing import final_scores, load_weights
-from .told import tell
+from .trainer_settings import ByLength, require_one_device, training_arguments
 
 _TORCHS_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 """One of these is in what torch says of a file that it cannot write, which it calls a RuntimeError."""
@@ -268,17 +277,17 @@ def _task_key(config: TrainConfig) -> str:
 
 def _last_record(running: RunResult, checked: Checked, trainer: Any) -> RunResult:
     history = trainer.state.log_history
-    epochs = summary.epochs_of(history)
+    epochs = epochs_of(history)
     rates = trainer.attachment.rates()
     return replace(
         running,
         last=epochs[-1],
-        best=summary.best_of(epochs, checked.metric, checked.metric in checked.task.lower_is_better),
+        best=best_of(epochs, checked.metric, checked.metric in checked.task.lower_is_better),
         epochs=epochs,
         history=history,
-        drop_rates=summary.drop_rates(history),
+        drop_rates=drop_rates(history),
         drop_rates_by_site={site: rate if math.isfinite(rate) else None for site, rate in rates.items()},
-        step_seconds=summary.step_seconds(_callback(trainer, StepClock).seconds),
+        step_seconds=step_seconds(_callback(trainer, StepClock).seconds),
     )
 
 
@@ -294,3 +303,28 @@ def _test(
         say(console, f"Generating for {len(checked.prompts)} prompts.")
         found[config.keep] |= generation_scores(trainer, checked.prompts, config, console)
     return found
+
+
+def load_weights(trainer: Any, step: int) -> None:
+    """Give the trainer's model the weights of the checkpoint of `step`.
+
+    Raises:
+        RunError: the checkpoint is gone or damaged.
+    """
+    checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+    require_whole(checkpoint)
+    trainer._load_from_checkpoint(str(checkpoint))
+
+
+def final_scores(trainer: Any, rows: Dataset, steps: dict[Keep, int], keep: Keep) -> dict[str, dict[str, float]]:
+    """Test metrics of the models that the checkpoints of `steps` hold; the one to `keep` stays in the trainer.
+
+    Raises:
+        RunError: a checkpoint is gone or damaged.
+    """
+    found: dict[int, dict[str, float]] = {}
+    for step in sorted(set(steps.values()), key=lambda step: step == steps[keep]):
+        load_weights(trainer, step)
+        metrics = trainer.predict(rows, metric_key_prefix="test").metrics
+        found[step] = {name[len("test_") :]: value for name, value in metrics.items() if not name.endswith(TIMES)}
+    return {name: dict(found[step]) for name, step in steps.items()}
