@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compared_outputs import inference
+from ..preserve import inference
 from .findings import Finding
 from .made_up_batches import positions
 from .model_under_test import (
