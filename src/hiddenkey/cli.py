@@ -21,7 +21,7 @@ INTERRUPTED = 130
 USER_ERROR = 2
 FOUND_WRONG = 1
 LAB_EXTRA = (
-    *("datasets", "sklearn", "scipy", "matplotlib", "zstandard", "sacrebleu", "pycocoevalcap"),
+    *("datasets", "sklearn", "scipy", "matplotlib", "sacrebleu", "pycocoevalcap"),
     *("optuna", "sqlalchemy", "pandas", "tabulate", "markdown_it", "pydantic"),
 )
 

@@ -133,7 +133,7 @@ def test_malformed_yaml_is_an_error(tmp_path: Path, text: str):
 
 def test_the_configuration_needs_no_torch():
     code = (
-        "import sys; from hiddenkey.lab.config import TrainConfig; from hiddenkey.lab import config_file;"
+        "import sys; from hiddenkey.lab.config import TrainConfig, read_fields;"
         "TrainConfig(model='m', data='d', out='o').check();"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )

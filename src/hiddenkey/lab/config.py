@@ -350,7 +350,11 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """What a YAML text says; raises YAMLError or ValueError."""
-    return yaml.load(text, _Loader)
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def read_yaml(path: str | Path) -> Any:

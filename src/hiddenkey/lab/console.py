@@ -1,4 +1,4 @@
-"""One line for a person."""
+"""What a person sees on the console: one line as it is, and less noise of libraries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import warnings
 from importlib.util import find_spec
 
-import transformers
 from rich.console import Console
 
 
@@ -17,6 +16,8 @@ def say(console: Console, text: str) -> None:
 
 def quieten() -> None:
     """Hide the progress bars and notices of transformers and datasets; what fails is raised all the same."""
+    import transformers  # slow: what is said before it is imported needs `say` alone
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if find_spec("datasets"):  # the doctor needs no data

@@ -26,7 +26,18 @@ import hiddenkey
 
 from ..errors import ConfigError, RunError
 from ..registry import nearest, unknown
-from .config import DEFAULTS, FIELD_TYPES, OF_A_TASK, PATHS, TrainConfig, convert, expanded, plain, read_yaml
+from .config import (
+    DEFAULTS,
+    FIELD_TYPES,
+    OF_A_TASK,
+    PATHS,
+    TrainConfig,
+    convert,
+    expanded,
+    parse_yaml,
+    plain,
+    read_yaml,
+)
 from .run_folder import NOT_OF_THE_RUN, RESULT, read_result
 
 Values = dict[str, Any]
@@ -50,8 +61,8 @@ def _value(name: str, given: Any) -> Any:
         value = convert(name, given)
         # Absolute from ~, or the ids of runs would not say which model and data they are of.
         return expanded(value) if name in PATHS else value
-    if isinstance(given, str):  # YAML reads 1e-4 as a text
-        return float(given) if re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", given) else given
+    if isinstance(given, str):
+        return given
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
         raise ConfigError(f"{name} = {given!r} is not allowed: it is a number or a text where it stands in a recipe.")
     return given
@@ -187,7 +198,7 @@ class SweepFile(_Part):
             raise ConfigError(f"trials = {self.trials}: random and tpe need them; a grid has one for each point.")
         titles: dict[str, str] = {}
         for title, method in self.methods.items():
-            other = titles.setdefault(re.sub("[^a-z0-9]+", " ", title.lower()).strip(), title)
+            other = titles.setdefault(re.sub(r"[\s_:]+", " ", title.lower()).strip(), title)
             if other != title:
                 raise ConfigError(f"methods: {other!r} and {title!r} are one name to a reader; rename one.")
             if method.size == math.inf and self.search == "grid":
@@ -226,7 +237,7 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
             if not equals:
                 raise ValueError("write --set field=value, such as --set model=./tiny")
             if isinstance(given, dict) and isinstance(given.get("base"), dict):
-                given["base"][name] = yaml.safe_load(value)
+                given["base"][name] = parse_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text} is not allowed: {error}") from None
     try:

@@ -24,10 +24,10 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from hiddenkey.errors import BusyError, ConfigError, DataError, RunError, UserError
+from hiddenkey.lab import metrics
 from hiddenkey.lab import train as run_module
 from hiddenkey.lab.callbacks import postponed
 from hiddenkey.lab.config import SweepConfig, TrainConfig
-from hiddenkey.lab.metrics import measure
 from hiddenkey.lab.run_folder import RunResult, hold, read_result
 from hiddenkey.lab.sweep import Queue, sweep, work
 from hiddenkey.lab.sweep_file import make_plan, read_sweep
@@ -394,7 +394,7 @@ def test_what_cannot_be_generated_or_learnt_is_told(
     error: Any,
     said: str,
 ):
-    monkeypatch.setattr(measure, "has_java", lambda: False)
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
     monkeypatch.chdir(tmp_path)
     test = str(tiny.write_csv(tmp_path / "test.csv", tiny.paired_rows(6)))
     german = [{"prompt": f"ein ganz anderer Satz {i}", "completion": "gut"} for i in range(12)]

@@ -74,7 +74,6 @@ def write_finished(run: Run, accuracy: float = 0.5) -> RunResult:
         commit=None,
         data_rows=empty,
         trainable_parameters=1,
-        load_options=empty,
         metric="accuracy",
         last={"validation_accuracy": accuracy},
         best={"validation_accuracy": accuracy},
