@@ -155,10 +155,11 @@ def run_sweep(config: SweepConfig) -> None:
 
 
 def run_report(command: ReportCommand) -> None:
-    """Write the report and say where it is."""
+    """Write the report, print its verdicts, and say where it is."""
     from .lab.report import write_report
 
-    print(write_report(command.folder, command.out))
+    page, verdicts = write_report(command.folder, command.out)
+    print(*(verdict.replace("**", "") for verdict in verdicts), page, sep="\n")
 
 
 RUNNERS: dict[str, Callable[[Any], None]] = {

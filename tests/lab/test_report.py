@@ -39,7 +39,7 @@ def write_run(folder: Path, method: str, seed: int, trial: int = 1, **changes: A
 
 
 def page_of(folder: Path) -> str:
-    return write_report(str(folder)).read_text()
+    return write_report(str(folder))[0].read_text()
 
 
 GAINS = (0.012, 0.020, 0.016, 0.015, 0.017)

@@ -65,7 +65,7 @@ def check_run(config: TrainConfig, recipe: Recipe) -> Checked:
     """Read the data and the model's structure, and check that all of it fits together.
 
     Raises:
-        ConfigError, DataError: see `hiddenkey.lab.errors`.
+        ConfigError, DataError: see `hiddenkey.errors`.
         PlanError: the recipe finds no site in this model.
         OSError: a model or data that cannot be read.
     """

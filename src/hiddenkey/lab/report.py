@@ -187,8 +187,10 @@ class TaskReport:
         return [one for one in self.compared if one.difference.n]
 
 
-def write_report(folder: str, out: str = "") -> Path:
+def write_report(folder: str, out: str = "") -> tuple[Path, list[str]]:
     """Write report.md, report.html, runs.csv and forest.png, into `FOLDER/report` if `out` is empty.
+
+    Returns the path of report.md and the verdict of each task.
 
     Raises:
         RunError: there are no runs, a record is damaged, or a file that no report wrote would be overwritten.
@@ -207,7 +209,7 @@ def write_report(folder: str, out: str = "") -> Path:
     write_text(target / "runs.csv", csv_table(runs.drop(columns=["sign", "scale"])))
     write_text(target / "report.md", page)
     write_text(target / "report.html", _html(page, target))
-    return target / "report.md"
+    return target / "report.md", [verdict(task) for task in tasks]
 
 
 def _compare(task: str, runs: pd.DataFrame) -> TaskReport:
@@ -255,8 +257,10 @@ def verdict(found: TaskReport) -> str:
     harm = f" Worse than plain LoRA: {', '.join(_in_numbers(found, one) for one in worse)}." if worse else ""
     if better:
         return f"Better than plain LoRA: {'; '.join(_in_numbers(found, one) for one in better)}.{harm}"
-    few = " With one seed nothing can be told from chance." if found.known[0].difference.n == 1 else ""
-    return f"**Nothing beat plain LoRA** beyond chance; the best was {_in_numbers(found, found.known[0])}.{few}{harm}"
+    best = _in_numbers(found, found.known[0])
+    if max(one.difference.n for one in found.known) == 1:
+        return f"**No verdict with one seed**; use five or more. The best was {best}.{harm}"
+    return f"**Nothing beat plain LoRA** beyond chance; the best was {best}.{harm}"
 
 
 def _in_numbers(found: TaskReport, one: Comparison) -> str:

@@ -67,7 +67,7 @@ def train(config: TrainConfig, console: Console | None = None, sweep: Mapping[st
     Progress goes to `console`, standard error by default. What can be is checked before the weights are read.
 
     Raises:
-        ConfigError, DataError, RunError: see `hiddenkey.lab.errors`.
+        ConfigError, DataError, RunError: see `hiddenkey.errors`.
         RecipeError, PlanError: the recipe is wrong, or finds no site in this model.
         NonFiniteLossError: the loss became NaN or infinite.
         OSError: a file, model or data set that cannot be read or written.

@@ -201,7 +201,6 @@ METHOD = {"recipe": "dropkey@{p}", "grid": {"p": [0.1, 0.2]}}
         ({"name": "x" * 10**6}, "…"),
         ({"methods": {"x" * 10**6: METHOD}}, "…"),
         ({"x" * 10**6: 1}, "unknown name 'xxx"),
-        ({"methods": {"hidden+": METHOD, "hidden": METHOD}}, "one name to a reader"),
         (
             {"methods": {"a": {"recipe": "dropkey@{lora_dropout}", "grid": {"lora_dropout": [0.1]}}}},
             "neither a field",
