@@ -121,7 +121,7 @@ def test_failed_unfinished_and_missing_runs_are_named(tmp_path: Path):
     assert "- running: other, seed 1, " in page
     assert "- missing: 2 of 2 of drop, seed 2, films" in page
     assert "- missing: 1 of 1 of other, seed 2, films" in page
-    assert "With one seed nothing can be told from chance." in page
+    assert "**No verdict with one seed**; use five or more." in page
 
 
 def test_runs_of_train_are_named_by_their_recipes_and_without_a_baseline_nothing_is_compared(tmp_path: Path):
@@ -184,7 +184,9 @@ def test_the_html_page_needs_no_network_and_runs_nothing(tmp_path: Path):
 def test_the_command_says_where_the_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_run(tmp_path / "runs", "baseline", 1)
     main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.md'}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("No other method shares a finished seed with plain LoRA")
+    assert f"{said[1]}\n" == f"{tmp_path / 'out' / 'report.md'}\n"
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "out")])
     assert "no result.json below" in capsys.readouterr().err
