@@ -6,7 +6,6 @@ import logging
 import warnings
 from importlib.util import find_spec
 
-import transformers
 from rich.console import Console
 
 
@@ -17,6 +16,8 @@ def say(console: Console, text: str) -> None:
 
 def quieten() -> None:
     """Hide the progress bars and notices of transformers and datasets; what fails is raised all the same."""
+    import transformers  # here, as messages are printed before the slow imports too
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if find_spec("datasets"):  # the doctor needs no data

@@ -26,7 +26,18 @@ import hiddenkey
 
 from ..errors import ConfigError, RunError
 from ..registry import nearest, unknown
-from .config import DEFAULTS, FIELD_TYPES, OF_A_TASK, PATHS, TrainConfig, convert, expanded, plain, read_yaml
+from .config import (
+    DEFAULTS,
+    FIELD_TYPES,
+    OF_A_TASK,
+    PATHS,
+    TrainConfig,
+    convert,
+    expanded,
+    parse_yaml,
+    plain,
+    read_yaml,
+)
 from .run_folder import NOT_OF_THE_RUN, RESULT, read_result
 
 Values = dict[str, Any]
@@ -226,7 +237,7 @@ def read_sweep(path: str | Path, sets: Iterable[str] = (), out: str = "") -> Swe
             if not equals:
                 raise ValueError("write --set field=value, such as --set model=./tiny")
             if isinstance(given, dict) and isinstance(given.get("base"), dict):
-                given["base"][name] = yaml.safe_load(value)
+                given["base"][name] = parse_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text} is not allowed: {error}") from None
     try:
