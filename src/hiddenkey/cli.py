@@ -14,6 +14,8 @@ import tyro
 
 import hiddenkey
 
+from .errors import UserError
+
 if TYPE_CHECKING:
     from .lab.config import SweepConfig, TrainConfig
 
@@ -149,6 +151,9 @@ def _require_model(name: str) -> None:
 
 def run_sweep(config: SweepConfig) -> None:
     """Make every run of a sweep file."""
+    from .lab.config import require_yaml
+
+    require_yaml(config.file)
     from .lab.sweep import sweep
 
     sweep(config)
@@ -156,6 +161,8 @@ def run_sweep(config: SweepConfig) -> None:
 
 def run_report(command: ReportCommand) -> None:
     """Write the report, print its verdicts, and say where it is."""
+    if not Path(command.folder).expanduser().is_dir():
+        raise FileNotFoundError(f"{command.folder} is no folder; give that of a sweep, or one above several.")
     from .lab.report import write_report
 
     page, verdicts = write_report(command.folder, command.out)
@@ -197,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "pip install '.[lab]' in a checkout\n"
         )
         sys.exit(USER_ERROR)
-    except (hiddenkey.UserError, OSError) as error:
-        sys.stderr.write(f"hiddenkey: {error}\n")
+    except (UserError, OSError) as error:
+        sys.stderr.write(f"hiddenkey: {UserError(str(error))}\n")  # cuts what a system error repeats
         sys.exit(USER_ERROR)
 
 

@@ -66,9 +66,15 @@ def register_consistency(
 
 
 def one_way(first: Tensor, second: Tensor) -> Tensor:
-    """KL(P1 || P2) from logits."""
+    """KL(P1 || P2) from logits.
+
+    As p and q both sum to 1, with d = log(p/q) it is the sum of p (d + exp(-d) - 1), whose terms are at least 0 in
+    floating point too; those of p d cancel for nearly equal views.
+    """
     log_p, log_q = first.log_softmax(-1), second.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    p, d = log_p.exp(), log_p - log_q
+    near = (d + torch.expm1(-d.clamp(min=-1))).clamp(min=0)
+    return torch.where(d > -1, p * near, p * (d - 1) + log_q.exp()).sum(-1)
 
 
 @register_consistency("kl-rdrop", both=True)

@@ -201,6 +201,20 @@ def test_bad_input(case):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("apart", (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5))
+@pytest.mark.parametrize("name", ("js", "kl"))
+def test_kl_of_nearly_equal_views_is_that_of_float64_and_never_negative(name, apart):
+    generator = torch.Generator().manual_seed(0)
+    first, noise = (4 * torch.randn(200, 50, generator=generator) for _ in range(2))
+    second = first + apart * noise
+    p, q = (logits.double().softmax(-1) for logits in (first, second))
+    there, back = (p * (p / q).log()).sum(-1), (q * (q / p).log()).sum(-1)
+    found = hiddenkey.consistency_loss(name, first, second, reduction="none")
+    assert (found >= 0).all()
+    wanted = there if name == "js" else (there + back) / 2
+    torch.testing.assert_close(found.double(), wanted, rtol=0.1, atol=1e-12)
+
+
 @pytest.mark.parametrize("apart", (1e-1, 1e-2, 1e-3, 1e-4, 1e-5))
 def test_jsd_of_nearly_equal_views_is_that_of_float64_and_never_negative(apart):
     generator = torch.Generator().manual_seed(0)

@@ -89,6 +89,24 @@ class Summed(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class ByHand(Weighted):
+    """A mean that is divided by the accumulated batches by hand."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
+class ByCurrent(Weighted):
+    """The same by the number that transformers keeps for the last step of an epoch too."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+
 class Told(Weighted):
     """That says of itself that it is a mean, so that transformers divides it by the steps."""
 
@@ -111,6 +129,8 @@ def sum_function(outputs, labels, num_items_in_batch=None):
         (Passing, None, True),
         (Focal, None, True),
         (Summed, None, False),
+        (ByHand, None, False),
+        (ByCurrent, None, False),
         (Told, None, False),
         (transformers.Trainer, mean_function, True),
         (transformers.Trainer, sum_function, False),

@@ -74,6 +74,8 @@ WITHOUT_LIBRARIES = (
         ("plan ./gone hiddenkey@0.1", "'./gone': there is no such folder"),
         ("doctor ./gone hiddenkey@0.1", "'./gone': there is no such folder"),
         ("doctor BERT hiddenkey@0.1 --train-args gone.yaml", "gone.yaml is not there"),
+        ("sweep gone.yaml", "gone.yaml is not there"),
+        ("report gone", "gone is no folder"),
         ("plan no-such-model hiddenkey@0.1", "none in the hub's cache.*HF_HUB_OFFLINE is set"),
         ("train --model owner/gone --data CSV --out OUT", "none in the hub's cache.*HF_HUB_OFFLINE is set"),
         ("plan no.such..model hiddenkey@0.1", "none on the hub: "),
@@ -215,6 +217,7 @@ def test_a_plugins_names_work_on_the_command_line(bert: Path, tmp_path: Path):
         (["plan", "BERT", "hidden:column@1.0"], "1.0"),
         (["train", "--model", "BERT", "--data", "gone.csv", "--out", "OUT"], "gone.csv"),
         (["train", "--model", "BERT", "--data", "gone.csv", "--out", "OUT", "--epochs", "0"], "epochs"),
+        (["plan", "x" * 10**5, "hiddenkey@0.1"], "characters left out"),
         (["train", "gone.yaml"], "gone.yaml"),
         (["train", "--model", "BERT", "--data", "gone.csv"], "--out"),
         (["train", "--modle", "BERT"], "--modle"),
@@ -234,6 +237,7 @@ def test_mistakes_exit_with_2_and_no_traceback(
         main([names.get(argument, argument) for argument in arguments])
     error = capsys.readouterr().err
     assert stop.value.code == 2
+    assert len(error) < 10_000
     assert said in error
     assert "Traceback" not in error
 

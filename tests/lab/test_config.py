@@ -26,6 +26,8 @@ def test_defaults_are_allowed():
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
+        ("data", "rows\0.csv", "a NUL character stands in it"),
+        ("out", "runs\0", "a NUL character stands in it"),
         ("lora_r", 0, "greater than or equal to 1"),
         ("learning_rate", 0.0, "greater than 0"),
         ("learning_rate", float("nan"), "a finite number"),
@@ -121,6 +123,21 @@ def test_unknown_yaml_name_gets_the_nearest_and_all_names(tmp_path: Path):
         read_fields(path)
     assert set(OTHER_NAMES.values()) <= set(FIELD_TYPES)
     assert not set(OTHER_NAMES) & set(FIELD_TYPES)
+
+
+def doubled(times: int) -> str:
+    """A YAML list that stands for 2 to the power of `times` values."""
+    return "[&a0 [x, x], " + ", ".join(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, times)) + "]"
+
+
+def test_aliases_stand_for_values_but_not_for_too_many(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text("text_columns: &both [a, b]\ntarget_modules: *both\n")
+    assert read_fields(path) == {"text_columns": ("a", "b"), "target_modules": ("a", "b")}
+    for field in ("model", "text_columns"):
+        path.write_text(f"{field}: {doubled(60)}\n")
+        with pytest.raises(ConfigError, match="its aliases stand for more than 1,000,000 values"):
+            read_fields(path)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "model: [\n", "", "epochs: many\n", "seed: 1\nseed: 2\n"])

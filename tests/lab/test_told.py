@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
-from transformers import TrainerState
+from transformers import AutoTokenizer, TrainerState
 
 import hiddenkey
 from hiddenkey.lab import train as run
@@ -18,6 +19,7 @@ from hiddenkey.lab.config import TrainConfig
 from hiddenkey.lab.console import say
 from hiddenkey.lab.preflight import check_run, doubts, is_idle
 from hiddenkey.lab.run_folder import RunResult
+from hiddenkey.lab.tasks import Classification
 
 from . import tiny
 from .test_run import config  # noqa: F401
@@ -110,6 +112,21 @@ def test_marks_that_stand_in_the_texts(base: TrainConfig, llama: Path, tmp_path:
     assert "rows of training end in the end mark '[SEP]', which is added too" in said
     plain = [{name: text.replace("[CLS]", "").replace("[SEP]", "") for name, text in row.items()} for row in rows]
     assert "added too" not in told(base, model=str(llama), data=str(tiny.write_csv(tmp_path / "plain.csv", plain)))
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_start_token_that_stands_in_a_text_to_classify(
+    base: TrainConfig, model: str, request: pytest.FixtureRequest, tmp_path: Path
+):
+    rows = [{"text": f"[CLS] {row['text']}", "label": row["label"]} for row in tiny.labelled_rows(40)]
+    data = str(tiny.write_csv(tmp_path / "rows.csv", rows))
+    folder = request.getfixturevalue(model)
+    assert "36 rows of training begin with the start token '[CLS]'" in told(base, model=str(folder), data=data)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = {"first": ["[CLS] the film", "the film"], "label": [0, 1]}
+    found = Classification(("bad", "good")).tokenise(Dataset.from_dict(texts), tokenizer, 64)
+    assert found["input_ids"][0] == found["input_ids"][1] == tokenizer("the film")["input_ids"]
+    assert found["attention_mask"][0] == found["attention_mask"][1]
 
 
 def test_a_class_that_a_subset_has_lost(base: TrainConfig, tmp_path: Path):

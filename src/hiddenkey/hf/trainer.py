@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from .distributed import RankSeed
 from .outer_forward import arguments
 from .rate_monitor import log_what_is_wrong
 from .saving import load_recipe, save_recipe
-from .training_step import StepLoss, consistency_step, divides_by, step_around_loss
+from .training_step import StepLoss, consistency_step, falls, step_around_loss
 
 
 class ConsistencyMixin:
@@ -37,6 +39,7 @@ class ConsistencyMixin:
     accelerator: Any
     model_accepts_loss_kwargs: bool
     compute_loss_func: Any
+    current_gradient_accumulation_steps: int
     label_smoother: Any
     get_tp_size: Any
     _signature_columns: list[str]
@@ -172,8 +175,9 @@ class ConsistencyMixin:
         return scaled and num_items is not None
 
     def _divides(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> bool:
-        """Whether the trainer divides its loss by num_items, as transformers takes it to; a user's may be a mean over
-        each batch, and the consistency is then too. Tried in the first step where it matters, with twice the number.
+        """Whether the trainer divides its loss by num_items, as transformers takes it to, or by the number of
+        accumulated batches; a user's may be a mean over each batch, and the consistency is then too. Tried in the
+        first step where it matters, with twice these numbers.
         """
         module: str = getattr(super().compute_loss, "__module__", "")  # type: ignore[misc]
         users = self.compute_loss_func is not None or module.partition(".")[0] not in ("transformers", "trl")
@@ -181,11 +185,26 @@ class ConsistencyMixin:
         whole = getattr(self, "current_gradient_accumulation_steps", 1) == self.args.world_size == 1
         if not users or declared is not None or whole:
             return True
+
+        def loss(times: int) -> Tensor:
+            with self._steps(times):
+                found: Tensor = self._trainers_loss(model, copied(inputs), times * num_items)
+            return found
+
         if self._divides_own_loss is None:
-            self._divides_own_loss = divides_by(
-                self.attachment, model, lambda count: self._trainers_loss(model, copied(inputs), count), num_items
-            )
+            self._divides_own_loss = falls(self.attachment, model, loss)
         return self._divides_own_loss is not False
+
+    @contextmanager
+    def _steps(self, times: int) -> Iterator[None]:
+        """As if a step accumulated that many times as many batches."""
+        planned, current = self.args.gradient_accumulation_steps, self.current_gradient_accumulation_steps
+        self.args.gradient_accumulation_steps = times * planned
+        self.current_gradient_accumulation_steps = times * current
+        try:
+            yield
+        finally:
+            self.args.gradient_accumulation_steps, self.current_gradient_accumulation_steps = planned, current
 
     def _consistency_scale(self, num_items: Tensor | int | None) -> float:
         """The factor by which transformers scales a loss over tokens of all devices, for our term too."""

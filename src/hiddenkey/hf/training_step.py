@@ -118,28 +118,26 @@ def _divides(model: nn.Module, batch: Batch, num_items: Tensor | int) -> bool:
     if attachment is None or not (hands_on or "num_items_in_batch" in parameters(outer)):
         return False
 
-    def loss(count: Tensor | int) -> Tensor:
-        return _loss_in(model(**copied(batch), num_items_in_batch=count), batch)
+    def loss(times: int) -> Tensor:
+        return _loss_in(model(**copied(batch), num_items_in_batch=times * num_items), batch)
 
     state = step_state(attachment)
     if state.divides is None:
-        state.divides = divides_by(attachment, model, loss, num_items)
+        state.divides = falls(attachment, model, loss)
     return bool(state.divides)
 
 
-def divides_by(
-    attachment: Attachment, model: nn.Module, loss: Callable[[Tensor | int], Tensor], num_items: Tensor | int
-) -> bool | None:
-    """Whether a loss is divided by the number it is called with, by trying twice of it; None where a batch shows
-    nothing, having no label. Asked of the loss, as neither its signature nor a name tells.
+def falls(attachment: Attachment, model: nn.Module, loss: Callable[[int], Tensor]) -> bool | None:
+    """Whether a loss, called with the factor that its step grows by, falls with it, by trying 1 and 2; None where a
+    batch shows nothing, having no label. Asked of the loss, as neither its signature nor a name tells.
 
     In training mode, as fused kernels put out whole logits in evaluation; but nothing of the recipe is drawn.
     """
     draws, losses = RandomState(model), []
     eager = torch.compiler.set_stance("force_eager")
     with attachment.watch.aside(), evaluation(nn.ModuleList(attachment.switches)), torch.no_grad(), eager:
-        for count in (num_items, 2 * num_items):
-            losses.append(float(loss(count)))
+        for times in (1, 2):
+            losses.append(float(loss(times)))
             draws.restore()
     if not everywhere(model, math.isfinite(losses[0]) and losses[0] != 0):
         return None

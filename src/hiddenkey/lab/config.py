@@ -257,6 +257,8 @@ def convert(name: str, value: Any) -> Any:
     """
     from pydantic import ValidationError
 
+    if isinstance(value, str) and "\0" in value:  # no path can hold it
+        raise ConfigError(f"{name} = {reprlib.repr(value)} is not allowed: a NUL character stands in it.")
     try:
         return _adapter(name).validate_python(value)
     except ValidationError as error:
@@ -348,13 +350,36 @@ _Loader.add_implicit_resolver(
 )
 
 
+_MOST_VALUES = 1_000_000
+
+
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says; raises YAMLError or ValueError."""
+    """What a YAML text says; raises YAMLError or ValueError, also where its aliases stand for too many values."""
     loader = _Loader(text)
     try:
-        return loader.get_single_data()
+        found = loader.get_single_data()
     finally:
         loader.dispose()
+    if _count(found, {}) > _MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_VALUES:,} values")
+    return found
+
+
+def _count(value: Any, counted: dict[int, int]) -> int:
+    """How many values a value holds, each alias in full."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in counted:
+        parts = value.values() if isinstance(value, dict) else value
+        counted[id(value)] = 1 + sum(_count(part, counted) for part in parts)
+    return counted[id(value)]
+
+
+def require_yaml(path: str | Path) -> None:
+    """Raises FileNotFoundError where there is no such file."""
+    if not Path(path).is_file():
+        kind = "is a folder" if Path(path).is_dir() else "is not there"
+        raise FileNotFoundError(f"{path} {kind}; a YAML file is wanted here, and all else stands behind its flag.")
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -364,9 +389,7 @@ def read_yaml(path: str | Path) -> Any:
         ConfigError: it is not YAML, or a key stands twice in it.
         OSError: the file cannot be read.
     """
-    if not Path(path).is_file():
-        kind = "is a folder" if Path(path).is_dir() else "is not there"
-        raise FileNotFoundError(f"{path} {kind}; a YAML file is wanted here, and all else stands behind its flag.")
+    require_yaml(path)
     try:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

@@ -25,7 +25,7 @@ from .data import Examples, load_examples
 from .data_files import values
 from .generation import Prompt, collect_prompts
 from .model import build_skeleton, embedded_tokens, find_targets, load_tokenizer, model_options, require_quantizer
-from .tasks import Task, choose_metric, make_task, refuse_smoothing
+from .tasks import Task, choose_metric, make_task, refuse_smoothing, start_token
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,12 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
         missing = _missing_classes(checked.examples.label_names, rows)
         if missing:
             yield f"No {part} row is of class {_listed(missing)}."
-    if checked.examples.task == "causal-lm":
-        yield from _marks_in_texts(checked)
-        if checked.tokenizer.chat_template:
-            yield (
-                f"{config.model} has a chat template, which is not applied: prompts are read as they stand in the "
-                "data. Ask the adapter in the same form, or render the prompts with the template before training."
-            )
+    yield from _marks_in_texts(checked)
+    if checked.examples.task == "causal-lm" and checked.tokenizer.chat_template:
+        yield (
+            f"{config.model} has a chat template, which is not applied: prompts are read as they stand in the "
+            "data. Ask the adapter in the same form, or render the prompts with the template before training."
+        )
     steps = _steps(config, len(checked.train))
     warmup = config.warmup if config.warmup >= 1 else math.ceil(config.warmup * steps)
     if warmup >= steps:
@@ -211,15 +210,16 @@ def doubts(checked: Checked, config: TrainConfig, recipe: Recipe) -> Iterator[st
 
 
 def _marks_in_texts(checked: Checked) -> Iterator[str]:
-    rows, tokenizer = checked.examples.train, checked.tokenizer
-    start, end = tokenizer.bos_token, tokenizer.eos_token
-    started = sum(text.startswith(start) for text in values(rows, "prompt")) if start else 0
-    if started and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
+    rows, tokenizer, writes = checked.examples.train, checked.tokenizer, checked.examples.task == "causal-lm"
+    start, end = start_token(tokenizer), tokenizer.eos_token
+    texts = values(rows, "prompt" if writes else "first")
+    started = sum(text.startswith(start) for text in texts) if start else 0
+    if started and tokenizer("x")["input_ids"][:1] == [tokenizer.convert_tokens_to_ids(start)]:
         yield (
             f"{_rows(started)} of training begin with the start token {start!r}, which the tokenizer adds too; one "
             "of the two is used."
         )
-    ended = sum(text.endswith(end) for text in values(rows, "completion")) if end else 0
+    ended = sum(text.endswith(end) for text in values(rows, "completion")) if end and writes else 0
     if ended:
         yield f"{_rows(ended)} of training end in the end mark {end!r}, which is added too; one of the two is used."
 

@@ -32,6 +32,8 @@ class _Sequence:
     def tokenise(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
         """Token ids of one text or of a pair, cut to `max_length` tokens.
 
+        A start token that stands in the texts is not added once more.
+
         Raises:
             ConfigError: special tokens alone fill that.
         """
@@ -45,7 +47,9 @@ class _Sequence:
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             tokens = tokenizer(batch["first"], batch.get("second"), truncation=True, max_length=max_length)
-            return {**tokens, "labels": batch["label"]}
+            extra = [_extra_starts(ids, tokenizer) for ids in tokens["input_ids"]]
+            kept = {name: [row[n:] for row, n in zip(rows, extra, strict=True)] for name, rows in tokens.items()}
+            return {**kept, "labels": batch["label"]}
 
         return rows.map(encode, batched=True, remove_columns=rows.column_names)
 
@@ -134,8 +138,9 @@ class Completion:
             texts = [prompt + completion for prompt, completion in zip(prompts, batch["completion"], strict=True)]
             tokens = tokenizer(texts, return_offsets_mapping=True)
             rows = [
-                _row(*_one_start(ids, offsets, tokenizer), len(prompt), tokenizer.eos_token_id, max_length)
+                _row(ids[n:], offsets[n:], len(prompt), tokenizer.eos_token_id, max_length)
                 for ids, offsets, prompt in zip(tokens["input_ids"], tokens["offset_mapping"], prompts, strict=True)
+                for n in [_extra_starts(ids, tokenizer)]
             ]
             return {name: [row[name] for row in rows] for name in ("input_ids", "attention_mask", "labels")}
 
@@ -184,21 +189,23 @@ def prompt_ids(prompts: list[str], separator: str, tokenizer: Any) -> list[list[
     """
     ends = [len(prompt + separator) for prompt in prompts]
     tokens = tokenizer([prompt + separator + "x" for prompt in prompts], return_offsets_mapping=True)
-    found = zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    kept = (_one_start(ids, offsets, tokenizer) for ids, offsets in found)
     return [
-        ids[: next(i for i, (_, stop) in enumerate(offsets) if stop > end)]
-        for (ids, offsets), end in zip(kept, ends, strict=True)
+        ids[_extra_starts(ids, tokenizer) : next(i for i, (_, stop) in enumerate(offsets) if stop > end)]
+        for ids, offsets, end in zip(tokens["input_ids"], tokens["offset_mapping"], ends, strict=True)
     ]
 
 
-def _one_start(
-    ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids with one start token where a prompt begins with one and the tokenizer adds another."""
-    start = tokenizer.bos_token_id
-    twice = start is not None and ids[:2] == [start, start]
-    return (ids[1:], offsets[1:]) if twice else (ids, offsets)
+def start_token(tokenizer: Any) -> str | None:
+    """What a tokenizer may begin each text with."""
+    token: str | None = tokenizer.bos_token or tokenizer.cls_token
+    return token
+
+
+def _extra_starts(ids: list[int], tokenizer: Any) -> int:
+    """1 where a text begins with a start token and the tokenizer adds another, else 0."""
+    token = start_token(tokenizer)
+    start = None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return int(start is not None and ids[:2] == [start, start])
 
 
 def _row(
