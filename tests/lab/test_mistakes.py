@@ -398,6 +398,8 @@ class TestModels:
             ({"num_hidden_layers": None}, r"config\.json of .* cannot be read: .*'num_hidden_layers' expected int"),
             ({"id2label": "x"}, r"config\.json of .* cannot be read: AttributeError"),
             ({"model_type": ["bert"]}, r"config\.json of .* cannot be read: TypeError"),
+            ({"architectures": 3}, "cannot be read: TypeError: architectures is a list of class names, got 3"),
+            ({"architectures": [3]}, r"cannot be read: TypeError: architectures is a list of .*, got \[3\]"),
             ({"hidden_act": "foo"}, r"\(bert\) cannot be a AutoModelForSequenceClassification: KeyError: 'foo'"),
             ({"vocab_size": -1}, r"\(bert\) cannot be a .*: RuntimeError: .*negative dimension"),
             (

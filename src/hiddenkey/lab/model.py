@@ -287,7 +287,11 @@ def load_config(name: str, trust_remote_code: bool, **options: Any) -> Any:
     """
     require_model(name)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        kinds = config.architectures
+        if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+            raise TypeError(f"architectures is a list of class names, got {kinds!r}")
+        return config
     except Exception as error:  # whatever a wrong value in the file runs into
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise OSError(f"model = {name!r}: here is no folder of that name, and from the hub: {error}") from error
