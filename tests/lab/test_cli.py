@@ -146,6 +146,18 @@ def test_a_hub_that_cannot_be_reached():
     assert "none in the hub's cache, and the hub cannot be reached: " in done.stderr
 
 
+@pytest.mark.parametrize("cached", ("", "datasets/owner___rows", "hub/datasets--owner--rows"))
+def test_a_data_set_of_a_hub_that_cannot_be_reached(cached: str, bert: Path, tmp_path: Path, monkeypatch):
+    """Told before the slow imports; where the cache has a folder of it, the libraries look into that."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / cached).mkdir(parents=True, exist_ok=True)
+    flags = ["train", "--model", str(bert), "--data", "owner/rows", "--out", str(tmp_path / "out")]
+    code = WITHOUT_LIBRARIES if not cached else "import sys\nfrom hiddenkey.cli import main\nmain(sys.argv[1:])\n"
+    done = ask("http://127.0.0.1:9", *flags, code=code)
+    assert done.returncode == 2, done.stderr
+    assert ("none in the hub's cache, and the hub cannot be reached" in done.stderr) is not bool(cached)
+
+
 def test_what_is_cached_is_used_where_the_hub_cannot_be_reached(bert: Path, tmp_path: Path):
     """And no library asks again."""
     snapshot = tmp_path / "hub" / "models--owner--bert" / "snapshots" / ("0" * 40)

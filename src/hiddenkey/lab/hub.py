@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -50,17 +51,33 @@ def ask_hub(kind: Literal["model", "dataset"], name: str) -> None:
     """
     here = f"{'data' if kind == 'dataset' else kind} = {name!r}: there is no such file or folder here"
     try:
-        cached = kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str)
+        cached = _is_cached(kind, name)
         reason = "HF_HUB_OFFLINE is set" if is_offline_mode() else _unreachable(kind, name)
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"{here}, and none on the hub: {error}") from error
     if not reason:
         return
-    if kind == "model" and not cached:
+    if not cached:
         raise FileNotFoundError(f"{here}, none in the hub's cache, and the hub cannot be reached: {reason}")
     if not is_offline_mode():
         sys.stderr.write(f"The hub cannot be reached ({reason}), so its cache is used.\n")
         constants.HF_HUB_OFFLINE = True  # the libraries would try each file again and again
+
+
+def _is_cached(kind: str, name: str) -> bool:
+    """Whether the cache has a model's configuration, or a folder of the data set, the hub's or that of datasets."""
+    if kind == "model":
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    made = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets"))
+    wanted = {f"datasets--{name.replace('/', '--')}", name.replace("/", "___")}
+    # datasets writes GlueSet as glue_set
+    plain = {one.replace("_", "").lower() for one in wanted}
+    return any(
+        folder.name.replace("_", "").lower() in plain
+        for cache in (Path(constants.HF_HUB_CACHE), made)
+        if cache.is_dir()
+        for folder in cache.iterdir()
+    )
 
 
 def _unreachable(kind: str, name: str) -> str:
