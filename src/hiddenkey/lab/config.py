@@ -370,6 +370,7 @@ def _count(value: Any, counted: dict[int, int]) -> int:
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in counted:
+        counted[id(value)] = 1  # while it is counted: a value may hold itself
         parts = value.values() if isinstance(value, dict) else value
         counted[id(value)] = 1 + sum(_count(part, counted) for part in parts)
     return counted[id(value)]
